@@ -1,0 +1,32 @@
+# A 75M-parameter GPT on 5 billion tokens of Dolma, for a GPU with 12 GB.
+# Any data with a vocabulary of at most 32,000 serves: --dataset=NAME.
+out_dir = 'out-dolma-75m'
+dataset = 'dolma'
+vocab_size = 32000
+block_size = 1024
+batch_size = 12
+gradient_accumulation_steps = 4
+target_tokens = 5e9
+
+n_layer = 10
+n_head = 10
+n_kv_head = 0
+head_dim = 0
+n_embd = 640
+dropout = 0.1
+position = 'learned'
+norm = 'layernorm'
+norm_eps = 1e-5
+activation = 'gelu'
+qk_norm = False
+tie_embeddings = True
+
+optimizer = 'adamw'
+learning_rate = 5e-4
+min_lr = 5e-5
+lr_schedule = 'cosine'
+warmup_iters = 2000
+max_minutes = 0.0
+eval_interval = 1000
+eval_iters = 200
+sample_interval = 5000

@@ -1,0 +1,17 @@
+# nanoGPT's model and token budget on characters of Shakespeare: 6 layers, 384 wide, 5,000 x 16,384 tokens.
+out_dir = 'out-shakespeare-char'
+dataset = 'shakespeare_char'
+block_size = 256
+batch_size = 64
+max_iters = 5000
+n_layer = 6
+n_head = 6
+n_kv_head = 6
+head_dim = 64
+n_embd = 384
+dropout = 0.2
+max_minutes = 0.0
+eval_interval = 250
+sample_interval = 1000
+sample_tokens = 500
+always_save_checkpoint = False      # it overfits: keep the best

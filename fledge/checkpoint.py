@@ -1,0 +1,68 @@
+"""Checkpoints: written whole or not at all, and read as plain tensors, so nothing in one is ever executed.
+
+The file is nanoGPT's: a torch.save of model, optimizer, model_args, iter_num, best_val_loss and config.
+"""
+import os
+import pickle
+import re
+
+import torch
+
+from fledge import UserError
+from model import GPT, GPTConfig
+
+
+def save(path, checkpoint):
+    """Write checkpoint, a dict of tensors and plain values, to path: the old file stays until the new one is on disk."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # a full disk surfaces as either
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f'cannot write {path}: {getattr(e, "strerror", None) or e}; the previous checkpoint is as it was') from None
+
+
+def link(path, other):
+    """Give the checkpoint at path a second name, which keeps it when path is replaced by a later one."""
+    temporary = f'{other}.{os.getpid()}.tmp'
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        import shutil
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
+
+
+def load(path, device='cpu'):
+    """The checkpoint at path, ours or nanoGPT's, as a dict; UserError where it is missing, broken or carries code."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'no checkpoint at {path}: train first, or name another with --out_dir') from None
+    except pickle.UnpicklingError as e:
+        found = re.search(r'GLOBAL (\S+)', str(e))
+        raise UserError(f'{path} carries pickled code ({found[1]}), which is never run: it is refused' if found else
+                        f'{path} is no checkpoint: it is broken, or carries pickled code, which is never run') from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise UserError(f'{path} is cut short or is no checkpoint ({type(e).__name__})') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
+    # torch.compile's prefix, in checkpoints that older scripts saved
+    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    return checkpoint
+
+
+def load_model(checkpoint, path, device='cpu', dropout=None):
+    """The GPT of a loaded checkpoint, on device; dropout overrides the saved one. path is for error messages."""
+    try:
+        config = GPTConfig(**checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout}))
+        model = GPT(config)
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
+    return model.to(device)

@@ -1,0 +1,141 @@
+"""Config files and --key=value over a script's settings, left to right.
+
+A script's settings are the plain assignments at its top, each with a comment. `configure(globals())` below them
+overrides them from config files (plain Python), .json files and --key=value flags, checks names and types, and
+prints them all for --help. A mistake costs one line and exit code 2.
+"""
+import ast
+import difflib
+import json
+import os
+import sys
+import traceback
+
+from fledge import UserError
+
+
+def configure(settings, argv=None):
+    """Override `settings`, a script's globals(), by argv (default: sys.argv[1:]); returns all settings as a dict.
+
+    A name set to None is a hook: a config file may define a function of that name.
+    """
+    sys.excepthook = one_line
+    values = {k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+    hooks = [k for k, v in settings.items() if not k.startswith('_') and v is None]
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg in ('--help', '-h'):
+            _help(settings['__file__'], values, settings.get('__doc__'))
+            raise SystemExit(0)
+        if arg.startswith('--'):
+            name, given, text = arg[2:].partition('=')
+            _known(name, values, arg)
+            values[name] = _parse(text, values[name], arg) if given else _checked(True, values[name], arg)
+        elif arg.endswith('.json'):
+            overrides = _read_json(arg)
+            for name, value in overrides.items():
+                _known(name, values, arg)
+                values[name] = _checked(value, values[name], f'{arg}: {name}')
+        else:
+            namespace = _run(arg, values)
+            for name, value in namespace.items():
+                if name in hooks and callable(value):
+                    settings[name] = value
+                elif name in values:
+                    values[name] = _checked(value, values[name], f'{arg}: {name}')
+                elif isinstance(value, (bool, int, float, str)) and not name.startswith('_'):
+                    _known(name, values, arg)
+        settings.update(values)
+    return values
+
+
+def _known(name, values, where):
+    if name not in values:
+        near = difflib.get_close_matches(name, values, n=3) or list(values)[:3]
+        raise UserError(f'{where}: no setting is called {name!r}; the nearest are {", ".join(near)} (a name of your own begins with _; --help lists all)')
+
+
+def _checked(value, default, where):
+    """value as the type of default: an int serves as a float, a whole float as an int, a bool where 'auto' stands."""
+    if type(value) is type(default) or (isinstance(value, bool) and default == 'auto') or (isinstance(default, bool) and value == 'auto'):
+        return value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise UserError(f'{where}: {value!r} is {_kind(value)}, and this setting takes {_kind(default)}')
+
+
+def _kind(value):
+    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}.get(type(value), f'a {type(value).__name__}')
+
+
+def _parse(text, default, where):
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, str) and not (default == 'auto' and isinstance(value, bool)):
+        value = value if isinstance(value, str) else text
+    return _checked(value, default, where)
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            overrides = json.load(f)
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from None
+    except ValueError as e:
+        raise UserError(f'{path} is no valid JSON: {e}') from None
+    if not isinstance(overrides, dict):
+        raise UserError(f'{path} holds no object of settings')
+    return overrides
+
+
+def _run(path, values):
+    """Run a config file with the present settings as its globals; returns what it assigned or changed."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+    except OSError as e:
+        known = sorted(f'config/{n}' for n in os.listdir('config') if n.endswith('.py')) if os.path.isdir('config') else []
+        near = difflib.get_close_matches(path, known, n=1)
+        raise UserError(f'{path}: {e.strerror}' + (f'; did you mean {near[0]}?' if near else '; a setting is --key=value')) from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is no config file: it is not text') from None
+    namespace = dict(values, __name__='__config__', __file__=path)
+    try:
+        exec(compile(source, path, 'exec'), namespace)
+    except SyntaxError as e:
+        raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
+    except Exception as e:
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        raise UserError(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {e}') from None
+    return {k: v for k, v in namespace.items() if not k.startswith('__')}
+
+
+def _help(path, values, doc):
+    """Every setting with its default and its comment, read from the script's own lines."""
+    with open(path, encoding='utf-8') as f:
+        lines = f.read().splitlines()
+    print((doc or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
+    for node in ast.parse('\n'.join(lines)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in values:
+            name = node.targets[0].id
+            comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
+            print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
+
+
+def one_line(kind, error, trace):
+    """sys.excepthook: a user's mistake is one line and exit code 2, anything else Python's own traceback."""
+    if issubclass(kind, UserError):
+        print(f'error: {error}', file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and error.name:
+        package = error.name.partition('.')[0]
+        print(f'error: the package {package} is not installed: pip install {package}', file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+        raise SystemExit(130)
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    raise SystemExit(2)

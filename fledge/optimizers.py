@@ -1,0 +1,50 @@
+"""AdamW and Muon, torch's own, over the right parameters."""
+import torch
+
+from fledge import UserError
+
+
+def make_optimizers(model, name, learning_rate, weight_decay, betas):
+    """The optimizers of a model, a list: [AdamW], or [AdamW, Muon].
+
+    adamw: matrices and embeddings decay, vectors do not (nanoGPT's two groups, in its order: its state loads).
+    muon: the blocks' matrices go to Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), whose updates are
+    scaled to AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning rate serves both; embeddings, head and
+    vectors stay with AdamW, undecayed.
+    """
+    fused = next(model.parameters()).device.type in ('cpu', 'cuda')
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if name == 'adamw':
+        groups = [dict(params=[p for _, p in parameters if p.dim() >= 2], weight_decay=weight_decay),
+                  dict(params=[p for _, p in parameters if p.dim() < 2], weight_decay=0.0)]
+        return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+    if name != 'muon':
+        raise UserError(f'optimizer={name!r} is none of adamw, muon')
+    matrices = [p for n, p in parameters if p.dim() == 2 and '.h.' in n]
+    others = [p for n, p in parameters if p.dim() != 2 or '.h.' not in n]
+    return [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused),
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')]
+
+
+def state_dict(optimizers):
+    """What a checkpoint keeps: one optimizer's state alone, as nanoGPT's does, or a list of two."""
+    states = [o.state_dict() for o in optimizers]
+    return states[0] if len(states) == 1 else states
+
+
+def load_state_dict(optimizers, saved):
+    """Restore momenta and step counts; rates, betas and decay stay as the settings say."""
+    states = saved if isinstance(saved, list) else [saved]
+    try:
+        if len(states) != len(optimizers):
+            raise ValueError(f'{len(states)} optimizers saved, {len(optimizers)} wanted')
+        for optimizer, state in zip(optimizers, states):
+            mine = optimizer.state_dict()['param_groups']
+            groups = [m | {'params': s['params']} for m, s in zip(mine, state['param_groups'], strict=True)]
+            shapes = [p.shape for g in optimizer.param_groups for p in g['params']]
+            for i, entry in state['state'].items():
+                if any(t.dim() and t.shape != shapes[i] for t in entry.values() if torch.is_tensor(t)):
+                    raise ValueError(f'the state of parameter {i} has another shape')
+            optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise UserError(f"the checkpoint's optimizer state is another optimizer's ({e}); resume with the settings that it was saved with") from None

@@ -1,0 +1,212 @@
+"""Text to token ids and back. On disk a tokenizer is always a Hugging Face tokenizer.json.
+
+Byte-level BPE of any origin (GPT-2's, one trained here, Qwen's) runs on tiktoken, characters on a dictionary,
+anything else on the `tokenizers` package.
+"""
+import functools
+import json
+import os
+import pickle
+
+from fledge import UserError
+
+END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # the last two are ChatML's
+# How text is split before merging. llama.cpp knows both by name, so a model that uses them exports to GGUF.
+PATTERNS = {
+    'qwen2': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+# ByteLevel(use_regex=True), as in GPT-2's own tokenizer.json, splits by a pattern that the file does not spell out.
+_BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+
+
+@functools.cache
+def byte_to_unicode():
+    """GPT-2's printable stand-in for each byte, as tokenizer.json spells byte-level tokens (openai/gpt-2 encoder.py)."""
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+class Tokenizer:
+    """One interface over the backends.
+
+    spec: the parsed tokenizer.json. `vocab_size` counts every id, special tokens included; `special` maps the
+    text of each special token to its id; `end_of_text` is the id that ends a document, or None.
+    """
+
+    def __init__(self, spec):
+        self.spec = spec
+        model, added = spec['model'], spec.get('added_tokens') or []
+        self.special = {t['content']: t['id'] for t in added if t.get('special')}
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        vocab = model.get('vocab')
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        self.vocab_size = max(ids + [t['id'] for t in added], default=-1) + 1
+        self.bpe = self.chars = self.hf = None
+        pattern = _byte_level_pattern(spec)
+        if pattern is not None:
+            import tiktoken
+            to_byte = {c: b for b, c in byte_to_unicode().items()}
+            ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items() if token not in self.special}
+            self.bpe = tiktoken.Encoding('fledge', pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+            self.token_bytes = {i: token for token, i in ranks.items()} | {i: s.encode() for s, i in self.special.items()}
+        elif model['type'] == 'WordLevel' and all(len(t) == 1 or t in self.special for t in vocab):
+            self.chars = {t: i for t, i in vocab.items() if t not in self.special}
+            self.token_bytes = {i: t.encode() for t, i in (self.chars | self.special).items()}
+        else:
+            import tokenizers
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.token_bytes = {i: self.hf.decode([i]).encode() for i in range(self.vocab_size)}
+
+    def encode(self, text, allow_special=False):
+        """The ids of text, a list of int. Special tokens spelled out in it are plain text unless allow_special."""
+        if allow_special and not self.hf:
+            for token, i in self.special.items():
+                if token in text:
+                    before, after = text.split(token, 1)
+                    return self.encode(before, True) + [i] + self.encode(after, True)
+        if self.bpe:
+            return self.bpe.encode_ordinary(text)
+        if self.hf:
+            return self.hf.encode(text, add_special_tokens=False).ids
+        try:
+            return [self.chars[c] for c in text]
+        except KeyError as e:
+            raise UserError(f'the character {e.args[0]!r} is not in this vocabulary of {len(self.chars)} characters') from None
+
+    def encode_batch(self, texts, num_threads):
+        """encode() of every text, a list of lists, on num_threads threads where the backend has them."""
+        return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads) if self.bpe else [self.encode(t) for t in texts]
+
+    def decode(self, ids):
+        """The text of ids; bytes that are no valid UTF-8 and ids that the tokenizer lacks become U+FFFD."""
+        if self.hf:
+            return self.hf.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=False)
+        return b''.join(self.token_bytes.get(int(i), b'\xff') for i in ids).decode('utf-8', errors='replace')
+
+    def save(self, path):
+        """Write tokenizer.json at path, whole or not at all."""
+        temporary = f'{path}.{os.getpid()}.tmp'
+        with open(temporary, 'w', encoding='utf-8') as f:
+            json.dump(self.spec, f, ensure_ascii=False)
+        os.replace(temporary, path)
+
+
+def _byte_level_pattern(spec):
+    """The split pattern, where tiktoken gives the same ids as this tokenizer.json: plain byte-level BPE; else None."""
+    model, pre = spec['model'], spec.get('pre_tokenizer') or {}
+    steps = pre['pretokenizers'] if pre.get('type') == 'Sequence' else [pre]
+    plain = (model.get('type', 'BPE') == 'BPE' and not spec.get('normalizer') and not model.get('dropout')
+             and not model.get('byte_fallback') and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'))
+    if not plain or not steps or steps[-1].get('type') != 'ByteLevel' or steps[-1].get('add_prefix_space'):
+        return None
+    if len(steps) == 1 and steps[0].get('use_regex', True):
+        return PATTERNS['gpt2']
+    if len(steps) == 2 and not steps[1].get('use_regex', True) and steps[0].get('type') == 'Split' \
+            and steps[0].get('behavior') == 'Isolated' and not steps[0].get('invert') and 'Regex' in steps[0].get('pattern', {}):
+        return steps[0]['pattern']['Regex']
+    return None
+
+
+def _spec(model, special, pattern=None):
+    """A tokenizer.json: model, then special tokens with the ids that follow it, over a byte-level split by pattern."""
+    first = len(model['vocab'])
+    added = [dict(id=first + i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+             for i, token in enumerate(special)]
+    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, post_processor=None, model=model)
+    if model['type'] == 'BPE':
+        split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+        return spec | dict(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [split, _BYTE_LEVEL]}, decoder=_BYTE_LEVEL)
+    each_character = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
+    return spec | dict(pre_tokenizer=each_character, decoder={'type': 'Fuse'})
+
+
+def _bpe_model(vocab, merges):
+    return dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges)
+
+
+def train_bpe(texts, vocab_size, split='qwen2'):
+    """Train byte-level BPE on an iterable of texts; vocab_size counts the 256 bytes and the three special tokens."""
+    import tokenizers
+    special = [END_OF_TEXT, IM_START, IM_END]
+    if vocab_size < 256 + len(special):
+        raise UserError(f'vocab_size={vocab_size}: a byte-level vocabulary needs at least {256 + len(special)}')
+    spec = _spec(_bpe_model({c: i for i, c in enumerate(byte_to_unicode().values())}, []), [], PATTERNS[split])
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special), show_progress=False, initial_alphabet=list(byte_to_unicode().values())))
+    model = json.loads(tokenizer.to_str())['model']
+    return Tokenizer(_spec(_bpe_model(model['vocab'], model['merges']), special, PATTERNS[split]))
+
+
+def byte_tokenizer():
+    """One token a byte."""
+    vocab = {c: b for b, c in sorted(byte_to_unicode().items())}
+    return Tokenizer(_spec(_bpe_model(vocab, []), [END_OF_TEXT, IM_START, IM_END], PATTERNS['qwen2']))
+
+
+def char_tokenizer(characters, special=()):
+    """One token a character, ids in the order given. nanoGPT's character data has no special tokens."""
+    return Tokenizer(_spec(dict(type='WordLevel', vocab={c: i for i, c in enumerate(characters)}, unk_token=''), special))
+
+
+def gpt2_tokenizer():
+    """GPT-2's vocabulary, from tiktoken's cache or its address."""
+    import tiktoken
+    try:
+        encoding = tiktoken.get_encoding('gpt2')
+    except Exception as e:  # requests' many, a proxy's, a corrupt download
+        raise UserError('the GPT-2 vocabulary is not cached and cannot be fetched '
+                        f'({type(e).__name__}); use --tokenizer=train to train one on your text') from None
+    ranks, spell = encoding._mergeable_ranks, byte_to_unicode()
+    merges = []
+    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get):
+        parts = _split_by_ranks(ranks, token)  # the two tokens whose merge made this one
+        merges.append([''.join(spell[b] for b in part) for part in parts])
+    vocab = {''.join(spell[b] for b in token): rank for token, rank in ranks.items()}
+    spec = _spec(_bpe_model(vocab, merges), [END_OF_TEXT])
+    return Tokenizer(spec | dict(pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
+
+
+def _split_by_ranks(ranks, token):
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+class _NoCode(pickle.Unpickler):
+    """Plain containers only: a pickle that names any class or function is refused before anything runs."""
+    def find_class(self, module, name):
+        raise UserError(f'meta.pkl asks to load {module}.{name}; only plain dictionaries are read')
+
+
+def load_tokenizer(source):
+    """A tokenizer by name (gpt2, bytes), from a tokenizer.json, or from a folder that holds one or nanoGPT's meta.pkl."""
+    if source == 'gpt2':
+        return gpt2_tokenizer()
+    if source == 'bytes':
+        return byte_tokenizer()
+    path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
+    legacy = os.path.join(source, 'meta.pkl')
+    try:
+        if not os.path.exists(path) and os.path.exists(legacy):
+            with open(legacy, 'rb') as f:
+                meta = _NoCode(f).load()
+            return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+        with open(path, encoding='utf-8') as f:
+            return Tokenizer(json.load(f))
+    except FileNotFoundError:
+        raise UserError(f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json or a folder that holds one') from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f'{legacy if os.path.exists(legacy) and not os.path.exists(path) else path} is not a readable tokenizer: {e}') from None
+
+
+def find_tokenizer(*folders):
+    """The tokenizer of the first folder that holds one, or None."""
+    for folder in folders:
+        if any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'meta.pkl')):
+            return load_tokenizer(folder)

@@ -1,0 +1,66 @@
+"""Continue a prompt with a trained model.
+
+python sample.py --start="def main(" --num_samples=3 --top_p=0.9
+python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
+"""
+import json as json_
+import os
+import sys
+
+import torch
+
+from fledge import UserError, checkpoint
+from fledge.configurator import configure
+from fledge.device import choose_device, choose_dtype
+from fledge.tokenizer import find_tokenizer, load_tokenizer
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'        # resume (out_dir's ckpt.pt) or a checkpoint file
+out_dir = 'out'             # a run's folder
+start = '\n'                # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
+num_samples = 10
+max_new_tokens = 500        # in each sample
+temperature = 0.8           # 0 is greedy, below 1 is safer, above 1 wilder
+top_k = 200                 # only the k likeliest tokens; 0: all
+top_p = 1.0                 # only the fewest tokens that have this probability together
+min_p = 0.0                 # only tokens with this share of the likeliest one's probability
+repetition_penalty = 1.0    # above 1, tokens seen before become less likely
+stop = '<|endoftext|>'      # the special token that ends a sample, where the tokenizer has it
+seed = 1337
+device = 'auto'             # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'              # auto, float32, bfloat16, float16
+compile = False             # torch.compile the model; the first tokens then take a minute
+json = False                # the last line of output is one JSON object
+configure(globals())
+# -----------------------------------------------------------------------------
+for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
+    if globals()[name] < least:
+        raise UserError(f'{name}={globals()[name]} must be at least {least}')
+device = choose_device(device)
+path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+state = checkpoint.load(path)
+model = checkpoint.load_model(state, path, dropout=0.0).to(device, choose_dtype(dtype, device)).eval()
+dataset = state.get('config', {}).get('dataset')
+tokenizer = find_tokenizer(os.path.dirname(path), os.path.join('data', dataset) if dataset else '') or load_tokenizer('gpt2')
+
+if start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'cannot read the prompt: {e}') from None
+prompt = tokenizer.encode(start, allow_special=True) or [tokenizer.end_of_text or 0]
+if max(prompt) >= model.config.vocab_size:
+    raise UserError(f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer')
+if compile:
+    model.compile(dynamic=True)
+end = tokenizer.special.get(stop)
+rows = model.generate([prompt] * num_samples, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
+                      repetition_penalty=repetition_penalty, stop=end, seed=seed)
+samples = [start + tokenizer.decode(row[len(prompt):-1] if row[-1] == end else row[len(prompt):]) for row in rows]
+sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
+for sample in samples:
+    print(sample)
+    print('---------------')
+if json:
+    print(json_.dumps({'start': start, 'samples': samples, 'tokens': [len(row) - len(prompt) for row in rows]}))

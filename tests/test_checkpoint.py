@@ -1,0 +1,154 @@
+"""Checkpoints survive, and never run code."""
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fledge import UserError, checkpoint, optimizers
+from model import GPT, GPTConfig
+
+
+def a_checkpoint(**more):
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
+    return dict(model=model.state_dict(), model_args=model.config.model_args(), iter_num=3, best_val_loss=2.5) | more
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
+    checkpoint.save(path, saved)
+    loaded = checkpoint.load(path)
+    assert loaded['iter_num'] == 3 and all(torch.equal(v, loaded['model'][k]) for k, v in saved['model'].items())
+    checkpoint.load_model(loaded, path)
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_torch_compiles_prefix_is_taken_off(tmp_path):
+    path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
+    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()}
+    torch.save(saved, path)
+    checkpoint.load_model(checkpoint.load(path), path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('how', ['inside', 'alone', 'plain pickle'])
+def test_a_payload_is_refused_and_not_run(tmp_path, how):
+    path, payload = str(tmp_path / 'ckpt.pt'), Payload(str(tmp_path / 'owned'))
+    if how == 'plain pickle':
+        with open(path, 'wb') as f:
+            pickle.dump(payload, f)
+    else:
+        torch.save(a_checkpoint(config=payload) if how == 'inside' else payload, path)
+    with pytest.raises(UserError, match='carries pickled code.* which is never run'):
+        checkpoint.load(path)
+    assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.parametrize('keep', [0, 1, 100, 0.5, 0.99])
+def test_one_cut_short_is_named(tmp_path, keep):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(str(path), a_checkpoint())
+    raw = path.read_bytes()
+    path.write_bytes(raw[:keep if isinstance(keep, int) else int(len(raw) * keep)])
+    with pytest.raises(UserError, match='ckpt.pt is (cut short or|no checkpoint)'):
+        checkpoint.load(str(path))
+
+
+def test_one_that_does_not_fit_is_named(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    torch.save({'weights': 1}, path)
+    with pytest.raises(UserError, match='lacks model or model_args'):
+        checkpoint.load(path)
+    saved = a_checkpoint()
+    saved['model_args']['n_embd'] = 16
+    with pytest.raises(UserError, match='does not fit this model: .*size mismatch'):
+        checkpoint.load_model(saved, path)
+    with pytest.raises(UserError, match='unexpected keyword'):
+        checkpoint.load_model(a_checkpoint(model_args={'width': 3}), path)
+    with pytest.raises(UserError, match='no checkpoint at .*nowhere'):
+        checkpoint.load(str(tmp_path / 'nowhere.pt'))
+
+
+def test_a_full_disk_leaves_the_previous_one(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    checkpoint.save(path, a_checkpoint())
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # a file may not grow past this, as on a full disk
+    try:
+        with pytest.raises(UserError, match='the previous checkpoint is as it was'):
+            checkpoint.save(path, a_checkpoint(iter_num=99))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.load(path)['iter_num'] == 3 and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+@pytest.mark.slow
+def test_killed_while_saving_leaves_a_whole_one(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    program = ('import sys, torch\nfrom fledge import checkpoint\nbig = dict(model={"w": torch.zeros(5_000_000)}, model_args={}, iter_num=0)\n'
+               f'while True:\n    big["iter_num"] += 1\n    checkpoint.save({path!r}, big)\n    print(big["iter_num"], flush=True)\n')
+    for lines in (1, 2, 3):
+        process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        done = [int(process.stdout.readline()) for _ in range(lines)][-1]
+        process.kill()  # SIGKILL, in the middle of the next one
+        process.wait()
+        assert checkpoint.load(path)['iter_num'] in (done, done + 1)
+
+
+def test_a_linked_checkpoint_stays_when_the_first_is_replaced(tmp_path):
+    path, best = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'best.pt')
+    checkpoint.save(path, a_checkpoint(iter_num=1))
+    checkpoint.link(path, best)
+    checkpoint.save(path, a_checkpoint(iter_num=2))
+    assert (checkpoint.load(best)['iter_num'], checkpoint.load(path)['iter_num']) == (1, 2)
+    checkpoint.link(path, best)
+    assert checkpoint.load(best)['iter_num'] == 2
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_optimizer_state_comes_back_but_settings_stay(name):
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
+    idx = torch.randint(20, (2, 9))
+
+    def step(opts):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        for o in opts:
+            o.step()
+            o.zero_grad()
+    first = optimizers.make_optimizers(model, name, 0.1, 0.2, (0.9, 0.95))
+    step(first)
+    saved = optimizers.state_dict(first)
+    second = optimizers.make_optimizers(model, name, 0.3, 0.4, (0.8, 0.9))
+    optimizers.load_state_dict(second, saved)
+    assert second[0].param_groups[0]['betas'] == (0.8, 0.9) and second[-1].param_groups[0]['lr'] == 0.3
+    for a, b in zip(first, second):
+        for s, t in zip(a.state_dict()['state'].values(), b.state_dict()['state'].values()):
+            assert all(torch.equal(s[k], t[k]) for k in s)
+    step(second)
+    with pytest.raises(UserError, match="another optimizer's"):
+        optimizers.load_state_dict(optimizers.make_optimizers(model, 'muon' if name == 'adamw' else 'adamw', 0.1, 0, (0.9, 0.95)), saved)
+
+
+def test_every_parameter_is_in_one_group():
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, qk_norm=True))
+    for name in ('adamw', 'muon'):
+        opts = optimizers.make_optimizers(model, name, 0.1, 0.2, (0.9, 0.95))
+        ids = [id(p) for o in opts for g in o.param_groups for p in g['params']]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    muon = {id(p) for p in opts[1].param_groups[0]['params']}
+    assert muon == {id(p) for n, p in model.named_parameters() if n.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))}
+    with pytest.raises(UserError, match='none of adamw, muon'):
+        optimizers.make_optimizers(model, 'sgd', 0.1, 0, (0.9, 0.95))

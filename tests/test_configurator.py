@@ -1,0 +1,70 @@
+"""Config files, JSON files and flags over a script's settings."""
+import json
+
+import pytest
+from conftest import run
+
+from fledge import UserError
+from fledge.configurator import configure
+
+DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None, _private=3)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.py').write_text('import time\nsteps = 20\nrate = 1\nname = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
+                                   'def hook(model, batch):\n    return steps\n')
+    (tmp_path / 'b.py').write_text('steps = steps * 2  # sees what came before it\n')
+    (tmp_path / 'c.json').write_text(json.dumps({'steps': 7, 'on': True}))
+
+
+def configured(*argv):
+    settings = dict(DEFAULTS)
+    return configure(settings, argv), settings
+
+
+def test_overrides_apply_from_left_to_right(files):
+    assert configured('a.py')[0] == dict(steps=20, rate=1.0, name='ft-True', on=False, mode='auto')
+    assert configured('a.py', 'b.py', '--rate=2')[0]['steps'] == 40
+    assert configured('b.py', 'a.py')[0]['steps'] == 20
+    assert configured('a.py', 'c.json', 'b.py')[0]['steps'] == 14
+    assert configured('--steps=3', 'c.json')[0]['steps'] == 7
+    assert configured('c.json', '--steps=3', '--on=False')[0] == dict(steps=3, rate=0.1, name='run', on=False, mode='auto')
+    values, settings = configured('a.py', '--steps=1')
+    assert settings['steps'] == 1 and settings['hook'](None, None) == 20 and settings['_private'] == 3 and 'hook' not in values
+
+
+@pytest.mark.parametrize('flag, name, value', [
+    ('--on', 'on', True), ('--on=True', 'on', True), ('--rate=1', 'rate', 1.0), ('--rate=6e-4', 'rate', 6e-4), ('--steps=1e3', 'steps', 1000),
+    ('--name=a=b', 'name', 'a=b'), ('--name=7', 'name', '7'), ('--name=', 'name', ''), ('--name="x y"', 'name', 'x y'), ('--mode=True', 'mode', True),
+    ('--mode=auto', 'mode', 'auto'), ('--steps=-1', 'steps', -1)])
+def test_values_take_the_type_of_the_default(flag, name, value):
+    found = configured(flag)[0][name]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--step=3', "no setting is called 'step'; the nearest are steps"), ('--steps=2.5', 'takes a whole number'), ('--steps=many', 'takes a whole number'),
+    ('--rate=fast', 'takes a number'), ('--on=2', 'takes True or False'), ('--steps=True', 'takes a whole number'), ('--steps', 'takes a whole number'),
+    ('nowhere.py', 'nowhere.py: No such file'), ('nowhere.json', 'nowhere.json: No such file'), ('steps=3', 'a setting is --key=value'),
+    ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'), ('syntax.py', 'syntax.py, line 1:'), ('typo.py', "no setting is called 'stepz'"),
+    ('type.py', 'type.py: steps: '), ('broken.json', 'broken.json is no valid JSON'), ('list.json', 'holds no object'), ('type.json', 'type.json: on: '),
+    ('typo.json', "no setting is called 'stepz'"), ('binary.py', 'is no config file')])
+def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {'raises.py': 'steps = 1\nrate = 1 / 0\n', 'syntax.py': 'steps = = 1\n', 'typo.py': 'stepz = 3\n', 'type.py': 'steps = "3"\n',
+                       'broken.json': '{"steps": ', 'list.json': '[1]', 'type.json': '{"on": 3}', 'typo.json': '{"stepz": 3}'}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(UserError, match=words.replace('(', r'\(')):
+        configured('--steps=5', argument)
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'prepare/text.py'])
+def test_help_lists_every_setting_with_its_comment(script, tmp_path):
+    out = run(tmp_path, script, '--help')
+    settings = [line for line in out.splitlines() if line.startswith('  --')]
+    assert len(settings) >= 8 and all(len(line.split('=', 1)[1].split()) > 0 for line in settings)
+    if script == 'train.py':
+        assert "--out_dir='out'" in out and 'checkpoints, metrics.jsonl' in out and '--learning_rate=0.006' in out

@@ -1,0 +1,70 @@
+"""README's commands, read from README and run as written, with smaller models and fewer steps appended."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SHARED, write_tiny
+
+SMALL = ('--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
+         '--target_tokens=0 --max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu')
+
+
+def commands():
+    """Every line of README's sh blocks, without its comment."""
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        blocks = re.findall(r'```sh\n(.*?)```', f.read(), re.S)
+    return [line.split('  #')[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith('#')]
+
+
+def test_readme_names_the_two_commands():
+    assert 'pip install -r requirements.txt && python train.py' in commands()
+    assert 'pip install -r requirements-dev.txt && python -m pytest' in commands()
+    with open(os.path.join(ROOT, '.ci', 'run')) as f:
+        assert 'pip install -r requirements-dev.txt && python -m pytest\n' in f.read()
+
+
+def test_readmes_map_is_true():
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        named = set(re.findall(r'^\s*([\w/]+\.py)\s{2,}', re.search(r'```\n(model\.py.*?)```', f.read(), re.S)[1], re.M))
+    there = {n for n in os.listdir(ROOT) if n.endswith('.py')} | {n for n in os.listdir(os.path.join(ROOT, 'fledge')) if n.endswith('.py')}
+    assert named - {n for n in named if '/' in n} == there - {'__init__.py'}
+
+
+@pytest.mark.slow
+def test_readmes_commands_run(tmp_path):
+    if not os.path.isdir(SHARED):
+        pytest.skip('the real data is not at hand')
+    for name in ('model.py', 'train.py', 'sample.py'):
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    for name in ('fledge', 'prepare', 'config'):
+        shutil.copytree(os.path.join(ROOT, name), tmp_path / name)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'a.md').write_text('some words of my own. ' * 500)
+    (tmp_path / 'talk.txt').write_text('more of them, and others. ' * 500)
+    (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
+    write_tiny(tmp_path / 'data' / 'tiny')
+    ran = []
+    for command in commands():
+        command = command.removeprefix('pip install -r requirements.txt && ')
+        words = shlex.split(command)
+        if words[0] in ('pip', 'git') or 'pytest' in words:
+            continue
+        if words[0] == 'torchrun':
+            words = [sys.executable, '-m', 'torch.distributed.run', *words[1:]]
+        elif words[0] == 'python':
+            words[0] = sys.executable
+        if 'train.py' in words:
+            missing = [w for w in words if 'dolma' in w or 'gpt2_' in w]  # corpora too large to have here
+            words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
+        if 'sample.py' in words:
+            words += ['--max_new_tokens=5']
+        if words[1].startswith('prepare/shakespeare'):
+            words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
+        ran.append(command)
+    assert len(ran) >= 12

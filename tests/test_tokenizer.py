@@ -1,0 +1,126 @@
+"""Text to ids and back, over every backend."""
+import json
+import os
+import pickle
+import random
+import unicodedata
+
+import pytest
+import tokenizers
+from conftest import shared
+
+from fledge import UserError
+from fledge.tokenizer import PATTERNS, Tokenizer, byte_tokenizer, char_tokenizer, find_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+
+
+def random_texts(n, seed=0):
+    """Texts that break tokenizers: any Unicode, control characters, runs of spaces and newlines, special tokens spelled out."""
+    rng = random.Random(seed)
+    pieces = ['def main():\n', '    return x', "don't", ' 123,456', '\r\n', '\t\t', '<|endoftext|>', '😀👩‍👩‍👧', 'naïve', '中文', '\x00\x07', ' ' * 9, '\n\n\n', 'aaaa']
+    texts = ['', ' ', '\n', 'a' * 5000]
+    while len(texts) < n:
+        parts = [rng.choice(pieces) if rng.random() < 0.6 else chr(rng.randrange(0x110000)) for _ in range(rng.randrange(1, 30))]
+        texts.append(''.join(p for p in parts if len(p) > 1 or unicodedata.category(p) != 'Cs'))
+    return texts
+
+
+@pytest.fixture(scope='module')
+def trained():
+    with open(os.__file__, encoding='utf-8') as f, open(random.__file__, encoding='utf-8') as g:
+        return train_bpe([f.read(), g.read()], 1000)
+
+
+def tokenizer_named(name, request):
+    if name == 'gpt2':
+        shared('tiktoken')
+        return gpt2_tokenizer()
+    return {'bytes': byte_tokenizer, 'trained': lambda: request.getfixturevalue('trained')}[name]()
+
+
+@pytest.mark.parametrize('name', ['trained', 'bytes', 'gpt2'])
+def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
+    tokenizer = tokenizer_named(name, request)
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+    for t in tokenizer.special:  # text that spells a special token is text
+        assert len(tokenizer.encode(t)) > 1 and tokenizer.encode(f'a{t}b', allow_special=True).count(tokenizer.special[t]) == 1
+    texts = random_texts(1000)
+    batch = tokenizer.encode_batch(texts, 2)
+    for text, ids in zip(texts, batch):
+        assert ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
+        if '<|' not in text:  # `tokenizers` takes special tokens in text for special
+            assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
+    assert theirs.get_vocab_size() == tokenizer.vocab_size
+    again = load_tokenizer(str(tmp_path))
+    assert again.encode(texts[7]) == batch[7] and again.special == tokenizer.special and again.vocab_size == tokenizer.vocab_size
+
+
+def test_gpt2_is_tiktokens(request):
+    import tiktoken
+    ours, theirs = tokenizer_named('gpt2', request), tiktoken.get_encoding('gpt2')
+    assert ours.vocab_size == 50257 and ours.end_of_text == 50256
+    for text in random_texts(300, seed=1):
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+    assert ours.encode('a<|endoftext|>', allow_special=True) == theirs.encode('a<|endoftext|>', allowed_special='all')
+
+
+def test_trained_vocabulary_has_the_size_asked_for(trained):
+    assert trained.vocab_size == 1000 and trained.special == {'<|endoftext|>': 997, '<|im_start|>': 998, '<|im_end|>': 999}
+    assert trained.spec['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'] == PATTERNS['qwen2']
+    assert len(trained.encode('    def __init__(self):\n')) < 10
+    with pytest.raises(UserError, match='at least 259'):
+        train_bpe(['abc'], 200)
+
+
+def test_characters(tmp_path):
+    tokenizer = char_tokenizer(sorted(set('hello\n')))
+    assert tokenizer.encode('hello') == [2, 1, 3, 3, 4] and tokenizer.decode([2, 1, 3, 3, 4]) == 'hello'
+    assert tokenizer.end_of_text is None and tokenizer.vocab_size == 5
+    with pytest.raises(UserError, match="'x' is not in this vocabulary of 5 characters"):
+        tokenizer.encode('hex')
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    assert load_tokenizer(str(tmp_path)).encode('hole') == [2, 4, 3, 1]
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json')).encode('hello\n').ids == [2, 1, 3, 3, 4, 0]
+
+
+def test_ids_without_text_are_replacement_characters(trained):
+    assert trained.decode([5000]) == '�' and byte_tokenizer().decode([0xf0, 65]) == '�A'
+
+
+def test_another_kind_of_tokenizer_runs_on_tokenizers(tmp_path):
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram([('<unk>', 0.0), ('▁a', -1.0), ('b', -2.0), ('▁', -3.0)], unk_id=0))
+    theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    ours = Tokenizer(json.loads(theirs.to_str()))
+    assert ours.hf and ours.encode('ab a') == theirs.encode('ab a').ids and ours.decode(ours.encode('ab a')) == 'ab a' and ours.vocab_size == 4
+
+
+def test_nanogpts_meta_pkl_is_read_without_running_it(tmp_path):
+    meta = {'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: '\n'}, 'stoi': {'a': 0, 'b': 1, '\n': 2}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert find_tokenizer(str(tmp_path / 'nowhere'), str(tmp_path)).encode('ab\n') == [0, 1, 2]
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'itos': Payload()}))
+    with pytest.raises(UserError, match='only plain dictionaries'):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.parametrize('content', ['', '{"model": ', '[]', '{}', '{"model": {"type": "BPE"}}', '\x80'])
+def test_a_broken_tokenizer_is_named(tmp_path, content):
+    (tmp_path / 'tokenizer.json').write_text(content)
+    with pytest.raises(UserError, match='tokenizer.json is not a readable tokenizer'):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match='no tokenizer at nowhere'):
+        load_tokenizer('nowhere')
+
+
+def test_no_vocabulary_and_no_network_is_one_line(tmp_path, monkeypatch):
+    import tiktoken.registry
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    with pytest.raises(UserError, match='--tokenizer=train'):
+        load_tokenizer('gpt2')

@@ -1,0 +1,292 @@
+"""The trainer: what it writes, how it goes on, how it stops, what it refuses."""
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
+
+from fledge import checkpoint
+from fledge.tokens import BinWriter
+
+LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60', '--out_dir=out']  # dropout and sampling on
+
+
+def losses(folder):
+    return [(m['step'], m['train_loss'], m['val_loss'], m['grad_norm'], m['lr']) for m in metrics(folder)]
+
+
+def assert_same_run(a, b):
+    """Two runs' metrics and final checkpoints are equal to the last bit."""
+    assert losses(a) == losses(b)
+    first, second = (checkpoint.load(str(f / 'ckpt.pt')) for f in (a, b))
+    assert first['iter_num'] == second['iter_num'] and first['best_val_loss'] == second['best_val_loss']
+    assert all(torch.equal(v, second['model'][k]) for k, v in first['model'].items())
+    flat = [o['state'] for c in (first, second) for o in c['optimizer']]
+    for x, y in zip(flat[:2], flat[2:]):
+        assert all(torch.equal(x[i][k], y[i][k]) for i in x for k in x[i])
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """60 steps in one run."""
+    folder = tmp_path_factory.mktemp('whole')
+    write_tiny(folder / 'data' / 'tiny')
+    folder.joinpath('stdout').write_text(run(folder, 'train.py', *LOSSY, '--max_iters=60'))
+    return folder
+
+
+def test_a_run_leaves_what_it_should(whole):
+    assert sorted(os.listdir(whole / 'out')) == ['best.pt', 'ckpt.pt', 'loss.png', 'metrics.jsonl', 'samples_step_000030.txt', 'samples_step_000060.txt',
+                                                 'settings.json', 'tokenizer.json', 'train.log']
+    lines = metrics(whole / 'out')
+    assert [m['step'] for m in lines] == list(range(61))
+    assert list(lines[0]) == ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'elapsed']
+    assert [m['step'] for m in lines if m['val_loss'] is not None] == [0, 30, 60]
+    assert all(m['tokens'] == 64 * m['step'] for m in lines) and lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.3
+    assert abs(lines[0]['val_bpb'] - lines[0]['val_loss'] / np.log(2)) < 1e-6  # one byte a token here
+    assert 0 < lines[20]['mfu'] < 1 and lines[20]['tokens_per_second'] > 0
+    assert (whole / 'out' / 'loss.png').read_bytes()[:4] == b'\x89PNG'
+    assert (whole / 'out' / 'samples_step_000060.txt').read_text().count('---------------') == 2
+    out = (whole / 'stdout').read_text()
+    assert 'seed=1337' in out and out in (whole / 'out' / 'train.log').read_text() + out
+    saved = json.loads((whole / 'out' / 'settings.json').read_text())
+    assert saved['dropout'] == 0.2 and saved['seed'] == 1337
+
+
+def test_settings_json_repeats_the_run(whole, tmp_path):
+    write_tiny(tmp_path / 'data' / 'tiny')
+    run(tmp_path, 'train.py', str(whole / 'out' / 'settings.json'))
+    assert_same_run(tmp_path / 'out', whole / 'out')
+
+
+def test_thirty_steps_resumed_for_thirty_more_equal_sixty(whole, workdir):
+    run(workdir, 'train.py', *LOSSY, '--max_iters=30')
+    run(workdir, 'train.py', *LOSSY, '--max_iters=60', '--init_from=resume')
+    assert_same_run(workdir / 'out', whole / 'out')
+    assert (workdir / 'out' / 'samples_step_000060.txt').read_text() == (whole / 'out' / 'samples_step_000060.txt').read_text()
+
+
+def wait_for(path, text, process, seconds=120):
+    """Until the file at path contains text."""
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f'{text!r} never came: {process.communicate()}')
+
+
+def test_killed_between_checkpoints_goes_on_as_if_nothing_had_been(whole, workdir):
+    process = start(workdir, 'train.py', *LOSSY, '--max_iters=60')
+    wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 37,', process)
+    process.kill()
+    process.communicate()
+    assert metrics(workdir / 'out')[-1]['step'] >= 37
+    run(workdir, 'train.py', *LOSSY, '--max_iters=60', '--auto_resume')
+    assert_same_run(workdir / 'out', whole / 'out')
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(whole, workdir, number):
+    process = start(workdir, 'train.py', *LOSSY, '--max_iters=60')
+    wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 12,', process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'saving and stopping' in err and '--init_from=resume' in out and 'Traceback' not in err
+    assert 12 < checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))['iter_num'] < 60
+    run(workdir, 'train.py', *LOSSY, '--max_iters=60', '--init_from=resume')
+    assert_same_run(workdir / 'out', whole / 'out')
+
+
+def test_a_second_signal_stops_at_once(workdir):
+    (workdir / 'slow.py').write_text('import time\ndef objective(model, batch):\n    time.sleep(20)\n    return model(*batch)[1]\n')
+    process = start(workdir, 'train.py', *TINY, 'slow.py', '--max_iters=60', '--eval_interval=1000')
+    wait_for(workdir / 'out' / 'train.log', 'tokens a step', process)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    t = time.time()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert time.time() - t < 3 and process.returncode == 128 + signal.SIGINT
+
+
+def test_a_new_run_keeps_the_one_that_was_there(workdir):
+    run(workdir, 'train.py', *TINY, '--max_iters=3')
+    first = (workdir / 'out' / 'ckpt.pt').read_bytes()
+    out = run(workdir, 'train.py', *TINY, '--max_iters=2')
+    assert 'is now in' in out and (workdir / 'out' / 'previous' / 'ckpt.pt').read_bytes() == first
+    assert len(metrics(workdir / 'out')) == 3 and len(metrics(workdir / 'out' / 'previous')) == 4
+
+
+def test_processes_share_the_batch_of_one(workdir):
+    """DistributedDataParallel over 1 and 2 processes: the same batches, so the same losses up to rounding; one voice."""
+    flags = [*TINY, '--max_iters=12', '--gradient_accumulation_steps=2', '--eval_interval=6']
+    run(workdir, 'train.py', *flags, '--out_dir=one')
+    two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', os.path.join(ROOT, 'train.py'), *flags, '--out_dir=two'],
+                         cwd=workdir, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count('step 0: val loss') == 1 and two.stdout.count('done at step 12') == 1
+    for a, b in zip(metrics(workdir / 'one'), metrics(workdir / 'two'), strict=True):
+        for key in ('train_loss', 'val_loss', 'val_bpb', 'grad_norm'):
+            assert (a[key] is None and b[key] is None) or abs(a[key] - b[key]) < 1e-3, (key, a, b)
+    failed = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', os.path.join(ROOT, 'train.py'), *TINY, '--batch_size=3'],
+                            cwd=workdir, capture_output=True, text=True, timeout=300)
+    assert failed.returncode != 0 and 'do not divide among 2 processes' in failed.stderr
+
+
+def test_gradients_are_synchronised_once_a_step(workdir):
+    """Counted from outside, by a wrapper that counts DDP's all-reduces."""
+    (workdir / 'count.py').write_text(
+        'import runpy, sys, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\ncalls = []\nonce = DDP.__init__\n'
+        'def init(self, *a, **k):\n    once(self, *a, **k)\n'
+        '    self.register_comm_hook(None, lambda s, b: (calls.append(1), dist.all_reduce(b.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2))[1])\n'
+        f'DDP.__init__ = init\nsys.path.insert(0, {ROOT!r})\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")\n'
+        'print("buckets", len(calls))\n')
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', 'count.py', os.path.join(ROOT, 'train.py'), *TINY,
+                          '--max_iters=5', '--gradient_accumulation_steps=6', '--dtype=float32'], cwd=workdir, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    assert set(re.findall(r'buckets (\d+)', out.stdout)) == {'5'}  # one bucket a step, for six micro-batches
+
+
+def test_early_stopping(workdir):
+    out = run(workdir, 'train.py', *TINY, '--max_iters=50', '--eval_interval=2', '--early_stopping_patience=3', '--learning_rate=0')
+    assert 'no better val loss in 3 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 6
+
+
+def test_only_a_better_loss_is_saved_when_asked(workdir):
+    run(workdir, 'train.py', *TINY, '--max_iters=6', '--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=0')
+    assert not (workdir / 'out' / 'ckpt.pt').exists()  # step 0's loss was never beaten
+
+
+def test_max_minutes_bounds_the_run(workdir):
+    t = time.time()
+    run(workdir, 'train.py', *TINY, '--max_iters=1000000', '--max_minutes=0.1', '--eval_interval=1000000', '--sample_interval=0', '--log_interval=100')
+    last = metrics(workdir / 'out')
+    assert 4 < last[-1]['elapsed'] < 8 and time.time() - t < 25
+    assert last[-2]['lr'] < 0.006 * 0.4 and last[-1]['val_loss'] < last[0]['val_loss']  # the schedule follows
+
+
+@pytest.mark.parametrize('flags, steps', [(['--target_tokens=640'], 10), (['--target_tokens=641'], 11), (['--target_epochs=0.5'], 32)])
+def test_other_ways_to_say_max_iters(workdir, flags, steps):
+    assert f', {steps} steps' in run(workdir, 'train.py', *TINY, *flags, '--eval_only')
+
+
+def test_dry_run_and_eval_only_write_nothing(workdir):
+    before = sorted(os.walk(workdir))
+    out = run(workdir, 'train.py', *TINY, '--dry_run', '--max_iters=1000')
+    for word in ('parameters: ', 'tokens: 64,000', '(6ND)', 'memory: ', 'time: '):
+        assert word in out
+    n = int(re.search(r'parameters: ([\d,]+)', out)[1].replace(',', ''))
+    assert f'FLOPs: {6 * n * 64000:.3g} ' in out
+    assert re.search(r'val loss 4\.\d+, perplexity \d+\.\d+, 5\.\d+ bits per byte', run(workdir, 'train.py', *TINY, '--eval_only'))
+    assert sorted(os.walk(workdir)) == before
+
+
+def test_evaluation_is_the_same_whatever_came_before(workdir):
+    first, second = (run(workdir, 'train.py', *TINY, '--eval_only', '--eval_iters=0', f'--batch_size={b}') for b in (4, 7))
+    pick = lambda out: re.search(r'val loss (\S+),', out)[1]
+    assert pick(first) == pick(second)
+
+
+def test_a_config_file_may_bring_its_own_loss(workdir):
+    (workdir / 'mine.py').write_text('max_iters = 4\ndef objective(model, batch):\n    x, y = batch\n    return model(x, y)[1] * 2\n')
+    run(workdir, 'train.py', *TINY, 'mine.py')
+    run(workdir, 'train.py', *TINY, '--max_iters=4', '--out_dir=plain')
+    assert abs(metrics(workdir / 'out')[0]['val_loss'] / metrics(workdir / 'plain')[0]['val_loss'] - 2) < 0.01
+
+
+@pytest.mark.parametrize('flags', [
+    ['--optimizer=adamw', '--lr_schedule=cosine', '--position=learned', '--norm=layernorm', '--activation=gelu', '--qk_norm=False', '--bias'],
+    ['--lr_schedule=wsd', '--gradient_checkpointing', '--dtype=float32', '--tie_embeddings=False', '--min_lr=1e-4'],
+    ['--decay_lr=False', '--grad_clip=0', '--activation=relu2', '--dtype=bfloat16']])
+def test_settings_train(workdir, flags):
+    run(workdir, 'train.py', *TINY, *flags, '--max_iters=40')
+    lines = metrics(workdir / 'out')
+    assert lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.1
+    lr = [m['lr'] for m in lines[:-1]]
+    if '--lr_schedule=wsd' in flags:
+        assert lr[5] == lr[32] == 0.006 and abs(lr[36] - (1e-4 + 0.5 * 0.0059)) < 1e-9
+    if '--lr_schedule=cosine' in flags:
+        assert lr[:3] == pytest.approx([0.001, 0.002, 0.003]) and lr[5] == 0.006 and lr[22] == pytest.approx(0.003, rel=0.1)
+    if '--decay_lr=False' in flags:
+        assert set(lr) == {0.006}
+
+
+@pytest.mark.slow
+def test_compile_trains_and_falls_back(workdir):
+    out = run(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env={'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')})
+    assert out.count('torch.compile failed (') == 1 and 'going on without it' in out and 'done at step 3' in out
+
+
+def test_a_terminal_gets_a_progress_bar(workdir):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--max_iters=20'], cwd=workdir, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b''
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            try:
+                screen += os.read(ours, 65536)
+            except OSError:
+                break
+    os.close(ours)
+    screen = screen.decode()
+    assert process.wait() == 0 and '20/20' in screen and '100%' in screen and 'step/s' in screen and 'step 20: val loss' in screen, screen
+    assert (workdir / 'out' / 'train.log').read_text().count('tok/s') == 20
+
+
+def test_wandb_offline_and_tensorboards_absence(workdir):
+    run(workdir, 'train.py', *TINY, '--max_iters=3', '--wandb_log')
+    assert list((workdir / 'out' / 'wandb').glob('offline-run-*'))
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert 'the package tensorboard is not installed: pip install tensorboard' in fails(workdir, 'train.py', *TINY, '--tensorboard')
+    else:
+        run(workdir, 'train.py', *TINY, '--max_iters=3', '--tensorboard')
+        assert list((workdir / 'out' / 'tensorboard').iterdir())
+
+
+def broken(text=None, **arrays):
+    def make(folder):
+        for name, ids in arrays.items():
+            with BinWriter(str(folder / f'{name}.bin'), 65536) as f:
+                f.write(ids)
+        if text is not None:
+            (folder / 'train.bin').write_bytes(text)
+    return make
+
+
+@pytest.mark.parametrize('make, flags, words', [
+    (None, ['--dataset=nowhere'], 'data/nowhere has no train.bin; make it with: python prepare/text.py'),
+    (None, ['--dataset=shakespeare_char'], 'make it with: python prepare/shakespeare_char.py'),
+    (None, [os.path.join(ROOT, 'config/dolma_75m.py')], 'make it with: python prepare/'),
+    (broken(b''), [], 'train.bin is empty'),
+    (broken(np.array([20240520, 1, 500], '<i4').tobytes() + bytes(1012 + 998)), [], 'train.bin is truncated'),
+    (broken(np.array([20240521, 1, 500], '<i4').tobytes() + bytes(1012 + 1000)), [], 'wrong magic'),
+    (broken(train=[64] * 500), [], 'holds token 64 at position'),
+    (None, ['--block_size=4000'], 'block_size=4000 is longer than the data'),
+    (None, ['--head_dim=0', '--n_embd=17'], 'n_embd=17 is not divisible by n_head=2'),
+    (None, ['--out_dir=data/tiny/train.bin/out'], 'cannot write to out_dir='),
+    (None, ['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
+    (None, ['--init_from=gone.pt'], 'no checkpoint at gone.pt'),
+    (None, ['--device=cuda:99'], "device='cuda:99' cannot be used here"),
+    (None, ['--dtype=float8'], 'none of auto, float32'), (None, ['--optimizer=sgd'], 'none of adamw, muon'), (None, ['--lr_schedule=step'], 'none of linear'),
+    (None, ['--compile=yes'], 'none of auto, True, False'),
+    (None, ['--batch_size=0'], 'batch_size=0'), (None, ['--max_iters=-1'], 'max_iters=-1'), (None, ['--learning_rat=1'], 'learning_rate'),
+    (None, ['--learning_rate=1e9', '--optimizer=adamw', '--max_iters=20', '--grad_clip=0'], 'the run diverged')])
+def test_bad_input_is_one_line(workdir, make, flags, words):
+    if make:
+        make(workdir / 'data' / 'tiny')
+    assert words in fails(workdir, 'train.py', *TINY, *flags)
+    assert not list(workdir.rglob('*.tmp'))

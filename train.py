@@ -1,0 +1,408 @@
+"""Train a GPT from scratch, go on with a run, or start from a checkpoint.
+
+One process:         python train.py config/shakespeare_char.py --batch_size=32
+Several on a node:   torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.py
+Several nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+"""
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fledge import UserError, checkpoint, optimizers
+from fledge.configurator import configure, one_line
+from fledge.device import choose_device, choose_dtype, peak_flops
+from fledge.runlog import RunLog
+from fledge.tokenizer import find_tokenizer, load_tokenizer
+from fledge.tokens import Tokens, split_files
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# The settings. As they stand they are the default run: see config/stdlib.py.
+# where the run lives
+out_dir = 'out'                 # checkpoints, metrics.jsonl, train.log, settings.json, samples, loss.png
+init_from = 'scratch'           # scratch, resume (goes on with out_dir's ckpt.pt) or a checkpoint file to start from
+auto_resume = False             # resume where out_dir has a checkpoint, else start: for jobs that are started again
+seed = 1337                     # of the weights, the order of the data, dropout and samples
+# evaluation, checkpoints, logs
+eval_interval = 200             # steps between evaluations, each followed by a checkpoint
+eval_iters = 0                  # batches of val in one evaluation, always the same ones; 0: all of val
+eval_only = False               # evaluate once and stop
+always_save_checkpoint = True   # False: only where val loss improved
+early_stopping_patience = 0     # stop after so many evaluations without a better val loss; 0: never
+log_interval = 10               # steps between lines of progress
+sample_interval = 200           # steps between samples_step_*.txt; 0: none
+sample_start = '\n'             # what the samples begin with
+sample_tokens = 200             # length of each of the three samples
+dry_run = False                 # say what the run will take, from one real step, and write nothing
+wandb_log = False               # log to Weights & Biases (WANDB_MODE=offline needs no account)
+wandb_project = 'fledge'
+wandb_run_name = 'run'
+tensorboard = False             # log to out_dir/tensorboard
+# data
+dataset = 'stdlib'              # a folder under data/
+gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
+batch_size = 32                 # rows in a micro-batch
+block_size = 256                # tokens in a row: the context
+# model; the default is Qwen3's block, which every runtime loads
+n_layer = 4
+n_head = 4                      # query heads
+n_kv_head = 2                   # key and value heads, shared by the query heads; 0: n_head
+head_dim = 64                   # 0: n_embd / n_head
+n_embd = 256                    # width
+n_inner = 0                     # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd
+vocab_size = 0                  # 0: the dataset's
+dropout = 0.0
+bias = False                    # biases in the linear layers and LayerNorms
+qkv_bias = 'auto'               # biases on queries, keys and values: auto (as bias), True, False
+position = 'rope'               # rope, learned
+rope_theta = 10000.0
+norm = 'rmsnorm'                # rmsnorm, layernorm
+norm_eps = 1e-6
+activation = 'swiglu'           # swiglu, gelu, gelu_tanh, relu2
+qk_norm = True                  # normalize each head's queries and keys
+tie_embeddings = True           # the head is the token embedding
+gradient_checkpointing = False  # less memory for about a third more time
+# optimizer
+optimizer = 'muon'              # muon (the blocks' matrices; AdamW for the rest), adamw
+learning_rate = 6e-3            # highest
+max_iters = 1200                # steps
+target_tokens = 0               # instead of max_iters: as many steps as see this many tokens
+target_epochs = 0.0             # instead of max_iters: as many steps as see the data so often
+max_minutes = 5.0               # lower max_iters to what this machine does in this time; 0: no limit
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                 # clip the gradient's norm to this; 0: do not
+# learning rate schedule
+decay_lr = True                 # False: learning_rate throughout
+lr_schedule = 'linear'          # linear, cosine, wsd (constant, then linear over the last fifth)
+warmup_iters = 20               # steps of linear warmup
+lr_decay_iters = 0              # the step at which min_lr is reached; 0: max_iters
+min_lr = 0.0
+# the machine
+device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'                  # auto, float32, bfloat16, float16
+compile = 'auto'                # auto, True, False: torch.compile; auto is on for CUDA, off where it gains nothing
+backend = 'auto'                # of torchrun's processes: auto, nccl, gloo
+objective = None                # a config file may define objective(model, batch) -> loss; batch is (inputs, targets)
+config = configure(globals())
+# -----------------------------------------------------------------------------
+for name in ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
+    if config[name] < 1:
+        raise UserError(f'{name}={config[name]} must be at least 1')
+for name in ('max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'seed', 'learning_rate',
+             'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'):
+    if config[name] < 0:
+        raise UserError(f'{name}={config[name]} must not be negative')
+for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('auto', True, False)), ('backend', ('auto', 'nccl', 'gloo'))):
+    if config[name] not in known:
+        raise UserError(f'{name}={config[name]!r} is none of {", ".join(map(str, known))}')
+
+# ---- processes, device, precision
+rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+main = rank == 0  # this process alone speaks and writes
+device = choose_device(device)
+device_type = device.split(':')[0]
+if world > 1:
+    device = f'cuda:{local_rank}' if device_type == 'cuda' else device
+    dist.init_process_group('gloo' if device_type != 'cuda' else 'nccl' if backend == 'auto' else backend)
+    sys.excepthook = one_line  # torch.distributed has put its own in the way
+if device_type == 'cuda':
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high')  # tf32
+dtype = choose_dtype(dtype, device)
+autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
+if rows_per_step % world:
+    raise UserError(f'{rows_per_step} rows a step (gradient_accumulation_steps x batch_size) do not divide among {world} processes')
+rows_per_process = rows_per_step // world
+
+# ---- the run's folder, and the checkpoint to go on with
+ckpt_path, data_dir = os.path.join(out_dir, 'ckpt.pt'), os.path.join('data', dataset)
+if auto_resume and init_from == 'scratch' and os.path.exists(ckpt_path):
+    init_from = 'resume'
+resuming = init_from == 'resume'
+start = None if init_from == 'scratch' else checkpoint.load(ckpt_path if resuming else init_from)
+log = RunLog(main, None if dry_run or eval_only else out_dir)
+
+# ---- data; the default corpus is made on the spot, any other has to be there
+if main and not split_files(data_dir, 'train'):
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare', f'{dataset}.py')
+    if dataset != 'stdlib' or dry_run:
+        other = f'text.py --input=YOUR_FILES --name={dataset} --tokenizer=' + (f'train --vocab_size={vocab_size}' if vocab_size else 'gpt2')
+        raise UserError(f'{data_dir} has no train.bin; make it with: python prepare/{dataset + ".py" if os.path.exists(script) else other}')
+    if subprocess.run([sys.executable, script]).returncode:
+        raise UserError('python prepare/stdlib.py failed; see above')
+if world > 1:
+    dist.barrier()
+tokenizer = find_tokenizer(data_dir)
+known_vocabulary = tokenizer is not None  # nanoGPT's folders say nothing where the vocabulary is GPT-2's
+if not known_vocabulary:
+    try:
+        tokenizer = load_tokenizer('gpt2')
+    except UserError as e:
+        log.say(f'{e}: no samples, no bits per byte')
+
+# ---- model
+torch.manual_seed(seed)
+if start is None:
+    vocab_size = vocab_size or (tokenizer.vocab_size if known_vocabulary else 50304)
+    qkv_bias = bias if qkv_bias == 'auto' else qkv_bias
+    try:
+        model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in config}))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+else:
+    model = checkpoint.load_model(start, ckpt_path if resuming else init_from, dropout=dropout)
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+block_size, vocab_size = model.config.block_size, model.config.vocab_size
+model.to(device).gradient_checkpointing = gradient_checkpointing
+train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
+val_data = Tokens(data_dir, 'val', block_size, vocab_size)
+tokens_per_step = rows_per_step * block_size
+if target_tokens or target_epochs:
+    max_iters = math.ceil((target_tokens or target_epochs * train_data.n_tokens) / tokens_per_step)
+bytes_of = np.zeros(vocab_size, np.int64)  # of text behind each token; special tokens have none
+for i, token in (tokenizer.token_bytes if tokenizer else {}).items():
+    if i < vocab_size and i not in tokenizer.special.values():
+        bytes_of[i] = len(token)
+
+# ---- optimizers, and what else a resumed run goes on with
+opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+first_step, elapsed, best_val_loss, evaluations_since_best, last_evaluation = 0, 0.0, math.inf, 0, None
+if resuming:
+    first_step, best_val_loss = start['iter_num'], float(start['best_val_loss'])
+    if 'optimizer' in start:
+        optimizers.load_state_dict(opts, start['optimizer'])
+    scaler.load_state_dict(start.get('scaler') or {})
+    elapsed, evaluations_since_best = start.get('elapsed', 0.0), start.get('evaluations_since_best', 0)  # not in nanoGPT's
+    last_evaluation = start.get('evaluation')
+del start
+log.open(config, first_step if resuming else None)
+if main and tokenizer and log.out_dir:
+    tokenizer.save(log.path('tokenizer.json'))
+log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
+log.connect(config, wandb_log, tensorboard)
+peak = peak_flops(device, dtype)
+log.say(f'{model.get_num_params(non_embedding=False) / 1e6:.2f}M parameters, {device} in {str(dtype)[6:]}, peak {peak / 1e12:.2f} TFLOP/s; '
+        f'{tokens_per_step:,} tokens a step, {max_iters:,} steps, {max_iters * tokens_per_step / train_data.n_tokens:.2f} epochs of {train_data.n_tokens:,} tokens')
+if resuming:
+    log.say(f'resuming at step {first_step}')
+
+
+def loss_of(network, x, y):
+    """The loss of inputs and targets, numpy (rows, block_size): float32 scalar on the device."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if device_type == 'cuda':
+        x, y = x.pin_memory(), y.pin_memory()  # so that the copy does not wait
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    with autocast:
+        return objective(network, (x, y)) if objective else network(x, y, return_logits=False)[1]
+
+
+compiled = model
+if compile is True or (compile == 'auto' and device_type == 'cuda'):
+    try:
+        compiled = torch.compile(model)
+        loss_of(compiled, *train_data.rows(0, min(batch_size, rows_per_process))).backward()  # it compiles at the first use
+    except Exception as e:
+        compiled = model
+        log.say(f'torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}); going on without it')
+    model.zero_grad(set_to_none=True)
+network = DistributedDataParallel(compiled, device_ids=[local_rank] if device_type == 'cuda' else None) if world > 1 else compiled
+
+
+def lr_at(step, total_steps):
+    """The learning rate of a step of a run of total_steps."""
+    if not decay_lr:
+        return learning_rate
+    end = lr_decay_iters or total_steps
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= end:
+        return min_lr
+    start = max(warmup_iters, 0.8 * end) if lr_schedule == 'wsd' else warmup_iters
+    done = max(0.0, (step - start) / (end - start))  # of the decay, 0 to 1
+    share = 0.5 * (1 + math.cos(math.pi * done)) if lr_schedule == 'cosine' else 1 - done
+    return min_lr + share * (learning_rate - min_lr)
+
+
+def train_step(step, lr):
+    """Forward, backward and update on the rows of one step. Returns this process's mean loss and the gradient's norm, tensors."""
+    # dropout's randomness is a function of the step, as the rows are: nothing to save, nothing to replay
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    first_row, total = step * rows_per_step + rank * rows_per_process, torch.zeros((), device=device)
+    for done in range(0, rows_per_process, batch_size):
+        count = min(batch_size, rows_per_process - done)
+        if world > 1:  # the processes average their gradients once a step
+            network.require_backward_grad_sync = done + count == rows_per_process
+        loss = loss_of(network, *train_data.rows(first_row + done, count)) * (count / rows_per_process)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    for o in opts:
+        scaler.unscale_(o)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for o in opts:
+        for group in o.param_groups:
+            group['lr'] = lr
+        scaler.step(o)
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return total, grad_norm
+
+
+@torch.no_grad()
+def evaluate():
+    """Loss on val in nats a token and in bits a byte (None without a tokenizer), over the same rows each time."""
+    model.eval()
+    rows = val_data.evaluation_rows(eval_iters * batch_size or None)
+    sums = torch.zeros(3, dtype=torch.float64, device=device if world > 1 and device_type == 'cuda' else 'cpu')  # nats, tokens, bytes
+    for first in range(rank * batch_size, len(rows), batch_size * world):
+        x, y = val_data.evaluation_batch(rows[first:first + batch_size])
+        known = y[y >= 0]
+        sums += torch.tensor([loss_of(model, x, y).item() * len(known), len(known), bytes_of[known].sum()], dtype=torch.float64)
+    model.train()
+    if world > 1:
+        dist.all_reduce(sums)
+    nats, tokens, size = sums.tolist()
+    return nats / tokens, nats / math.log(2) / size if size else None
+
+
+def write_samples(step):
+    """samples_step_*.txt: three continuations of sample_start."""
+    model.eval()
+    prompt = tokenizer.encode(sample_start, allow_special=True) or [tokenizer.end_of_text or 0]
+    with autocast:
+        rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_k=200, seed=seed)
+    model.train()
+    with open(log.path(f'samples_step_{step:06d}.txt'), 'w', encoding='utf-8') as f:
+        f.write('\n---------------\n'.join(tokenizer.decode(row) for row in rows) + '\n')
+
+
+def save_checkpoint(step, best):
+    checkpoint.save(ckpt_path, dict(
+        model=model.state_dict(), optimizer=optimizers.state_dict(opts), model_args=model.config.model_args(), iter_num=step, config=config,
+        best_val_loss=best_val_loss, scaler=scaler.state_dict(), elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
+    if best:
+        checkpoint.link(ckpt_path, log.path('best.pt'))
+
+
+if eval_only:
+    val_loss, val_bpb = evaluate()
+    log.say(f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
+    raise SystemExit
+if dry_run:
+    train_step(0, 0.0)  # warms up
+    t = time.perf_counter()
+    train_step(1, 0.0)[0].item()
+    seconds, n_params, tokens = time.perf_counter() - t, model.get_num_params(non_embedding=False), max_iters * tokens_per_step
+    state = sum(v.numel() * v.element_size() for o in opts for s in o.state.values() for v in s.values() if torch.is_tensor(v))
+    if device_type == 'cuda':
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    log.say(f'parameters: {n_params:,}\ntokens: {tokens:,}\nFLOPs: {6 * n_params * tokens:.3g} (6ND)\n'
+            f'memory: {memory / 1e9:.2f} GB at the peak, of which weights, gradients and optimizer state are {(8 * n_params + state) / 1e9:.2f} GB\n'
+            f'time: {seconds:.2f} s a step, {seconds * max_iters / 3600:.2f} hours in all ({tokens_per_step / seconds:,.0f} tokens/s)')
+    raise SystemExit
+
+
+def on_signal(number, frame):
+    """The first SIGINT or SIGTERM asks for a checkpoint and a stop, the next ends the process (torchrun repeats the first at once)."""
+    global stop_asked
+    if stop_asked and time.monotonic() - stop_asked > 1:
+        os._exit(128 + number)
+    if not stop_asked and main:
+        print('\nsaving and stopping after this step; once more stops at once', file=sys.stderr, flush=True)
+    stop_asked = stop_asked or time.monotonic()
+
+
+stop_asked = 0.0
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
+
+# ---- the training loop
+step, total_steps, evaluating = first_step, max_iters, 0.0
+log.start_bar(step, total_steps)
+began = time.monotonic() - elapsed
+mark, marked_step, aside = time.monotonic(), step, 0.0  # of the interval being timed; aside: its seconds that were not training
+while True:
+    elapsed, stopping = time.monotonic() - began, bool(stop_asked)
+    if step == first_step + 3:
+        warm = elapsed
+    if max_minutes and step >= first_step + 10:  # fit the run, its last evaluation included, into its time
+        pace = (elapsed - warm) / (step - first_step - 3)
+        total_steps = min(max_iters, step + max(0, int((60 * max_minutes - elapsed - 2 * evaluating) / pace)))
+    if world > 1:  # all processes stop at the same step
+        agreed = torch.tensor([stopping, -total_steps], device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        stopping, total_steps = bool(agreed[0]), -int(agreed[1])
+
+    # evaluate, save, sample
+    done, evaluation = step >= total_steps, None
+    if last_evaluation and last_evaluation[0] == step:
+        evaluation = last_evaluation[1:]  # made right before the checkpoint that this run goes on from
+    elif not stopping and (step % eval_interval == 0 or done):
+        evaluation = evaluate()
+        val_loss, val_bpb = evaluation
+        last_evaluation, evaluating = [step, *evaluation], max(evaluating, time.monotonic() - began - elapsed)
+        log.say(f'step {step}: val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
+        if not math.isfinite(val_loss):
+            raise UserError(f'val loss is {val_loss} at step {step}: the run diverged; lower learning_rate (the last checkpoint is kept)')
+        best = val_loss < best_val_loss
+        evaluations_since_best = 0 if best else evaluations_since_best + 1
+        best_val_loss = min(best_val_loss, val_loss)
+        if main and step > first_step and (best or always_save_checkpoint):
+            save_checkpoint(step, best)
+    if evaluation and early_stopping_patience and evaluations_since_best >= early_stopping_patience:
+        log.say(f'no better val loss in {evaluations_since_best} evaluations: stopping early')
+        done = True
+    if main and tokenizer and sample_interval and step > 0 and (step % sample_interval == 0 or done) and not stopping:
+        write_samples(step)
+    if main and evaluation and step > 0 and not done:
+        log.draw()
+    if done or stopping:
+        break
+    aside += time.monotonic() - began - elapsed
+
+    lr = lr_at(step, total_steps)
+    loss, grad_norm = train_step(step, lr)
+    if step % log_interval == 0 or evaluation:
+        if world > 1:
+            dist.all_reduce(loss)
+        loss = loss.item() / world  # an accelerator has finished its work here
+        now = time.monotonic()
+        speed = (step + 1 - marked_step) * tokens_per_step / (now - mark - aside)
+        mark, marked_step, aside = now, step + 1, 0.0
+        val_loss, val_bpb = evaluation or (None, None)
+        log.metrics(total_steps, step=step, tokens=step * tokens_per_step, train_loss=loss, val_loss=val_loss, val_bpb=val_bpb, lr=lr,
+                    grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=speed * model.flops_per_token() / (peak * world), elapsed=elapsed)
+        if not math.isfinite(loss):
+            raise UserError(f'the loss is {loss} at step {step}: the run diverged; lower learning_rate (the last checkpoint is kept)')
+    step += 1
+    log.advance(total_steps)
+
+log.close_bar()
+if main:
+    if stopping:
+        save_checkpoint(step, False)
+    elif evaluation:
+        log.metrics(total_steps, step=step, tokens=step * tokens_per_step, val_loss=evaluation[0], val_bpb=evaluation[1], elapsed=elapsed)
+        log.draw()
+    log.say(f'{"stopped" if stopping else "done"} at step {step} after {elapsed / 60:.1f} minutes; best val loss {best_val_loss:.4f}. ' +
+            (f'To go on: --init_from=resume --out_dir={out_dir}' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
+if world > 1:
+    dist.destroy_process_group()
