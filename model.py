@@ -153,19 +153,19 @@ class CausalAttentionCPU(torch.autograd.Function):
         return dq.mul_(D ** -0.5).view(B, KV * G, T, D), dk, dv
 
 
-class HeadLoss(torch.autograd.Function):
+class HeadLossCPU(torch.autograd.Function):
     """Mean cross entropy of the head's logits, in chunks, with the gradient made in the forward pass.
 
     Full logits never exist: 82 ms against 171 for 8,192 tokens, 256 wide, 4,096 ids in bfloat16 on a CPU, and a
     fraction of the memory. x: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,), -1 is ignored.
     """
-    CHUNK_BYTES = 4 << 20  # of float32 logits: what stays in a CPU's cache
+    CHUNK_BYTES = 4 << 20  # of float32 logits: they stay in the cache
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        chunk = x.shape[0] if x.is_cuda else max(1, HeadLoss.CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk = max(1, HeadLossCPU.CHUNK_BYTES // (4 * weight.shape[0]))
         w, count = weight.to(x.dtype), (targets >= 0).sum().clamp(min=1)
-        loss, dx, dweight = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
+        loss, dx, dweight = torch.zeros(()), torch.empty_like(x), torch.zeros_like(weight)
         for x_i, y_i, dx_i in zip(x.split(chunk), targets[:, None].split(chunk), dx.split(chunk)):
             known = y_i >= 0
             y_i = y_i.clamp(min=0)
@@ -305,7 +305,8 @@ class GPT(nn.Module):
         if config.tie_embeddings:  # Press and Wolf 2016, arXiv:1608.05859
             self.transformer.wte.weight = self.lm_head.weight
         if config.position == 'rope':
-            self._set_rope()
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config)):
+                self.register_buffer(name, table, persistent=False)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():  # GPT-2: the residual stream's variance stays the same at any depth
             if name.endswith('c_proj.weight'):
@@ -316,11 +317,6 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-    def _set_rope(self):
-        cos, sin = rope_tables(self.config)
-        self.register_buffer('rope_cos', cos, persistent=False)
-        self.register_buffer('rope_sin', sin, persistent=False)
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out learned positions, as nanoGPT counts."""
@@ -379,10 +375,11 @@ class GPT(nn.Module):
             x = x[:, -1:] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1][:, None]
             return self.lm_head(self.transformer.ln_f(x)), None
         x = self.transformer.ln_f(x)
-        if not return_logits:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        if not return_logits and x.device.type == 'cpu':
+            return None, HeadLossCPU.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -427,17 +424,13 @@ class GPT(nn.Module):
             running = [r and row[-1] not in stop for r, row in zip(running, rows)]
             if not any(running):
                 break
-        rows = [cut(row, len(prompt), stop) for row, prompt in zip(rows, idx)]
+        for i, prompt in enumerate(idx):
+            end = next((n + 1 for n in range(len(prompt), len(rows[i])) if rows[i][n] in stop), None)
+            rows[i] = rows[i][:end]
         if torch.is_tensor(idx):
             width = max(map(len, rows))
             return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=idx.device)
         return rows
-
-
-def cut(row, start, stop):
-    """row up to and with the first stop token at or after start."""
-    end = next((i + 1 for i in range(start, len(row)) if row[i] in stop), len(row))
-    return row[:end]
 
 
 def choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator):

@@ -189,6 +189,7 @@ if resuming:
     scaler.load_state_dict(start.get('scaler') or {})
     elapsed, evaluations_since_best = start.get('elapsed', 0.0), start.get('evaluations_since_best', 0)  # not in nanoGPT's
     last_evaluation = start.get('evaluation')
+    changed = {k: v for k, v in start.get('config', {}).items() if config.get(k, v) != v and k != 'init_from'}
 del start
 log.open(config, first_step if resuming else None)
 if main and tokenizer and log.out_dir:
@@ -199,7 +200,7 @@ peak = peak_flops(device, dtype)
 log.say(f'{model.get_num_params(non_embedding=False) / 1e6:.2f}M parameters, {device} in {str(dtype)[6:]}, peak {peak / 1e12:.2f} TFLOP/s; '
         f'{tokens_per_step:,} tokens a step, {max_iters:,} steps, {max_iters * tokens_per_step / train_data.n_tokens:.2f} epochs of {train_data.n_tokens:,} tokens')
 if resuming:
-    log.say(f'resuming at step {first_step}')
+    log.say(f'resuming at step {first_step}' + ''.join(f'; {k} was {v!r}' for k, v in changed.items()))
 
 
 def loss_of(network, x, y):
@@ -268,13 +269,14 @@ def evaluate():
     """Loss on val in nats a token and in bits a byte (None without a tokenizer), over the same rows each time."""
     model.eval()
     rows = val_data.evaluation_rows(eval_iters * batch_size or None)
-    sums = torch.zeros(3, dtype=torch.float64, device=device if world > 1 and device_type == 'cuda' else 'cpu')  # nats, tokens, bytes
+    sums = np.zeros(3)  # nats, tokens, bytes
     for first in range(rank * batch_size, len(rows), batch_size * world):
         x, y = val_data.evaluation_batch(rows[first:first + batch_size])
         known = y[y >= 0]
-        sums += torch.tensor([loss_of(model, x, y).item() * len(known), len(known), bytes_of[known].sum()], dtype=torch.float64)
+        sums += loss_of(model, x, y).item() * len(known), len(known), bytes_of[known].sum()
     model.train()
     if world > 1:
+        sums = torch.from_numpy(sums).to(device)
         dist.all_reduce(sums)
     nats, tokens, size = sums.tolist()
     return nats / tokens, nats / math.log(2) / size if size else None
@@ -283,7 +285,11 @@ def evaluate():
 def write_samples(step):
     """samples_step_*.txt: three continuations of sample_start."""
     model.eval()
-    prompt = tokenizer.encode(sample_start, allow_special=True) or [tokenizer.end_of_text or 0]
+    try:
+        prompt = tokenizer.encode(sample_start, allow_special=True)
+    except UserError:  # a vocabulary of characters without this one
+        prompt = []
+    prompt = prompt or [tokenizer.end_of_text or 0]
     with autocast:
         rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_k=200, seed=seed)
     model.train()
@@ -346,6 +352,8 @@ while True:
     if max_minutes and step >= first_step + 10:  # fit the run, its last evaluation included, into its time
         pace = (elapsed - warm) / (step - first_step - 3)
         total_steps = min(max_iters, step + max(0, int((60 * max_minutes - elapsed - 2 * evaluating) / pace)))
+        if step == first_step + 10 and total_steps < max_iters:
+            log.say(f'max_minutes={max_minutes:g} leaves time for about {total_steps:,} of {max_iters:,} steps on this machine')
     if world > 1:  # all processes stop at the same step
         agreed = torch.tensor([stopping, -total_steps], device=device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -403,6 +411,6 @@ if main:
         log.metrics(total_steps, step=step, tokens=step * tokens_per_step, val_loss=evaluation[0], val_bpb=evaluation[1], elapsed=elapsed)
         log.draw()
     log.say(f'{"stopped" if stopping else "done"} at step {step} after {elapsed / 60:.1f} minutes; best val loss {best_val_loss:.4f}. ' +
-            (f'To go on: --init_from=resume --out_dir={out_dir}' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
+            (f'To go on: python {" ".join(sys.argv)} --init_from=resume' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
 if world > 1:
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ vocab_size = 32000
 block_size = 1024
 batch_size = 12
 gradient_accumulation_steps = 4
-target_tokens = 5e9
+max_iters = 101726  # of 49,152 tokens = 5 billion
 
 n_layer = 10
 n_head = 10

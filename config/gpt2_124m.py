@@ -5,7 +5,7 @@ vocab_size = 50304
 block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 32
-target_tokens = 10e9
+max_iters = 19074  # of 524,288 tokens = 10 billion
 
 n_layer = 12
 n_head = 12

@@ -5,7 +5,7 @@ vocab_size = 50304
 block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 8
-target_tokens = 1e9
+max_iters = 7630  # of 131,072 tokens = 1 billion
 
 n_layer = 8
 n_head = 8

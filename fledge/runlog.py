@@ -1,5 +1,6 @@
 """What a run leaves to read: train.log, metrics.jsonl, settings.json, loss.png; and its progress on the terminal."""
 import json
+import math
 import os
 import sys
 
@@ -91,9 +92,10 @@ class RunLog:
         if not self.out_dir:
             return
         line = {k: values.get(k) for k in KEYS}
-        print(json.dumps(line), file=self.metrics_file, flush=True)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no infinity
+        print(json.dumps(finite), file=self.metrics_file, flush=True)
         for sink in self.sinks:
-            sink(line['step'], {k: v for k, v in line.items() if v is not None})
+            sink(line['step'], {k: v for k, v in finite.items() if v is not None})
         if line['train_loss'] is None:
             return
         text = 'loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s | mfu {mfu:.1%}'.format(**line)

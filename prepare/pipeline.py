@@ -104,7 +104,7 @@ def split_documents(texts, val_fraction, seed):
     if second is None:
         if first is not None:
             cut = int(len(first) * (1 - val_fraction))
-            yield from (('train', first[:cut]), ('val', first[cut:]))
+            yield from ((split, text) for split, text in (('train', first[:cut]), ('val', first[cut:])) if text)
         return
     for text in itertools.chain((first, second), texts):
         yield ('val' if rng.random() < val_fraction else 'train'), text

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, SHARED, write_tiny
 
 SMALL = ('--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
-         '--target_tokens=0 --max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu')
+         '--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu')
 
 
 def commands():

@@ -1,12 +1,15 @@
 """The trainer: what it writes, how it goes on, how it stops, what it refuses."""
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -146,12 +149,26 @@ def test_processes_share_the_batch_of_one(workdir):
 
 def test_gradients_are_synchronised_once_a_step(workdir):
     """Counted from outside, by a wrapper that counts DDP's all-reduces."""
-    (workdir / 'count.py').write_text(
-        'import runpy, sys, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\ncalls = []\nonce = DDP.__init__\n'
-        'def init(self, *a, **k):\n    once(self, *a, **k)\n'
-        '    self.register_comm_hook(None, lambda s, b: (calls.append(1), dist.all_reduce(b.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2))[1])\n'
-        f'DDP.__init__ = init\nsys.path.insert(0, {ROOT!r})\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")\n'
-        'print("buckets", len(calls))\n')
+    (workdir / 'count.py').write_text(f'''
+import runpy, sys
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+calls, init = [], DistributedDataParallel.__init__
+
+def average(state, bucket):
+    calls.append(1)
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2)
+
+def counted(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.register_comm_hook(None, average)
+
+DistributedDataParallel.__init__ = counted
+sys.path.insert(0, {ROOT!r})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("buckets", len(calls))
+''')
     out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', 'count.py', os.path.join(ROOT, 'train.py'), *TINY,
                           '--max_iters=5', '--gradient_accumulation_steps=6', '--dtype=float32'], cwd=workdir, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
@@ -230,6 +247,7 @@ def test_compile_trains_and_falls_back(workdir):
 
 def test_a_terminal_gets_a_progress_bar(workdir):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 160, 0, 0))
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--max_iters=20'], cwd=workdir, stdout=theirs, stderr=theirs)
     os.close(theirs)
     screen = b''
