@@ -39,9 +39,10 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_inner', 'rope_theta'):
+            least = 0 if name in ('head_dim', 'n_inner') else 1
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least {least}')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -162,7 +163,7 @@ class HeadLossCPU(torch.autograd.Function):
     CHUNK_BYTES = 4 << 20  # of float32 logits: they stay in the cache
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, with_gradient):
         chunk = max(1, HeadLossCPU.CHUNK_BYTES // (4 * weight.shape[0]))
         w, count = weight.to(x.dtype), (targets >= 0).sum().clamp(min=1)
         loss, dx, dweight = torch.zeros(()), torch.empty_like(x), torch.zeros_like(weight)
@@ -172,6 +173,8 @@ class HeadLossCPU(torch.autograd.Function):
             logits = (x_i @ w.T).float()
             p = torch.softmax(logits, dim=-1)
             loss -= (p.gather(1, y_i).clamp(min=1e-38).log() * known).sum()
+            if not with_gradient:
+                continue
             p.scatter_add_(1, y_i, torch.full_like(y_i, -1, dtype=p.dtype))
             dlogits = (p * (known / count)).to(x.dtype)
             torch.mm(dlogits, w, out=dx_i)
@@ -182,7 +185,7 @@ class HeadLossCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx * grad, dweight * grad, None
+        return dx * grad, dweight * grad, None, None
 
 
 class KVCache:
@@ -357,8 +360,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions if cache is not None else torch.arange(T, device=idx.device))
-        if torch.is_autocast_enabled(idx.device.type):
-            x = x.to(torch.get_autocast_dtype(idx.device.type))  # the residual stream as well: half the memory traffic
+        if idx.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
+            x = x.to(torch.get_autocast_dtype('cpu'))  # the residual stream as well: half the memory traffic
         rope = None
         if self.config.position == 'rope':
             rope = [(t[:T] if cache is None else t[positions]).unsqueeze(-2).to(x.dtype) for t in (self.rope_cos, self.rope_sin)]
@@ -376,7 +379,7 @@ class GPT(nn.Module):
             return self.lm_head(self.transformer.ln_f(x)), None
         x = self.transformer.ln_f(x)
         if not return_logits and x.device.type == 'cpu':
-            return None, HeadLossCPU.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return None, HeadLossCPU.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits if return_logits else None, loss
@@ -445,7 +448,8 @@ def choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, g
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # the first token stays, whatever its probability
+        beyond = p.cumsum(dim=-1) - p >= top_p
+        beyond[:, 0] = False  # the first token stays, whatever its probability
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
     p = logits.softmax(dim=-1)
     if min_p is not None:

@@ -18,7 +18,7 @@ from fledge.tokenizer import find_tokenizer, load_tokenizer
 init_from = 'resume'        # resume (out_dir's ckpt.pt) or a checkpoint file
 out_dir = 'out'             # a run's folder
 start = '\n'                # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
-num_samples = 10
+num_samples = 10            # drawn together
 max_new_tokens = 500        # in each sample
 temperature = 0.8           # 0 is greedy, below 1 is safer, above 1 wilder
 top_k = 200                 # only the k likeliest tokens; 0: all
@@ -26,7 +26,7 @@ top_p = 1.0                 # only the fewest tokens that have this probability 
 min_p = 0.0                 # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0    # above 1, tokens seen before become less likely
 stop = '<|endoftext|>'      # the special token that ends a sample, where the tokenizer has it
-seed = 1337
+seed = 1337                 # of the draws
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
 compile = False             # torch.compile the model; the first tokens then take a minute
@@ -36,12 +36,14 @@ configure(globals())
 for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
     if globals()[name] < least:
         raise UserError(f'{name}={globals()[name]} must be at least {least}')
+if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+    raise UserError(f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0')
 device = choose_device(device)
 path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
 state = checkpoint.load(path)
-model = checkpoint.load_model(state, path, dropout=0.0).to(device, choose_dtype(dtype, device)).eval()
+model = checkpoint.load_model(state, path).to(device, choose_dtype(dtype, device)).eval()
 dataset = state.get('config', {}).get('dataset')
-tokenizer = find_tokenizer(os.path.dirname(path), os.path.join('data', dataset) if dataset else '') or load_tokenizer('gpt2')
+tokenizer = find_tokenizer(os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else [])) or load_tokenizer('gpt2')
 
 if start.startswith('FILE:'):
     try:

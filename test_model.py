@@ -146,8 +146,9 @@ def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (30,))
     targets[::3] = -1
-    ours, theirs = HeadLossCPU.apply(x, weight, targets), F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    ours, theirs = HeadLossCPU.apply(x, weight, targets, True), F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
     torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(HeadLossCPU.apply(x, weight, targets, False), theirs)
     for a, b in zip(torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))):
         torch.testing.assert_close(a, b)
 

@@ -45,8 +45,8 @@ sample_start = '\n'             # what the samples begin with
 sample_tokens = 200             # length of each of the three samples
 dry_run = False                 # say what the run will take, from one real step, and write nothing
 wandb_log = False               # log to Weights & Biases (WANDB_MODE=offline needs no account)
-wandb_project = 'fledge'
-wandb_run_name = 'run'
+wandb_project = 'fledge'        # the project there
+wandb_run_name = 'run'          # the name of the run there
 tensorboard = False             # log to out_dir/tensorboard
 # data
 dataset = 'stdlib'              # a folder under data/
@@ -54,20 +54,20 @@ gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
 batch_size = 32                 # rows in a micro-batch
 block_size = 256                # tokens in a row: the context
 # model; the default is Qwen3's block, which every runtime loads
-n_layer = 4
+n_layer = 4                     # depth
 n_head = 4                      # query heads
 n_kv_head = 2                   # key and value heads, shared by the query heads; 0: n_head
 head_dim = 64                   # 0: n_embd / n_head
 n_embd = 256                    # width
 n_inner = 0                     # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd
 vocab_size = 0                  # 0: the dataset's
-dropout = 0.0
+dropout = 0.0                   # share of activations dropped in training
 bias = False                    # biases in the linear layers and LayerNorms
 qkv_bias = 'auto'               # biases on queries, keys and values: auto (as bias), True, False
 position = 'rope'               # rope, learned
-rope_theta = 10000.0
+rope_theta = 10000.0            # base of RoPE's wavelengths
 norm = 'rmsnorm'                # rmsnorm, layernorm
-norm_eps = 1e-6
+norm_eps = 1e-6                 # added under the root of the norms
 activation = 'swiglu'           # swiglu, gelu, gelu_tanh, relu2
 qk_norm = True                  # normalize each head's queries and keys
 tie_embeddings = True           # the head is the token embedding
@@ -79,16 +79,16 @@ max_iters = 1200                # steps
 target_tokens = 0               # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0             # instead of max_iters: as many steps as see the data so often
 max_minutes = 5.0               # lower max_iters to what this machine does in this time; 0: no limit
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 0.1              # of the matrices (and embeddings, with adamw)
+beta1 = 0.9                     # of AdamW's first moment
+beta2 = 0.95                    # of AdamW's second moment
 grad_clip = 1.0                 # clip the gradient's norm to this; 0: do not
 # learning rate schedule
 decay_lr = True                 # False: learning_rate throughout
 lr_schedule = 'linear'          # linear, cosine, wsd (constant, then linear over the last fifth)
 warmup_iters = 20               # steps of linear warmup
 lr_decay_iters = 0              # the step at which min_lr is reached; 0: max_iters
-min_lr = 0.0
+min_lr = 0.0                    # where the schedule ends
 # the machine
 device = 'auto'                 # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                  # auto, float32, bfloat16, float16
@@ -96,6 +96,14 @@ compile = 'auto'                # auto, True, False: torch.compile; auto is on f
 backend = 'auto'                # of torchrun's processes: auto, nccl, gloo
 objective = None                # a config file may define objective(model, batch) -> loss; batch is (inputs, targets)
 config = configure(globals())
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if auto_resume and os.path.exists(ckpt_path):
+    init_from = 'resume'
+resuming = init_from == 'resume'
+start = None if init_from == 'scratch' else checkpoint.load(ckpt_path if resuming else init_from)
+if resuming:  # the run's own settings hold, but for those given now
+    once = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
+    config = configure(globals(), saved={k: v for k, v in start.get('config', {}).items() if k not in once})
 # -----------------------------------------------------------------------------
 for name in ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[name] < 1:
@@ -104,6 +112,8 @@ for name in ('max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval
              'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'):
     if config[name] < 0:
         raise UserError(f'{name}={config[name]} must not be negative')
+if seed >= 2 ** 63:
+    raise UserError(f'seed={seed} is too large')
 for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('auto', True, False)), ('backend', ('auto', 'nccl', 'gloo'))):
     if config[name] not in known:
         raise UserError(f'{name}={config[name]!r} is none of {", ".join(map(str, known))}')
@@ -111,15 +121,17 @@ for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('
 # ---- processes, device, precision
 rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 main = rank == 0  # this process alone speaks and writes
+if device == 'cuda' or world > 1 and (device.startswith('cuda') or device == 'auto' and torch.cuda.is_available()):
+    device = f'cuda:{local_rank}'
 device = choose_device(device)
 device_type = device.split(':')[0]
-if world > 1:
-    device = f'cuda:{local_rank}' if device_type == 'cuda' else device
-    dist.init_process_group('gloo' if device_type != 'cuda' else 'nccl' if backend == 'auto' else backend)
-    sys.excepthook = one_line  # torch.distributed has put its own in the way
 if device_type == 'cuda':
+    device = device if ':' in device else 'cuda:0'
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # tf32
+if world > 1:
+    dist.init_process_group('gloo' if device_type != 'cuda' else 'nccl' if backend == 'auto' else backend)
+    sys.excepthook = one_line  # torch.distributed has put its own in the way
 dtype = choose_dtype(dtype, device)
 autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
@@ -128,19 +140,13 @@ if rows_per_step % world:
     raise UserError(f'{rows_per_step} rows a step (gradient_accumulation_steps x batch_size) do not divide among {world} processes')
 rows_per_process = rows_per_step // world
 
-# ---- the run's folder, and the checkpoint to go on with
-ckpt_path, data_dir = os.path.join(out_dir, 'ckpt.pt'), os.path.join('data', dataset)
-if auto_resume and init_from == 'scratch' and os.path.exists(ckpt_path):
-    init_from = 'resume'
-resuming = init_from == 'resume'
-start = None if init_from == 'scratch' else checkpoint.load(ckpt_path if resuming else init_from)
-log = RunLog(main, None if dry_run or eval_only else out_dir)
-
 # ---- data; the default corpus is made on the spot, any other has to be there
+log, data_dir = RunLog(main, None if dry_run or eval_only else out_dir), os.path.join('data', dataset)
+gpt2_vocabulary = vocab_size in (0, 50257, 50304)
 if main and not split_files(data_dir, 'train'):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare', f'{dataset}.py')
     if dataset != 'stdlib' or dry_run:
-        other = f'text.py --input=YOUR_FILES --name={dataset} --tokenizer=' + (f'train --vocab_size={vocab_size}' if vocab_size else 'gpt2')
+        other = f'text.py --input=YOUR_FILES --name={dataset} --tokenizer=' + ('gpt2' if gpt2_vocabulary else f'train --vocab_size={vocab_size}')
         raise UserError(f'{data_dir} has no train.bin; make it with: python prepare/{dataset + ".py" if os.path.exists(script) else other}')
     if subprocess.run([sys.executable, script]).returncode:
         raise UserError('python prepare/stdlib.py failed; see above')
@@ -148,7 +154,7 @@ if world > 1:
     dist.barrier()
 tokenizer = find_tokenizer(data_dir)
 known_vocabulary = tokenizer is not None  # nanoGPT's folders say nothing where the vocabulary is GPT-2's
-if not known_vocabulary:
+if not known_vocabulary and gpt2_vocabulary:
     try:
         tokenizer = load_tokenizer('gpt2')
     except UserError as e:
@@ -157,7 +163,8 @@ if not known_vocabulary:
 # ---- model
 torch.manual_seed(seed)
 if start is None:
-    vocab_size = vocab_size or (tokenizer.vocab_size if known_vocabulary else 50304)
+    if not vocab_size:  # GPT-2's 50257 is rounded up to what hardware likes
+        vocab_size = tokenizer.vocab_size if known_vocabulary and tokenizer.vocab_size != 50257 else 50304
     qkv_bias = bias if qkv_bias == 'auto' else qkv_bias
     try:
         model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in config}))
@@ -167,6 +174,7 @@ else:
     model = checkpoint.load_model(start, ckpt_path if resuming else init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
+    config |= {k: getattr(model.config, k) for k in config if hasattr(model.config, k)}
 block_size, vocab_size = model.config.block_size, model.config.vocab_size
 model.to(device).gradient_checkpointing = gradient_checkpointing
 train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
@@ -182,17 +190,23 @@ for i, token in (tokenizer.token_bytes if tokenizer else {}).items():
 # ---- optimizers, and what else a resumed run goes on with
 opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 first_step, elapsed, best_val_loss, evaluations_since_best, last_evaluation = 0, 0.0, math.inf, 0, None
+changed = {}
 if resuming:
+    if start.get('objective') and not objective:
+        raise UserError('this run has an objective of its own: name the config file that defines it again')
+    if 'iter_num' not in start or 'best_val_loss' not in start:
+        raise UserError(f'{ckpt_path} is no checkpoint of a run: start from it with --init_from={ckpt_path} and another --out_dir')
     first_step, best_val_loss = start['iter_num'], float(start['best_val_loss'])
     if 'optimizer' in start:
         optimizers.load_state_dict(opts, start['optimizer'])
-    scaler.load_state_dict(start.get('scaler') or {})
+    if start.get('scaler') and scaler.is_enabled():
+        scaler.load_state_dict(start['scaler'])
     elapsed, evaluations_since_best = start.get('elapsed', 0.0), start.get('evaluations_since_best', 0)  # not in nanoGPT's
     last_evaluation = start.get('evaluation')
-    changed = {k: v for k, v in start.get('config', {}).items() if config.get(k, v) != v and k != 'init_from'}
+    changed = {k: v for k, v in start.get('config', {}).items() if k not in once and config.get(k, v) != v}
 del start
 log.open(config, first_step if resuming else None)
-if main and tokenizer and log.out_dir:
+if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
 log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
 log.connect(config, wandb_log, tensorboard)
@@ -200,7 +214,7 @@ peak = peak_flops(device, dtype)
 log.say(f'{model.get_num_params(non_embedding=False) / 1e6:.2f}M parameters, {device} in {str(dtype)[6:]}, peak {peak / 1e12:.2f} TFLOP/s; '
         f'{tokens_per_step:,} tokens a step, {max_iters:,} steps, {max_iters * tokens_per_step / train_data.n_tokens:.2f} epochs of {train_data.n_tokens:,} tokens')
 if resuming:
-    log.say(f'resuming at step {first_step}' + ''.join(f'; {k} was {v!r}' for k, v in changed.items()))
+    log.say(f'resuming at step {first_step}' + ''.join(f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items()))
 
 
 def loss_of(network, x, y):
@@ -220,9 +234,11 @@ if compile is True or (compile == 'auto' and device_type == 'cuda'):
         loss_of(compiled, *train_data.rows(0, min(batch_size, rows_per_process))).backward()  # it compiles at the first use
     except Exception as e:
         compiled = model
-        log.say(f'torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0][:120]}); going on without it')
+        log.say(f'torch.compile failed ({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:120]}); going on without it')
     model.zero_grad(set_to_none=True)
-network = DistributedDataParallel(compiled, device_ids=[local_rank] if device_type == 'cuda' else None) if world > 1 else compiled
+network = compiled
+if world > 1:  # the RoPE tables are the same everywhere
+    network = DistributedDataParallel(compiled, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
 
 
 def lr_at(step, total_steps):
@@ -254,11 +270,14 @@ def train_step(step, lr):
         total += loss.detach()
     for o in opts:
         scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
     for o in opts:
         for group in o.param_groups:
             group['lr'] = lr
-        scaler.step(o)
+        if not scaler.is_enabled() or math.isfinite(grad_norm):  # an overflow in float16 skips the step, in all optimizers alike
+            scaler.step(o)
     scaler.update()
     model.zero_grad(set_to_none=True)
     return total, grad_norm
@@ -300,7 +319,7 @@ def write_samples(step):
 def save_checkpoint(step, best):
     checkpoint.save(ckpt_path, dict(
         model=model.state_dict(), optimizer=optimizers.state_dict(opts), model_args=model.config.model_args(), iter_num=step, config=config,
-        best_val_loss=best_val_loss, scaler=scaler.state_dict(), elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
+        best_val_loss=best_val_loss, scaler=scaler.state_dict(), objective=objective is not None, elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
     if best:
         checkpoint.link(ckpt_path, log.path('best.pt'))
 
@@ -310,7 +329,7 @@ if eval_only:
     log.say(f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
     raise SystemExit
 if dry_run:
-    train_step(0, 0.0)  # warms up
+    train_step(0, 0.0)[0].item()  # warms up
     t = time.perf_counter()
     train_step(1, 0.0)[0].item()
     seconds, n_params, tokens = time.perf_counter() - t, model.get_num_params(non_embedding=False), max_iters * tokens_per_step
@@ -327,13 +346,13 @@ if dry_run:
 
 
 def on_signal(number, frame):
-    """The first SIGINT or SIGTERM asks for a checkpoint and a stop, the next ends the process (torchrun repeats the first at once)."""
+    """The first SIGINT or SIGTERM asks for a checkpoint and a stop, the next ends the process (torchrun repeats the first within a second)."""
     global stop_asked
-    if stop_asked and time.monotonic() - stop_asked > 1:
+    if stop_asked and (world == 1 or time.monotonic() - stop_asked > 1):
         os._exit(128 + number)
-    if not stop_asked and main:
+    first, stop_asked = not stop_asked, stop_asked or time.monotonic()
+    if first and main:
         print('\nsaving and stopping after this step; once more stops at once', file=sys.stderr, flush=True)
-    stop_asked = stop_asked or time.monotonic()
 
 
 stop_asked = 0.0
@@ -341,23 +360,16 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 
 # ---- the training loop
-step, total_steps, evaluating = first_step, max_iters, 0.0
+step, total_steps, evaluating, stopping = first_step, max_iters, 0.0, False
+if max_minutes and resuming and elapsed:  # as many steps as the time left allows at the pace so far
+    total_steps = min(max_iters, first_step + max(0, int((60 * max_minutes - elapsed) / elapsed * first_step)))
 log.start_bar(step, total_steps)
 began = time.monotonic() - elapsed
 mark, marked_step, aside = time.monotonic(), step, 0.0  # of the interval being timed; aside: its seconds that were not training
+paced_from = None  # (step, elapsed) from which the pace is taken, once the first step has warmed everything up
 while True:
-    elapsed, stopping = time.monotonic() - began, bool(stop_asked)
-    if step == first_step + 3:
-        warm = elapsed
-    if max_minutes and step >= first_step + 10:  # fit the run, its last evaluation included, into its time
-        pace = (elapsed - warm) / (step - first_step - 3)
-        total_steps = min(max_iters, step + max(0, int((60 * max_minutes - elapsed - 2 * evaluating) / pace)))
-        if step == first_step + 10 and total_steps < max_iters:
-            log.say(f'max_minutes={max_minutes:g} leaves time for about {total_steps:,} of {max_iters:,} steps on this machine')
-    if world > 1:  # all processes stop at the same step
-        agreed = torch.tensor([stopping, -total_steps], device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        stopping, total_steps = bool(agreed[0]), -int(agreed[1])
+    elapsed = time.monotonic() - began
+    stopping = stopping or world == 1 and bool(stop_asked)
 
     # evaluate, save, sample
     done, evaluation = step >= total_steps, None
@@ -400,6 +412,17 @@ while True:
                     grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=speed * model.flops_per_token() / (peak * world), elapsed=elapsed)
         if not math.isfinite(loss):
             raise UserError(f'the loss is {loss} at step {step}: the run diverged; lower learning_rate (the last checkpoint is kept)')
+        if max_minutes and paced_from:  # fit the run, its last evaluation included, into its time
+            pace = (now - began - paced_from[1]) / (step + 1 - paced_from[0])
+            fit = step + 1 + max(0, int((60 * max_minutes - (now - began) - 2 * evaluating) / pace))
+            if fit < max_iters and total_steps == max_iters:
+                log.say(f'max_minutes={max_minutes:g} leaves time for about {fit:,} of {max_iters:,} steps on this machine')
+            total_steps = min(max_iters, fit)
+        paced_from = paced_from or (step + 1, now - began)
+        if world > 1:  # all processes stop at the same step
+            agreed = torch.tensor([bool(stop_asked), -total_steps], device=device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            stopping, total_steps = bool(agreed[0]), -int(agreed[1])
     step += 1
     log.advance(total_steps)
 
@@ -411,6 +434,6 @@ if main:
         log.metrics(total_steps, step=step, tokens=step * tokens_per_step, val_loss=evaluation[0], val_bpb=evaluation[1], elapsed=elapsed)
         log.draw()
     log.say(f'{"stopped" if stopping else "done"} at step {step} after {elapsed / 60:.1f} minutes; best val loss {best_val_loss:.4f}. ' +
-            (f'To go on: python {" ".join(sys.argv)} --init_from=resume' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
+            (f'To go on: python train.py --init_from=resume --out_dir={out_dir}' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
 if world > 1:
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-# A 75M-parameter GPT on 5 billion tokens of Dolma, for a GPU with 12 GB.
+# The 75M GPT (70.3M parameters, counted exactly) on 5 billion tokens of Dolma, for a GPU with 12 GB.
 # Any data with a vocabulary of at most 32,000 serves: --dataset=NAME.
 out_dir = 'out-dolma-75m'
 dataset = 'dolma'
@@ -14,6 +14,8 @@ n_kv_head = 0
 head_dim = 0
 n_embd = 640
 dropout = 0.1
+bias = False
+n_inner = 0
 position = 'learned'
 norm = 'layernorm'
 norm_eps = 1e-5
@@ -25,6 +27,11 @@ optimizer = 'adamw'
 learning_rate = 5e-4
 min_lr = 5e-5
 lr_schedule = 'cosine'
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
+lr_decay_iters = 0
 warmup_iters = 2000
 max_minutes = 0.0
 eval_interval = 1000

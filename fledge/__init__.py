@@ -1,5 +1,18 @@
 """What fledge's scripts stand on, one subject a file."""
+import os
 
 
 class UserError(Exception):
     """What a user can get wrong: shown as one line, with exit code 2 (fledge.configurator sees to it)."""
+
+
+def lock_folder(folder, wait):
+    """Hold folder for this process, until it ends or closes the file number returned; UserError where another holds it."""
+    import fcntl
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise UserError(f'another process is writing to {folder}') from None
+    return number

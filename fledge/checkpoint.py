@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 
 def save(path, checkpoint):
     """Write checkpoint, a dict of tensors and plain values, to path: the old file stays until the new one is on disk."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary = path + '.tmp'
     try:
         with open(temporary, 'wb') as f:
             torch.save(checkpoint, f)
@@ -29,7 +29,9 @@ def save(path, checkpoint):
 
 def link(path, other):
     """Give the checkpoint at path a second name, which keeps it when path is replaced by a later one."""
-    temporary = f'{other}.{os.getpid()}.tmp'
+    temporary = other + '.tmp'
+    if os.path.exists(temporary):  # of a process that was killed right here
+        os.remove(temporary)
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
@@ -38,31 +40,31 @@ def link(path, other):
     os.replace(temporary, other)
 
 
-def load(path, device='cpu'):
+def load(path):
     """The checkpoint at path, ours or nanoGPT's, as a dict; UserError where it is missing, broken or carries code."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}: train first, or name another with --out_dir') from None
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL (\S+)', str(e))
         raise UserError(f'{path} carries pickled code ({found[1]}), which is never run: it is refused' if found else
                         f'{path} is no checkpoint: it is broken, or carries pickled code, which is never run') from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except Exception as e:  # broken bytes fail in any way
         raise UserError(f'{path} is cut short or is no checkpoint ({type(e).__name__})') from None
-    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')):
         raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
-    # torch.compile's prefix, in checkpoints that older scripts saved
-    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    # torch.compile's prefix and the causal mask that older scripts saved
+    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items() if not k.endswith('.attn.bias')}
     return checkpoint
 
 
-def load_model(checkpoint, path, device='cpu', dropout=None):
-    """The GPT of a loaded checkpoint, on device; dropout overrides the saved one. path is for error messages."""
+def load_model(checkpoint, path, dropout=None):
+    """The GPT of a loaded checkpoint, on the CPU; dropout overrides the saved one. path is for error messages."""
     try:
         config = GPTConfig(**checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout}))
         model = GPT(config)
         model.load_state_dict(checkpoint['model'])
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
-    return model.to(device)
+    return model

@@ -14,34 +14,38 @@ import traceback
 from fledge import UserError
 
 
-def configure(settings, argv=None):
+def configure(settings, argv=None, saved=None):
     """Override `settings`, a script's globals(), by argv (default: sys.argv[1:]); returns all settings as a dict.
 
-    A name set to None is a hook: a config file may define a function of that name.
+    saved: settings of a run that goes on; they replace the defaults, and argv overrides them. A name set to None
+    is a hook: a config file may define a function of that name.
     """
     sys.excepthook = one_line
-    values = {k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+    defaults = settings.setdefault('_defaults', {
+        k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))})
+    values = defaults | {k: v for k, v in (saved or {}).items() if k in defaults}
     hooks = [k for k, v in settings.items() if not k.startswith('_') and v is None]
+    settings.update(values)
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('--help', '-h'):
-            _help(settings['__file__'], values, settings.get('__doc__'))
+            _help(settings['__file__'], dict(defaults), settings.get('__doc__'))
             raise SystemExit(0)
         if arg.startswith('--'):
             name, given, text = arg[2:].partition('=')
             _known(name, values, arg)
-            values[name] = _parse(text, values[name], arg) if given else _checked(True, values[name], arg)
+            values[name] = _parse(text, defaults[name], arg) if given else _checked(True, defaults[name], arg)
         elif arg.endswith('.json'):
             overrides = _read_json(arg)
             for name, value in overrides.items():
                 _known(name, values, arg)
-                values[name] = _checked(value, values[name], f'{arg}: {name}')
+                values[name] = _checked(value, defaults[name], f'{arg}: {name}')
         else:
             namespace = _run(arg, values)
             for name, value in namespace.items():
                 if name in hooks and callable(value):
                     settings[name] = value
                 elif name in values:
-                    values[name] = _checked(value, values[name], f'{arg}: {name}')
+                    values[name] = _checked(value, defaults[name], f'{arg}: {name}')
                 elif isinstance(value, (bool, int, float, str)) and not name.startswith('_'):
                     _known(name, values, arg)
         settings.update(values)
@@ -56,7 +60,7 @@ def _known(name, values, where):
 
 def _checked(value, default, where):
     """value as the type of default: an int serves as a float, a whole float as an int, a bool where 'auto' stands."""
-    if type(value) is type(default) or (isinstance(value, bool) and default == 'auto') or (isinstance(default, bool) and value == 'auto'):
+    if type(value) is type(default) or (isinstance(value, bool) and default == 'auto'):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)
@@ -72,7 +76,7 @@ def _kind(value):
 def _parse(text, default, where):
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except Exception:  # ValueError, SyntaxError, TypeError, MemoryError: it is no literal, so it is a text
         value = text
     if isinstance(default, str) and not (default == 'auto' and isinstance(value, bool)):
         value = value if isinstance(value, str) else text
@@ -108,7 +112,7 @@ def _run(path, values):
         exec(compile(source, path, 'exec'), namespace)
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         raise UserError(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {e}') from None
     return {k: v for k, v in namespace.items() if not k.startswith('__')}
@@ -120,8 +124,8 @@ def _help(path, values, doc):
         lines = f.read().splitlines()
     print((doc or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
     for node in ast.parse('\n'.join(lines)).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in values:
-            name = node.targets[0].id
+        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else None
+        if values.pop(name, None) is not None:  # the first assignment is the setting, a later one is the script at work
             comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
             print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
 
@@ -133,6 +137,10 @@ def one_line(kind, error, trace):
     elif issubclass(kind, ModuleNotFoundError) and error.name:
         package = error.name.partition('.')[0]
         print(f'error: the package {package} is not installed: pip install {package}', file=sys.stderr)
+    elif kind.__name__ == 'OutOfMemoryError':
+        print('error: the device is out of memory; lower batch_size (and raise gradient_accumulation_steps), or set --gradient_checkpointing', file=sys.stderr)
+    elif issubclass(kind, OSError):  # a full disk, a file that went away
+        print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)

@@ -7,8 +7,8 @@ import torch
 from fledge import UserError
 
 # Dense FLOP/s of 16-bit matmuls with float32 accumulation, from the vendors' data sheets.
-DATA_SHEETS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'A10': 125e12,
-               'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'RTX 3060': 51e12}
+DATA_SHEETS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12,
+               'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'RTX 3060': 25.5e12}
 
 
 def choose_device(device):
@@ -17,8 +17,8 @@ def choose_device(device):
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f'device={device!r} cannot be used here ({str(e).splitlines()[0]}); --device=cpu always can') from None
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        raise UserError(f'device={device!r} cannot be used here ({str(e).partition(chr(10))[0]}); --device=cpu always can') from None
     return device
 
 

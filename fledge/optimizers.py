@@ -8,10 +8,11 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas):
     """The optimizers of a model, a list: [AdamW], or [AdamW, Muon].
 
     adamw: matrices and embeddings decay, vectors do not (nanoGPT's two groups, in its order: its state loads).
-    muon: the blocks' matrices go to Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), whose updates are
-    scaled to AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning rate serves both; embeddings, head and
-    vectors stay with AdamW, undecayed.
+    muon: the blocks' matrices go to Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon); embeddings, head and
+    vectors stay with AdamW, undecayed. One learning rate serves both.
     """
+    if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
+        raise UserError(f'beta1={betas[0]} and beta2={betas[1]} must be in [0, 1)')
     fused = next(model.parameters()).device.type in ('cpu', 'cuda')
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == 'adamw':
@@ -23,7 +24,7 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas):
     matrices = [p for n, p in parameters if p.dim() == 2 and '.h.' in n]
     others = [p for n, p in parameters if p.dim() != 2 or '.h.' not in n]
     return [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused),
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')]
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay)]
 
 
 def state_dict(optimizers):

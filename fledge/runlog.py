@@ -1,12 +1,13 @@
 """What a run leaves to read: train.log, metrics.jsonl, settings.json, loss.png; and its progress on the terminal."""
+import itertools
 import json
 import math
 import os
 import sys
 
-from fledge import UserError
+from fledge import UserError, lock_folder
 
-OF_A_RUN = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png')
+OF_A_RUN = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'tokenizer.json', 'loss.png')
 KEYS = ('step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'elapsed')
 
 
@@ -17,19 +18,19 @@ class RunLog:
         self.speaks, self.out_dir, self.bar, self.file, self.sinks = speaks, out_dir if speaks else None, None, None, []
 
     def open(self, settings, resume_step=None):
-        """Open the run's files. A run that was in out_dir already is moved to out_dir/previous, unless it is resumed
+        """Open the run's files. A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed
         at resume_step: then only what comes after that step is dropped from metrics.jsonl, for it happens again."""
         if not self.out_dir:
             return
         path = self.path('metrics.jsonl')
         try:
             os.makedirs(self.out_dir, exist_ok=True)
+            self.lock = lock_folder(self.out_dir, wait=False)
             lines = []
             if resume_step is None:
                 self._keep_previous()
             elif os.path.exists(path):
-                with open(path) as f:
-                    lines = [line for line in f if line.endswith('}\n') and json.loads(line)['step'] < resume_step]
+                lines = [json.dumps(line) + '\n' for line in self.read_metrics() if line['step'] < resume_step]
             with open(path + '.tmp', 'w') as f:
                 f.writelines(lines)
             os.replace(path + '.tmp', path)
@@ -46,8 +47,8 @@ class RunLog:
     def _keep_previous(self):
         if not os.path.exists(self.path('ckpt.pt')):
             return
-        keep = self.path('previous')
-        os.makedirs(keep, exist_ok=True)
+        keep = next(p for p in (self.path(f'previous-{n}') for n in itertools.count(1)) if not os.path.exists(p))
+        os.makedirs(keep)
         for name in os.listdir(self.out_dir):
             if name in OF_A_RUN or name.startswith('samples_step_'):
                 os.replace(self.path(name), os.path.join(keep, name))
@@ -105,15 +106,25 @@ class RunLog:
         else:
             self.say(f'step {line["step"]}/{total_steps} | {text} | {line["elapsed"]:.0f} s')
 
-    def draw(self, keys=('train_loss', 'val_loss')):
+    def read_metrics(self):
+        """The lines of metrics.jsonl, dicts; a line that a crash left broken is passed over."""
+        lines = []
+        with open(self.path('metrics.jsonl'), errors='replace') as f:
+            for line in f:
+                try:
+                    lines.append(dict.fromkeys(KEYS) | json.loads(line))
+                except (ValueError, TypeError):
+                    pass
+        return lines
+
+    def draw(self):
         """loss.png: the losses against tokens, from metrics.jsonl."""
         import matplotlib
         matplotlib.use('Agg')
         from matplotlib import pyplot
-        with open(self.path('metrics.jsonl')) as f:
-            lines = [json.loads(line) for line in f]
+        lines = self.read_metrics()
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        for key, style in zip(keys, ('-', 'o-')):
+        for key, style in (('train_loss', '-'), ('val_loss', 'o-')):
             points = [(m['tokens'], m[key]) for m in lines if m[key] is not None]
             if points:
                 axes.plot(*zip(*points), style, label=key.replace('_', ' '), alpha=0.8)

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pickle
+import re
 
 from fledge import UserError
 
@@ -57,15 +58,15 @@ class Tokenizer:
         else:
             import tokenizers
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            self.token_bytes = {i: self.hf.decode([i]).encode() for i in range(self.vocab_size)}
+            decode = functools.partial(self.hf.decode, skip_special_tokens=False)
+            # what a token adds after another: alone, SentencePiece's lose the space that they begin with
+            self.token_bytes = {i: decode([i, i])[len(decode([i])):].encode() for i in range(self.vocab_size)}
 
     def encode(self, text, allow_special=False):
         """The ids of text, a list of int. Special tokens spelled out in it are plain text unless allow_special."""
-        if allow_special and not self.hf:
-            for token, i in self.special.items():
-                if token in text:
-                    before, after = text.split(token, 1)
-                    return self.encode(before, True) + [i] + self.encode(after, True)
+        if allow_special and self.special and not self.hf:
+            parts = re.split('(' + '|'.join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ')', text)
+            return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
         if self.bpe:
             return self.bpe.encode_ordinary(text)
         if self.hf:
@@ -87,7 +88,7 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json at path, whole or not at all."""
-        temporary = f'{path}.{os.getpid()}.tmp'
+        temporary = path + '.tmp'
         with open(temporary, 'w', encoding='utf-8') as f:
             json.dump(self.spec, f, ensure_ascii=False)
         os.replace(temporary, path)
@@ -100,6 +101,10 @@ def _byte_level_pattern(spec):
     plain = (model.get('type', 'BPE') == 'BPE' and not spec.get('normalizer') and not model.get('dropout')
              and not model.get('byte_fallback') and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'))
     if not plain or not steps or steps[-1].get('type') != 'ByteLevel' or steps[-1].get('add_prefix_space'):
+        return None
+    # tiktoken merges in the order of the ids, and needs every byte
+    made = [model['vocab'].get(''.join(m.split(' ')) if isinstance(m, str) else ''.join(m), -1) for m in model['merges']]
+    if made != sorted(made) or -1 in made or not set(byte_to_unicode().values()) <= model['vocab'].keys():
         return None
     if len(steps) == 1 and steps[0].get('use_regex', True):
         return PATTERNS['gpt2']
@@ -201,7 +206,9 @@ def load_tokenizer(source):
             return Tokenizer(json.load(f))
     except FileNotFoundError:
         raise UserError(f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json or a folder that holds one') from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # broken bytes fail in any way
         raise UserError(f'{legacy if os.path.exists(legacy) and not os.path.exists(path) else path} is not a readable tokenizer: {e}') from None
 
 

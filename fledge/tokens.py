@@ -21,7 +21,7 @@ class BinWriter:
     """Writes one .bin as tokens arrive. The file takes its name when the `with` block ends well, and not before."""
 
     def __init__(self, path, vocab_size):
-        self.path, self.temporary, self.count = path, f'{path}.{os.getpid()}.tmp', 0
+        self.path, self.temporary, self.count = path, f'{path}.tmp', 0
         self.key = next(k for k, t in FORMATS.items() if vocab_size <= 2 ** (8 * t.itemsize))
 
     def __enter__(self):
@@ -31,26 +31,32 @@ class BinWriter:
 
     def write(self, ids):
         """Append ids, a sequence or array of int."""
-        self.file.write(np.asarray(ids).astype(FORMATS[self.key]).tobytes())
         self.count += len(ids)
+        if self.count >= 2 ** 31:
+            raise UserError(f'{self.path} would hold over 2^31 tokens, more than its header can count')
+        self.file.write(np.asarray(ids).astype(FORMATS[self.key]).tobytes())
 
     def __exit__(self, error, *_):
-        if error is None:
-            header = np.zeros(256, '<i4')
-            header[:3] = *self.key, self.count
-            self.file.seek(0)
-            self.file.write(header.tobytes())
-        self.file.close()
-        if error is None:
-            os.replace(self.temporary, self.path)
-        else:
-            os.remove(self.temporary)
+        try:
+            with self.file:
+                header = np.zeros(256, '<i4')
+                header[:3] = *self.key, self.count
+                self.file.seek(0)
+                self.file.write(header.tobytes())
+            if error is None:
+                os.replace(self.temporary, self.path)
+        finally:
+            if os.path.exists(self.temporary):
+                os.remove(self.temporary)
 
 
 def read_bin(path, headerless=False):
     """The tokens of one .bin, a read-only memory map; headerless allows nanoGPT's bare uint16."""
-    size = os.path.getsize(path)
-    header = np.fromfile(path, '<i4', count=3)
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, '<i4', count=3)
+    except OSError as e:
+        raise UserError(f'{path} cannot be read: {e.strerror}') from None
     dtype = FORMATS.get(tuple(int(v) for v in header[:2]))
     if dtype is None:
         count = int(header[2]) if len(header) == 3 else 0
@@ -62,6 +68,8 @@ def read_bin(path, headerless=False):
         if size % 2:
             raise UserError(f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens')
         return np.memmap(path, np.dtype('<u2'), mode='r')
+    if len(header) == 3 and header[2] < 0:
+        raise UserError(f'{path} has a broken header: {header[2]} tokens')
     expected = HEADER_BYTES + int(header[2]) * dtype.itemsize if len(header) == 3 else HEADER_BYTES
     if size < expected:
         raise UserError(f'{path} is truncated: {expected:,} bytes are expected, {size:,} are there')
@@ -107,20 +115,24 @@ class Tokens:
         self.rows_per_shard = np.where(whole > 1, (lengths - block_size) // block_size, whole)
         self.slack = lengths - 1 - self.rows_per_shard * block_size
         self.n_rows = int(self.rows_per_shard.sum())
-        if self.n_rows == 0:
+        if self.n_tokens < 2:
+            raise UserError(f'{paths[0]} holds a single token: there is nothing to predict')
+        if self.n_rows == 0 and split == 'train':
             raise UserError(f'block_size={block_size} is longer than the data: {paths[0]} has {self.n_tokens:,} tokens and a row takes {block_size + 1:,}')
         self.first_row = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
         self._epoch = None
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
-            self._read(0, 0, len(self.shards[0]))
+            self._check(self.shards[0], 0, 0)
 
     def _read(self, shard, start, length):
-        """Tokens of one shard, int64, checked against the vocabulary."""
-        ids = np.asarray(self.shards[shard][start:start + length]).astype(np.int64)
+        ids = self.shards[shard][start:start + length]
+        self._check(ids, shard, start)
+        return ids.astype(np.int64)
+
+    def _check(self, ids, shard, start):
         if ids.max() >= self.vocab_size:
             at = start + int(ids.argmax())
             raise UserError(f'{self.paths[shard]} holds token {ids.max():,} at position {at:,}, beyond the vocabulary of {self.vocab_size:,}')
-        return ids
 
     def rows(self, first, count):
         """Rows first .. first + count - 1 of training's endless order: inputs and targets, int64 (count, block_size).

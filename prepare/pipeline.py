@@ -1,22 +1,20 @@
 """Documents in, a prepared dataset out: what every script in prepare/ calls."""
-import itertools
 import json
 import os
 import random
+import shlex
 import sys
 
-from fledge import UserError
+from fledge import UserError, lock_folder
 from fledge.tokenizer import char_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import BinWriter
 
 BATCH_BYTES = 8 << 20  # of text, tokenized at a time: memory stays small, threads stay busy
 
 
-TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-
-
-def read_or_download(path, url):
-    """The text at path, fetched from url first where it is missing."""
+def read_tiny_shakespeare(path):
+    """The text at path, fetched first where path is under data/ and missing, and its address."""
+    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
     if not os.path.exists(path) and path.startswith('data/'):
         import urllib.request
         try:
@@ -26,11 +24,11 @@ def read_or_download(path, url):
             with open(path + '.tmp', 'wb') as f:
                 f.write(content)
             os.replace(path + '.tmp', path)
-        except OSError as e:  # no network, no such page, nowhere to write
+        except Exception as e:  # no network, no such page, a broken answer, nowhere to write
             raise UserError(f'cannot fetch {url} ({e}); put the text at {path} or name it with --input') from None
     try:
         with open(path, encoding='utf-8') as f:
-            return f.read()
+            return f.read(), url
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read {path}: {e}') from None
 
@@ -48,15 +46,18 @@ def read_files(paths, field, quiet=False):
     skipped = []
     for file in files:
         if file.endswith(('.txt', '.md')):
-            with open(file, encoding='utf-8', errors='replace', newline='') as f:
-                text = f.read()
+            try:
+                with open(file, encoding='utf-8', errors='replace', newline='') as f:
+                    text = f.read()
+            except OSError as e:
+                raise UserError(f'cannot read {file}: {e.strerror}') from None
             if text:
                 yield text
         else:
             for place, row in _rows(file, field):
                 text = row.get(field) if isinstance(row, dict) else row
                 if isinstance(text, str) and text:
-                    yield text
+                    yield text.encode('utf-8', errors='replace').decode()  # JSON can spell half a surrogate pair
                 elif text != '':
                     skipped.append(f'{file}:{place}')
     if skipped and not quiet:
@@ -75,8 +76,10 @@ def _rows(file, field):
         return
     import pyarrow.parquet
     try:
-        place = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024, columns=[field]):
+        table, place = pyarrow.parquet.ParquetFile(file), 0
+        if field not in table.schema_arrow.names:
+            raise UserError(f'{file} has no column {field!r}; it has {", ".join(table.schema_arrow.names)} (--field=NAME)')
+        for batch in table.iter_batches(1024, columns=[field]):
             for text in batch.column(0).to_pylist():
                 place += 1
                 yield place, text
@@ -84,61 +87,70 @@ def _rows(file, field):
         raise UserError(f'{file} is not readable: {e}') from None
 
 
-def choose_tokenizer(source, texts, vocab_size, train_bytes=64 << 20):
-    """A tokenizer by name or place; 'train' and 'chars' make one from texts(), train from its first train_bytes."""
+def choose_tokenizer(source, texts, vocab_size, train_characters=64_000_000):
+    """A tokenizer by name or place; 'chars' and 'train' make one from texts(), train from its first 64 million characters."""
     if source == 'chars':
         return char_tokenizer(sorted(set().union(*texts())))
     if source != 'train':
         return load_tokenizer(source)
-    seen = itertools.accumulate(texts(), lambda total, text: (total[0] + len(text), text), initial=(0, ''))
-    return train_bpe((text for total, text in itertools.takewhile(lambda s: s[0] - len(s[1]) < train_bytes, seen)), vocab_size)
+
+    def sample():
+        size = 0
+        for text in texts():
+            yield text
+            size += len(text)
+            if size >= train_characters:
+                return
+    return train_bpe(sample(), vocab_size)
 
 
 def split_documents(texts, val_fraction, seed):
-    """(split, text) of each document: val by a seeded draw a document, so that a document's split never depends on the others.
-
-    A corpus that is one single document is cut in two, its end being val.
-    """
-    rng, texts = random.Random(seed), iter(texts)
-    first, second = next(texts, None), next(texts, None)
-    if second is None:
-        if first is not None:
-            cut = int(len(first) * (1 - val_fraction))
-            yield from ((split, text) for split, text in (('train', first[:cut]), ('val', first[cut:])) if text)
-        return
-    for text in itertools.chain((first, second), texts):
-        yield ('val' if rng.random() < val_fraction else 'train'), text
+    """(split, text) of each document, val by a seeded draw; where all fell to one side, the end of the last one is val."""
+    if not 0 <= val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} is not in [0, 1)')
+    rng, last, seen = random.Random(seed), None, set()
+    for text in texts:
+        if last is not None:
+            yield last
+        last = ('val' if rng.random() < val_fraction else 'train', text)
+        seen.add(last[0])
+    if len(seen) == 1:
+        cut = int(len(last[1]) * (1 - val_fraction))
+        yield from ((split, part) for split, part in (('train', last[1][:cut]), ('val', last[1][cut:])) if part)
+    elif seen:
+        yield last
 
 
 def write_dataset(name, documents, tokenizer, source, num_proc=0):
     """Tokenize (split, text) pairs into data/name: train.bin, val.bin, tokenizer.json, meta.json. Returns the meta.
 
-    Each document ends with the tokenizer's end-of-text token, where it has one. Files take their final names last,
-    meta.json after all others, so an interrupted run leaves nothing that looks prepared.
+    Each document ends with the tokenizer's end-of-text token, where it has one. Files take their final names when all
+    is written, train.bin last of all, so what an interrupted run leaves does not look prepared.
     """
+    if num_proc < 0:
+        raise UserError(f'num_proc={num_proc} must not be negative')
     folder = os.path.join('data', name)
     num_proc = num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     splits = {s: dict(tokens=0, bytes=0, documents=0) for s in ('train', 'val')}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with BinWriter(f'{folder}/train.bin', tokenizer.vocab_size) as train, BinWriter(f'{folder}/val.bin', tokenizer.vocab_size) as val:
-            for batch in _batches(documents):
-                for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch], num_proc)):
-                    (train if split == 'train' else val).write(ids + end)
-                    splits[split]['tokens'] += len(ids + end)
-                    splits[split]['bytes'] += len(text.encode('utf-8', errors='surrogatepass'))
-                    splits[split]['documents'] += 1
-            empty = [s for s, n in splits.items() if n['tokens'] == 0]
-            if empty:
-                raise UserError(f'{source} gives no {" and no ".join(empty)} text: it is empty, or val_fraction leaves a split with nothing')
+    os.makedirs(folder, exist_ok=True)
+    lock = lock_folder(folder, wait=True)
+    with BinWriter(f'{folder}/train.bin', tokenizer.vocab_size) as train, BinWriter(f'{folder}/val.bin', tokenizer.vocab_size) as val:
+        for batch in _batches(documents):
+            for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch], num_proc)):
+                (train if split == 'train' else val).write(ids + end)
+                splits[split]['tokens'] += len(ids + end)
+                splits[split]['bytes'] += len(text.encode('utf-8', errors='surrogatepass'))
+                splits[split]['documents'] += 1
+        empty = [s for s, n in splits.items() if n['tokens'] == 0]
+        if empty:
+            raise UserError(f'{source} gives no {" and no ".join(empty)} text: it is empty, or val_fraction leaves a split with nothing')
         tokenizer.save(f'{folder}/tokenizer.json')
-        meta = dict(source=source, vocab_size=tokenizer.vocab_size, splits=splits, command=' '.join(['python', *sys.argv]))
+        meta = dict(source=source, vocab_size=tokenizer.vocab_size, splits=splits, command=shlex.join(['python', *sys.argv]))
         with open(f'{folder}/meta.json.tmp', 'w') as f:
             json.dump(meta, f, indent=1)
         os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
-    except OSError as e:
-        raise UserError(f'cannot write {folder}: {e.strerror}') from None
+    os.close(lock)
     for split, n in splits.items():
         print(f'{folder}/{split}.bin: {n["tokens"]:,} tokens of {n["documents"]:,} documents, {n["bytes"] / n["tokens"]:.2f} bytes a token')
     return meta

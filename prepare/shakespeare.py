@@ -8,7 +8,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge.configurator import configure
 from fledge.tokenizer import load_tokenizer
-from prepare.pipeline import TINY_SHAKESPEARE, read_or_download, split_documents, write_dataset
+from prepare.pipeline import read_tiny_shakespeare, split_documents, write_dataset
 
 name = 'shakespeare'    # folder under data/
 input = ''              # the text, if it is here already; else data/NAME/input.txt, downloaded where missing
@@ -17,5 +17,5 @@ val_fraction = 0.1      # the end of the text
 configure(globals())
 
 encoder = load_tokenizer(tokenizer)
-text = read_or_download(input or f'data/{name}/input.txt', TINY_SHAKESPEARE)
-write_dataset(name, split_documents([text], val_fraction, seed=0), encoder, TINY_SHAKESPEARE)
+text, url = read_tiny_shakespeare(input or f'data/{name}/input.txt')
+write_dataset(name, split_documents([text], val_fraction, seed=0), encoder, url)

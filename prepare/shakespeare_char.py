@@ -8,12 +8,12 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge.configurator import configure
 from fledge.tokenizer import char_tokenizer
-from prepare.pipeline import TINY_SHAKESPEARE, read_or_download, split_documents, write_dataset
+from prepare.pipeline import read_tiny_shakespeare, split_documents, write_dataset
 
 name = 'shakespeare_char'   # folder under data/
 input = ''                  # the text, if it is here already; else data/NAME/input.txt, downloaded where missing
 val_fraction = 0.1          # the end of the text
 configure(globals())
 
-text = read_or_download(input or f'data/{name}/input.txt', TINY_SHAKESPEARE)
-write_dataset(name, split_documents([text], val_fraction, seed=0), char_tokenizer(sorted(set(text))), TINY_SHAKESPEARE)
+text, url = read_tiny_shakespeare(input or f'data/{name}/input.txt')
+write_dataset(name, split_documents([text], val_fraction, seed=0), char_tokenizer(sorted(set(text))), url)

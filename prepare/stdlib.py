@@ -23,8 +23,11 @@ for folder, folders, files in os.walk(root):
     folders[:] = sorted(f for f in folders if f not in ('site-packages', 'dist-packages', '__pycache__'))
     for file in sorted(files):
         if file.endswith('.py'):
-            with open(os.path.join(folder, file), 'rb') as f:
-                text = f.read().decode('utf-8', errors='ignore')  # a few test files are not UTF-8 on purpose
+            try:
+                with open(os.path.join(folder, file), 'rb') as f:
+                    text = f.read().decode('utf-8', errors='ignore')  # a few test files are not UTF-8 on purpose
+            except OSError:  # a link to nowhere
+                continue
             if text:
                 texts.append(text)
 print(f'{len(texts):,} files, {sum(map(len, texts)) / 1e6:.1f} MB of Python source; training a tokenizer on them')

@@ -1,6 +1,7 @@
 """Checkpoints survive, and never run code."""
 import os
 import pickle
+import random
 import resource
 import signal
 import subprocess
@@ -28,9 +29,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
-def test_torch_compiles_prefix_is_taken_off(tmp_path):
+def test_what_older_scripts_left_in_is_taken_out(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
-    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()}
+    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()} | {'_orig_mod.transformer.h.0.attn.bias': torch.ones(1)}
     torch.save(saved, path)
     checkpoint.load_model(checkpoint.load(path), path)
 
@@ -71,6 +72,9 @@ def test_one_that_does_not_fit_is_named(tmp_path):
     torch.save({'weights': 1}, path)
     with pytest.raises(UserError, match='lacks model or model_args'):
         checkpoint.load(path)
+    torch.save({'model': 3, 'model_args': {}}, path)
+    with pytest.raises(UserError, match='lacks model or model_args'):
+        checkpoint.load(path)
     saved = a_checkpoint()
     saved['model_args']['n_embd'] = 16
     with pytest.raises(UserError, match='does not fit this model: .*size mismatch'):
@@ -105,7 +109,21 @@ def test_killed_while_saving_leaves_a_whole_one(tmp_path):
         done = [int(process.stdout.readline()) for _ in range(lines)][-1]
         process.kill()  # SIGKILL, in the middle of the next one
         process.wait()
-        assert checkpoint.load(path)['iter_num'] in (done, done + 1)
+        assert checkpoint.load(path)['iter_num'] >= done
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_broken_bytes_are_a_mistake_not_a_traceback(tmp_path, seed):
+    path, rng = tmp_path / 'ckpt.pt', random.Random(seed)
+    checkpoint.save(str(path), a_checkpoint())
+    raw = bytearray(path.read_bytes())
+    for _ in range(20):
+        raw[rng.randrange(len(raw) if seed % 2 else 3000)] = rng.randrange(256)
+    path.write_bytes(raw)
+    try:
+        checkpoint.load_model(checkpoint.load(str(path)), str(path))
+    except UserError:
+        pass
 
 
 def test_a_linked_checkpoint_stays_when_the_first_is_replaced(tmp_path):

@@ -1,5 +1,6 @@
 """Config files, JSON files and flags over a script's settings."""
 import json
+import re
 
 import pytest
 from conftest import run
@@ -35,9 +36,17 @@ def test_overrides_apply_from_left_to_right(files):
     assert settings['steps'] == 1 and settings['hook'](None, None) == 20 and settings['_private'] == 3 and 'hook' not in values
 
 
+def test_a_run_that_goes_on_keeps_its_settings(files):
+    settings = dict(DEFAULTS)
+    configure(settings, ['--steps=3'])
+    values = configure(settings, ['--steps=3'], saved=dict(steps=8, rate=0.5, mode=False, gone=1))
+    assert values == dict(steps=3, rate=0.5, name='run', on=False, mode=False) and settings['rate'] == 0.5 and 'gone' not in settings
+    assert configure(settings, ['--mode=auto'], saved=dict(mode=True))['mode'] == 'auto'  # types are the defaults'
+
+
 @pytest.mark.parametrize('flag, name, value', [
     ('--on', 'on', True), ('--on=True', 'on', True), ('--rate=1', 'rate', 1.0), ('--rate=6e-4', 'rate', 6e-4), ('--steps=1e3', 'steps', 1000),
-    ('--name=a=b', 'name', 'a=b'), ('--name=7', 'name', '7'), ('--name=', 'name', ''), ('--name="x y"', 'name', 'x y'), ('--mode=True', 'mode', True),
+    ('--mode=False', 'mode', False), ('--name=a=b', 'name', 'a=b'), ('--name=7', 'name', '7'), ('--name=', 'name', ''), ('--name="x y"', 'name', 'x y'), ('--mode=True', 'mode', True),
     ('--mode=auto', 'mode', 'auto'), ('--steps=-1', 'steps', -1)])
 def test_values_take_the_type_of_the_default(flag, name, value):
     found = configured(flag)[0][name]
@@ -46,14 +55,14 @@ def test_values_take_the_type_of_the_default(flag, name, value):
 
 @pytest.mark.parametrize('argument, words', [
     ('--step=3', "no setting is called 'step'; the nearest are steps"), ('--steps=2.5', 'takes a whole number'), ('--steps=many', 'takes a whole number'),
-    ('--rate=fast', 'takes a number'), ('--on=2', 'takes True or False'), ('--steps=True', 'takes a whole number'), ('--steps', 'takes a whole number'),
+    ('--rate=fast', 'takes a number'), ('--on=2', 'takes True or False'), ('--on=auto', 'takes True or False'), ('--rate={[]:1}', 'takes a number'), ('exits.py', 'exits.py, line 1: SystemExit'), ('--steps=True', 'takes a whole number'), ('--steps', 'takes a whole number'),
     ('nowhere.py', 'nowhere.py: No such file'), ('nowhere.json', 'nowhere.json: No such file'), ('steps=3', 'a setting is --key=value'),
     ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'), ('syntax.py', 'syntax.py, line 1:'), ('typo.py', "no setting is called 'stepz'"),
     ('type.py', 'type.py: steps: '), ('broken.json', 'broken.json is no valid JSON'), ('list.json', 'holds no object'), ('type.json', 'type.json: on: '),
     ('typo.json', "no setting is called 'stepz'"), ('binary.py', 'is no config file')])
 def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
     monkeypatch.chdir(tmp_path)
-    for name, text in {'raises.py': 'steps = 1\nrate = 1 / 0\n', 'syntax.py': 'steps = = 1\n', 'typo.py': 'stepz = 3\n', 'type.py': 'steps = "3"\n',
+    for name, text in {'exits.py': 'raise SystemExit\n', 'raises.py': 'steps = 1\nrate = 1 / 0\n', 'syntax.py': 'steps = = 1\n', 'typo.py': 'stepz = 3\n', 'type.py': 'steps = "3"\n',
                        'broken.json': '{"steps": ', 'list.json': '[1]', 'type.json': '{"on": 3}', 'typo.json': '{"stepz": 3}'}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
@@ -65,6 +74,6 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
 def test_help_lists_every_setting_with_its_comment(script, tmp_path):
     out = run(tmp_path, script, '--help')
     settings = [line for line in out.splitlines() if line.startswith('  --')]
-    assert len(settings) >= 8 and all(len(line.split('=', 1)[1].split()) > 0 for line in settings)
+    assert len(settings) >= 8 and all(re.search(r'=\S.*\s{1,}\S', line) for line in settings), out
     if script == 'train.py':
         assert "--out_dir='out'" in out and 'checkpoints, metrics.jsonl' in out and '--learning_rate=0.006' in out

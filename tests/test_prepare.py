@@ -93,6 +93,14 @@ def test_own_text_of_every_kind(notes, tokenizer):
     assert texts_of(str(folder / 'data' / 'again'), 'val') == val, again
 
 
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_a_few_documents_have_a_val_too(tmp_path, n):
+    (tmp_path / 'few.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' * 100 + '\ud800'}) + '\n' for i in range(n)))
+    run(tmp_path, 'prepare/text.py', '--input=few.jsonl', '--name=few', '--tokenizer=bytes')
+    splits = read_meta(str(tmp_path / 'data' / 'few'))['splits']
+    assert splits['val']['tokens'] > 1 and sum(s['bytes'] for s in splits.values()) == n * 201
+
+
 def test_one_document_is_cut_in_two(tmp_path):
     (tmp_path / 'one.txt').write_text('abcdefghij' * 10)
     run(tmp_path, 'prepare/text.py', '--input=one.txt', '--name=one', '--tokenizer=chars', '--val_fraction=0.1')
@@ -114,4 +122,13 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'needs at least 259' in text('--input=some.txt', '--tokenizer=train', '--vocab_size=100')
     assert 'broken.parquet is not readable' in text('--input=broken.parquet', '--tokenizer=bytes')
     assert 'val_fraction leaves a split with nothing' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=0')
+    assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')
+    assert 'val_fraction=2' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=2')
+    (tmp_path / 'linked').mkdir()
+    os.symlink('nowhere', tmp_path / 'linked' / 'link.txt')
+    assert 'cannot read linked/link.txt' in text('--input=linked', '--tokenizer=bytes')
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({'body': ['a']}), tmp_path / 'body.parquet')
+    assert "no column 'text'; it has body" in text('--input=body.parquet', '--tokenizer=bytes')
     assert not list(tmp_path.glob('data/x/*'))

@@ -36,12 +36,15 @@ def test_flags_of_sampling(trained):
 
 def test_a_run_samples_without_its_data(trained, tmp_path):
     run(tmp_path, 'sample.py', f'--out_dir={trained}/out', '--start=1', '--num_samples=1', '--max_new_tokens=5')
+    run(trained / 'out', 'sample.py', '--init_from=ckpt.pt', '--start=1', '--num_samples=1', '--max_new_tokens=5')
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
     assert 'no checkpoint at out/ckpt.pt' in fails(tmp_path, 'sample.py')
     assert "'é' is not in this vocabulary" in fails(trained, 'sample.py', '--start=é')
     assert 'cannot read the prompt' in fails(trained, 'sample.py', '--start=FILE:nowhere.txt')
+    for flag in ('--top_p=0', '--min_p=2', '--repetition_penalty=0'):
+        assert 'must be in' in fails(trained, 'sample.py', flag)
     assert 'temperature=-1.0' in fails(trained, 'sample.py', '--temperature=-1')
     assert re.search('no setting is called .num_sample.; the nearest are num_samples', fails(trained, 'sample.py', '--num_sample=1'))
     raw = (trained / 'out' / 'ckpt.pt').read_bytes()

@@ -92,6 +92,22 @@ def test_another_kind_of_tokenizer_runs_on_tokenizers(tmp_path):
     theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     ours = Tokenizer(json.loads(theirs.to_str()))
     assert ours.hf and ours.encode('ab a') == theirs.encode('ab a').ids and ours.decode(ours.encode('ab a')) == 'ab a' and ours.vocab_size == 4
+    assert [len(ours.token_bytes[i]) for i in ours.encode('a b')] == [2, 1, 1]  # the bytes of ' a b', spaces and all
+
+
+def test_ids_out_of_merge_order_run_on_tokenizers(trained):
+    spec = json.loads(json.dumps(trained.spec))
+    vocab = spec['model']['vocab']
+    spec['model']['vocab'] = {t: 996 - i for t, i in vocab.items()}  # as in RoBERTa's, the ids say nothing about the merges
+    other = Tokenizer(spec)
+    text = 'def main():\n    return 1\n'
+    assert other.bpe is None and other.encode(text) == [996 - i for i in trained.encode(text)] and other.decode(other.encode(text)) == text
+    del spec['model']['vocab']['ÿ']  # a byte
+    assert Tokenizer(spec).bpe is None
+
+
+def test_many_special_tokens_in_a_prompt(trained):
+    assert trained.encode('<|im_end|>' * 5000 + 'a', allow_special=True) == [999] * 5000 + trained.encode('a')
 
 
 def test_nanogpts_meta_pkl_is_read_without_running_it(tmp_path):

@@ -51,6 +51,7 @@ def test_nanogpts_headerless_files_are_read(tmp_path):
     (lambda raw: b'', 'is empty'),
     (lambda raw: raw[:1024], 'is truncated'), (lambda raw: raw[:700], 'is truncated'), (lambda raw: raw[:-1], 'is truncated'),
     (lambda raw: np.array([20240520, 1, 0], '<i4').tobytes() + raw[12:1024], 'is empty'),
+    (lambda raw: np.array([20240520, 1, -5], '<i4').tobytes() + raw[12:], 'broken header'),
     (lambda raw: np.array([20240521], '<i4').tobytes() + raw[4:], 'wrong magic or version'),
     (lambda raw: raw[:4] + np.array([9], '<i4').tobytes() + raw[8:], 'wrong magic or version'),
     (lambda raw: b'PK\x03\x04' + raw[4:], 'wrong magic or version')])
@@ -94,6 +95,13 @@ def test_every_row_once_an_epoch_and_none_twice(tmp_path, shards):
         assert len(seen) >= sum(n - 1 for n in shards if n > 10) - len(shards)  # over the epochs, no token is left out
 
 
+def test_one_token_is_nothing_to_predict(tmp_path):
+    dataset(tmp_path, [5])
+    (tmp_path / 'train.bin').rename(tmp_path / 'val.bin')
+    with pytest.raises(UserError, match='single token'):
+        Tokens(str(tmp_path), 'val', 10, 65536)
+
+
 def test_a_step_is_a_pure_function_of_its_number(tmp_path):
     folder = dataset(tmp_path, np.random.default_rng(0).integers(0, 500, 5000))
     whole = Tokens(folder, 'train', 16, 500, seed=3).rows(0, 24 * 50)[0].reshape(50, 24, 16)
@@ -105,13 +113,14 @@ def test_a_step_is_a_pure_function_of_its_number(tmp_path):
     assert not np.array_equal(Tokens(folder, 'train', 16, 500, seed=4).rows(0, 24)[0], whole[0])
 
 
-@pytest.mark.parametrize('n', [101, 100, 11, 7])
+@pytest.mark.parametrize('n', [101, 100, 11, 7, 2])
 def test_evaluation_predicts_each_token_once(tmp_path, n):
-    data = Tokens(dataset(tmp_path, range(200, 200 + max(n, 11))), 'train', 10, 65536)
-    n = data.n_tokens
+    dataset(tmp_path, range(200, 200 + n))
+    (tmp_path / 'train.bin').rename(tmp_path / 'val.bin')  # which may be shorter than a row
+    data = Tokens(str(tmp_path), 'val', 10, 65536)
     x, y = data.evaluation_batch(data.evaluation_rows())
     assert y[y >= 0].tolist() == list(range(201, 200 + n))
     assert (x[y >= 0] == y[y >= 0] - 1).all()
-    if n > 100:
+    if n == 101:
         part = data.evaluation_rows(4)
         assert part == data.evaluation_rows(4) and len(part) == 4 and [s for _, s in part] == [0, 20, 50, 70]
