@@ -34,14 +34,14 @@ init_from = 'scratch'           # scratch, resume (goes on with out_dir's ckpt.p
 auto_resume = False             # resume where out_dir has a checkpoint, else start: for jobs that are started again
 seed = 1337                     # of the weights, the order of the data, dropout and samples
 # evaluation, checkpoints, logs
-eval_interval = 200             # steps between evaluations, each followed by a checkpoint
+eval_interval = 500             # steps between evaluations, each followed by a checkpoint
 eval_iters = 0                  # batches of val in one evaluation, always the same ones; 0: all of val
 eval_only = False               # evaluate once and stop
 always_save_checkpoint = True   # False: only where val loss improved
 early_stopping_patience = 0     # stop after so many evaluations without a better val loss; 0: never
-log_interval = 10               # steps between lines of progress
-sample_interval = 200           # steps between samples_step_*.txt; 0: none
-sample_start = '\n'             # what the samples begin with
+log_interval = 20               # steps between lines of progress
+sample_interval = 500           # steps between samples_step_*.txt; 0: none
+sample_start = '<|endoftext|>'  # what the samples begin with: here the start of a document
 sample_tokens = 200             # length of each of the three samples
 dry_run = False                 # say what the run will take, from one real step, and write nothing
 wandb_log = False               # log to Weights & Biases (WANDB_MODE=offline needs no account)
@@ -51,14 +51,14 @@ tensorboard = False             # log to out_dir/tensorboard
 # data
 dataset = 'stdlib'              # a folder under data/
 gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
-batch_size = 32                 # rows in a micro-batch
-block_size = 256                # tokens in a row: the context
+batch_size = 4                  # rows in a micro-batch
+block_size = 512                # tokens in a row: the context
 # model; the default is Qwen3's block, which every runtime loads
 n_layer = 4                     # depth
-n_head = 4                      # query heads
-n_kv_head = 2                   # key and value heads, shared by the query heads; 0: n_head
+n_head = 3                      # query heads
+n_kv_head = 1                   # key and value heads, shared by the query heads; 0: n_head
 head_dim = 64                   # 0: n_embd / n_head
-n_embd = 256                    # width
+n_embd = 192                    # width
 n_inner = 0                     # width of the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd
 vocab_size = 0                  # 0: the dataset's
 dropout = 0.0                   # share of activations dropped in training
@@ -74,8 +74,8 @@ tie_embeddings = True           # the head is the token embedding
 gradient_checkpointing = False  # less memory for about a third more time
 # optimizer
 optimizer = 'muon'              # muon (the blocks' matrices; AdamW for the rest), adamw
-learning_rate = 6e-3            # highest
-max_iters = 1200                # steps
+learning_rate = 1e-2            # highest
+max_iters = 4000                # steps
 target_tokens = 0               # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0             # instead of max_iters: as many steps as see the data so often
 max_minutes = 5.0               # lower max_iters to what this machine does in this time; 0: no limit

@@ -13,7 +13,7 @@ from prepare.pipeline import split_documents, write_dataset
 
 name = 'stdlib'         # folder under data/
 vocab_size = 4096       # of the byte-level BPE trained on it
-val_fraction = 0.05     # of the files
+val_fraction = 0.02     # of the files
 num_proc = 0            # threads; 0: every core
 seed = 1337
 configure(globals())

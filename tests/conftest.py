@@ -17,7 +17,7 @@ os.environ.update(OMP_NUM_THREADS='1', WANDB_MODE='offline', WANDB_SILENT='true'
 
 # a model that trains in seconds; the settings that every such run shares
 TINY = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_kv_head=1', '--head_dim=8', '--n_embd=16', '--block_size=16', '--batch_size=4', '--device=cpu',
-        '--max_minutes=0', '--warmup_iters=5', '--sample_tokens=8', '--log_interval=1', '--eval_interval=30', '--eval_iters=2', '--sample_interval=30']
+        '--max_minutes=0', '--warmup_iters=5', '--learning_rate=0.006', '--sample_tokens=8', '--log_interval=1', '--eval_interval=30', '--eval_iters=2', '--sample_interval=30']
 
 
 def shared(*parts):

@@ -1,12 +1,16 @@
 """Config files, JSON files and flags over a script's settings."""
+import ast
 import json
+import os
 import re
 
 import pytest
-from conftest import run
+import torch
+from conftest import ROOT, run
 
 from fledge import UserError
 from fledge.configurator import configure
+from model import GPT, GPTConfig
 
 DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None, _private=3)
 
@@ -76,4 +80,24 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
     settings = [line for line in out.splitlines() if line.startswith('  --')]
     assert len(settings) >= 8 and all(re.search(r'=\S.*\s{1,}\S', line) for line in settings), out
     if script == 'train.py':
-        assert "--out_dir='out'" in out and 'checkpoints, metrics.jsonl' in out and '--learning_rate=0.006' in out
+        assert "--out_dir='out'" in out and 'checkpoints, metrics.jsonl' in out and '--learning_rate=0.01' in out
+
+
+def test_the_stdlib_config_is_the_default_run():
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
+        defaults = {n.targets[0].id: n.value.value for n in ast.parse(f.read()).body
+                    if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and isinstance(n.value, ast.Constant)}
+    values = {}
+    exec(open(os.path.join(ROOT, 'config', 'stdlib.py')).read(), values)
+    del values['__builtins__']
+    assert len(values) > 20 and values == {k: defaults[k] for k in values}
+
+
+@pytest.mark.parametrize('name, low, high', [('dolma_75m', 70e6, 80e6), ('gpt2_small_50m', 50e6, 53e6), ('gpt2_124m', 123e6, 125e6), ('shakespeare_char', 9e6, 12e6)])
+def test_a_config_has_the_size_that_its_name_says(name, low, high):
+    values = {}
+    exec(open(os.path.join(ROOT, 'config', f'{name}.py')).read(), values)
+    known = {k: v for k, v in values.items() if k in GPTConfig.__dataclass_fields__}
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**{'vocab_size': 65, **known}))
+    assert low <= model.get_num_params(non_embedding=False) <= high
