@@ -43,6 +43,7 @@ log_interval = 20               # steps between lines of progress
 sample_interval = 500           # steps between samples_step_*.txt; 0: none
 sample_start = '<|endoftext|>'  # what the samples begin with: here the start of a document
 sample_tokens = 200             # length of each of the three samples
+sample_repetition_penalty = 1.2  # keeps a small model out of loops; 1 where the tokens are characters
 dry_run = False                 # say what the run will take, from one real step, and write nothing
 wandb_log = False               # log to Weights & Biases (WANDB_MODE=offline needs no account)
 wandb_project = 'fledge'        # the project there
@@ -112,6 +113,8 @@ for name in ('max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval
              'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'):
     if config[name] < 0:
         raise UserError(f'{name}={config[name]} must not be negative')
+if sample_repetition_penalty <= 0:
+    raise UserError(f'sample_repetition_penalty={sample_repetition_penalty} must be above 0')
 if seed >= 2 ** 63:
     raise UserError(f'seed={seed} is too large')
 for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('auto', True, False)), ('backend', ('auto', 'nccl', 'gloo'))):
@@ -301,6 +304,11 @@ def evaluate():
     return nats / tokens, nats / math.log(2) / size if size else None
 
 
+def in_words(val_loss, val_bpb):
+    """An evaluation as a person reads it."""
+    return f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else '')
+
+
 def write_samples(step):
     """samples_step_*.txt: three continuations of sample_start."""
     model.eval()
@@ -310,7 +318,7 @@ def write_samples(step):
         prompt = []
     prompt = prompt or [tokenizer.end_of_text or 0]
     with autocast:
-        rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_k=200, seed=seed)
+        rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_p=0.95, repetition_penalty=sample_repetition_penalty, seed=seed)
     model.train()
     with open(log.path(f'samples_step_{step:06d}.txt'), 'w', encoding='utf-8') as f:
         f.write('\n---------------\n'.join(tokenizer.decode(row) for row in rows) + '\n')
@@ -319,14 +327,14 @@ def write_samples(step):
 def save_checkpoint(step, best):
     checkpoint.save(ckpt_path, dict(
         model=model.state_dict(), optimizer=optimizers.state_dict(opts), model_args=model.config.model_args(), iter_num=step, config=config,
-        best_val_loss=best_val_loss, scaler=scaler.state_dict(), objective=objective is not None, elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
+        best_val_loss=best_val_loss, scaler=scaler.state_dict(), objective=objective is not None,
+        elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
     if best:
         checkpoint.link(ckpt_path, log.path('best.pt'))
 
 
 if eval_only:
-    val_loss, val_bpb = evaluate()
-    log.say(f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
+    log.say(in_words(*evaluate()))
     raise SystemExit
 if dry_run:
     train_step(0, 0.0)[0].item()  # warms up
@@ -377,9 +385,9 @@ while True:
         evaluation = last_evaluation[1:]  # made right before the checkpoint that this run goes on from
     elif not stopping and (step % eval_interval == 0 or done):
         evaluation = evaluate()
-        val_loss, val_bpb = evaluation
+        val_loss = evaluation[0]
         last_evaluation, evaluating = [step, *evaluation], max(evaluating, time.monotonic() - began - elapsed)
-        log.say(f'step {step}: val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else ''))
+        log.say(f'step {step}: {in_words(*evaluation)}')
         if not math.isfinite(val_loss):
             raise UserError(f'val loss is {val_loss} at step {step}: the run diverged; lower learning_rate (the last checkpoint is kept)')
         best = val_loss < best_val_loss

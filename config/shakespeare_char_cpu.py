@@ -17,3 +17,4 @@ eval_interval = 500
 log_interval = 50
 sample_interval = 1000
 sample_tokens = 500
+sample_repetition_penalty = 1.0
