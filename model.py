@@ -196,8 +196,7 @@ class KVCache:
 
     def __init__(self, config, batch_size, length=None, dtype=torch.float32, device='cpu'):
         shape = (batch_size, config.n_kv_head, min(length or config.block_size, config.block_size), config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2))
         self.size = shape[2]
         self.reset()
 
@@ -228,15 +227,13 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.dropout = config.n_head, config.n_kv_head, config.head_dim, config.dropout
+        self.n_head, self.n_kv_head, self.head_dim, self.qk_norm = config.n_head, config.n_kv_head, config.head_dim, config.qk_norm
         heads = config.n_head + 2 * config.n_kv_head
         self.c_attn = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.qk_norm = config.qk_norm
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
 
     def forward(self, x, rope=None, cache=None, layer=0, positions=None, mask=None):
         B, T, _ = x.shape
@@ -249,7 +246,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.write(layer, k, v, positions)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.resid_dropout.p if self.training else 0.0
         if mask is not None:  # the queries that share a key are read as one batch of rows: keys are never copied
             mask = mask.expand(B, H // KV, T, -1).reshape(B, 1, H // KV * T, -1)
             y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV * T, D), k, v, attn_mask=mask).view(B, H, T, D)
@@ -329,8 +326,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Of training: 6 a matmul parameter, 12 a layer, width and position of context (PaLM, arXiv:2204.02311, B)."""
         c = self.config
-        matmul = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.wte.' not in n and '.wpe.' not in n)
-        matmul += self.lm_head.weight.numel() if c.tie_embeddings else 0
+        matmul = self.lm_head.weight.numel() + sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.h.' in n)
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     def crop_block_size(self, block_size):
@@ -401,15 +397,15 @@ class GPT(nn.Module):
         rows = [list(map(int, row)) for row in idx]
         if not all(rows):
             raise ValueError('a prompt is empty: it needs one token at least')
-        device, limit = self.lm_head.weight.device, self.config.block_size
+        device, limit, B = self.lm_head.weight.device, self.config.block_size, len(rows)
         stop = {stop} if isinstance(stop, int) else set(stop or ())
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        B, running = len(rows), [True] * len(rows)
         seen = torch.zeros(B, self.lm_head.weight.shape[0], dtype=torch.bool, device=device)
         for i, row in enumerate(rows):
             seen[i, row] = True
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.lm_head.weight.dtype
         cache = KVCache(self.config, B, max(map(len, rows)) + max_new_tokens, dtype, device)
+        running = range(B)
         for step in range(max_new_tokens):
             if step and cache.longest < limit:
                 new, lengths = [row[-1:] for row in rows], None
@@ -424,8 +420,8 @@ class GPT(nn.Module):
             seen.scatter_(1, token[:, None], True)
             for i, t in enumerate(token.tolist()):
                 rows[i].append(t)  # a row that has stopped runs on beside the others, and is cut at the end
-            running = [r and row[-1] not in stop for r, row in zip(running, rows)]
-            if not any(running):
+            running = [i for i in running if rows[i][-1] not in stop]
+            if not running:
                 break
         for i, prompt in enumerate(idx):
             end = next((n + 1 for n in range(len(prompt), len(rows[i])) if rows[i][n] in stop), None)
