@@ -104,7 +104,10 @@ resuming = init_from == 'resume'
 start = None if init_from == 'scratch' else checkpoint.load(ckpt_path if resuming else init_from)
 if resuming:  # the run's own settings hold, but for those given now
     once = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
-    config = configure(globals(), saved={k: v for k, v in start.get('config', {}).items() if k not in once})
+    saved = start.get('config', {})
+    config = configure(globals(), saved={k: v for k, v in saved.items() if k not in once})
+    changed = {k: v for k, v in saved.items() if k not in once and config.get(k, v) != v}
+    config['init_from'] = saved.get('init_from', 'scratch')  # how the run began
 # -----------------------------------------------------------------------------
 for name in ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[name] < 1:
@@ -145,29 +148,22 @@ rows_per_process = rows_per_step // world
 
 # ---- data; the default corpus is made on the spot, any other has to be there
 log, data_dir = RunLog(main, None if dry_run or eval_only else out_dir), os.path.join('data', dataset)
-gpt2_vocabulary = vocab_size in (0, 50257, 50304)
 if main and not split_files(data_dir, 'train'):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare', f'{dataset}.py')
     if dataset != 'stdlib' or dry_run:
-        other = f'text.py --input=YOUR_FILES --name={dataset} --tokenizer=' + ('gpt2' if gpt2_vocabulary else f'train --vocab_size={vocab_size}')
+        other = f'text.py --input=YOUR_FILES --name={dataset} --tokenizer=' + ('gpt2' if vocab_size in (0, 50257, 50304) else f'train --vocab_size={vocab_size}')
         raise UserError(f'{data_dir} has no train.bin; make it with: python prepare/{dataset + ".py" if os.path.exists(script) else other}')
     if subprocess.run([sys.executable, script]).returncode:
         raise UserError('python prepare/stdlib.py failed; see above')
 if world > 1:
     dist.barrier()
 tokenizer = find_tokenizer(data_dir)
-known_vocabulary = tokenizer is not None  # nanoGPT's folders say nothing where the vocabulary is GPT-2's
-if not known_vocabulary and gpt2_vocabulary:
-    try:
-        tokenizer = load_tokenizer('gpt2')
-    except UserError as e:
-        log.say(f'{e}: no samples, no bits per byte')
 
 # ---- model
 torch.manual_seed(seed)
 if start is None:
     if not vocab_size:  # GPT-2's 50257 is rounded up to what hardware likes
-        vocab_size = tokenizer.vocab_size if known_vocabulary and tokenizer.vocab_size != 50257 else 50304
+        vocab_size = tokenizer.vocab_size if tokenizer and tokenizer.vocab_size != 50257 else 50304
     qkv_bias = bias if qkv_bias == 'auto' else qkv_bias
     try:
         model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in config}))
@@ -177,9 +173,18 @@ else:
     model = checkpoint.load_model(start, ckpt_path if resuming else init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
-    config |= {k: getattr(model.config, k) for k in config if hasattr(model.config, k)}
+    for k in config:
+        if hasattr(model.config, k) and config[k] != getattr(model.config, k):
+            if resuming and config[k] not in (0, 'auto'):
+                log.say(f'{k}={config[k]!r} is ignored: the checkpoint has {getattr(model.config, k)!r}')
+            config[k] = getattr(model.config, k)
 block_size, vocab_size = model.config.block_size, model.config.vocab_size
 model.to(device).gradient_checkpointing = gradient_checkpointing
+if tokenizer is None and vocab_size in (50257, 50304):  # nanoGPT's folders say nothing where the vocabulary is GPT-2's
+    try:
+        tokenizer = load_tokenizer('gpt2')
+    except UserError as e:
+        log.say(f'{e}: no samples, no bits per byte')
 train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
 val_data = Tokens(data_dir, 'val', block_size, vocab_size)
 tokens_per_step = rows_per_step * block_size
@@ -193,7 +198,7 @@ for i, token in (tokenizer.token_bytes if tokenizer else {}).items():
 # ---- optimizers, and what else a resumed run goes on with
 opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 first_step, elapsed, best_val_loss, evaluations_since_best, last_evaluation = 0, 0.0, math.inf, 0, None
-changed = {}
+total_steps = max_iters
 if resuming:
     if start.get('objective') and not objective:
         raise UserError('this run has an objective of its own: name the config file that defines it again')
@@ -206,7 +211,12 @@ if resuming:
         scaler.load_state_dict(start['scaler'])
     elapsed, evaluations_since_best = start.get('elapsed', 0.0), start.get('evaluations_since_best', 0)  # not in nanoGPT's
     last_evaluation = start.get('evaluation')
-    changed = {k: v for k, v in start.get('config', {}).items() if k not in once and config.get(k, v) != v}
+    if changed.keys() & {'dataset', 'block_size', 'eval_iters', 'batch_size'} or objective:  # it may not be what it would be now
+        last_evaluation = None
+    if 'dataset' in changed:
+        best_val_loss = math.inf
+    if max_minutes and start.get('time_is_short'):  # the run does not fit its time: go on with the steps that do
+        total_steps = min(max_iters, int(start['total_steps'] * max_minutes / (saved.get('max_minutes') or max_minutes)))
 del start
 log.open(config, first_step if resuming else None)
 if tokenizer and log.out_dir and not resuming:
@@ -328,7 +338,7 @@ def save_checkpoint(step, best):
     checkpoint.save(ckpt_path, dict(
         model=model.state_dict(), optimizer=optimizers.state_dict(opts), model_args=model.config.model_args(), iter_num=step, config=config,
         best_val_loss=best_val_loss, scaler=scaler.state_dict(), objective=objective is not None,
-        elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
+        total_steps=total_steps, time_is_short=total_steps < max_iters, elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
     if best:
         checkpoint.link(ckpt_path, log.path('best.pt'))
 
@@ -368,16 +378,24 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 
 # ---- the training loop
-step, total_steps, evaluating, stopping = first_step, max_iters, 0.0, False
-if max_minutes and resuming and elapsed:  # as many steps as the time left allows at the pace so far
-    total_steps = min(max_iters, first_step + max(0, int((60 * max_minutes - elapsed) / elapsed * first_step)))
+step, evaluating = first_step, 0.0
 log.start_bar(step, total_steps)
 began = time.monotonic() - elapsed
 mark, marked_step, aside = time.monotonic(), step, 0.0  # of the interval being timed; aside: its seconds that were not training
-paced_from = None  # (step, elapsed) from which the pace is taken, once the first step has warmed everything up
 while True:
-    elapsed = time.monotonic() - began
-    stopping = stopping or world == 1 and bool(stop_asked)
+    elapsed, stopping = time.monotonic() - began, bool(stop_asked)
+    if step == first_step + 3:  # everything is warm
+        warm = elapsed
+    if max_minutes and step >= first_step + 8 and total_steps > step:  # fit the run, its last evaluation included, into its time
+        pace = (elapsed - warm) / (step - first_step - 3)
+        fit = step + max(0, int((60 * max_minutes - elapsed - 2 * evaluating) / pace))
+        if fit < max_iters and total_steps == max_iters:
+            log.say(f'max_minutes={max_minutes:g} leaves time for about {fit:,} of {max_iters:,} steps on this machine')
+        total_steps = min(max_iters, fit)
+    if world > 1:  # all processes stop at the same step
+        agreed = torch.tensor([stopping, -total_steps], device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        stopping, total_steps = bool(agreed[0]), -int(agreed[1])
 
     # evaluate, save, sample
     done, evaluation = step >= total_steps, None
@@ -393,7 +411,7 @@ while True:
         best = val_loss < best_val_loss
         evaluations_since_best = 0 if best else evaluations_since_best + 1
         best_val_loss = min(best_val_loss, val_loss)
-        if main and step > first_step and (best or always_save_checkpoint):
+        if main and (step > first_step or resuming) and (best or always_save_checkpoint):
             save_checkpoint(step, best)
     if evaluation and early_stopping_patience and evaluations_since_best >= early_stopping_patience:
         log.say(f'no better val loss in {evaluations_since_best} evaluations: stopping early')
@@ -420,17 +438,6 @@ while True:
                     grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=speed * model.flops_per_token() / (peak * world), elapsed=elapsed)
         if not math.isfinite(loss):
             raise UserError(f'the loss is {loss} at step {step}: the run diverged; lower learning_rate (the last checkpoint is kept)')
-        if max_minutes and paced_from:  # fit the run, its last evaluation included, into its time
-            pace = (now - began - paced_from[1]) / (step + 1 - paced_from[0])
-            fit = step + 1 + max(0, int((60 * max_minutes - (now - began) - 2 * evaluating) / pace))
-            if fit < max_iters and total_steps == max_iters:
-                log.say(f'max_minutes={max_minutes:g} leaves time for about {fit:,} of {max_iters:,} steps on this machine')
-            total_steps = min(max_iters, fit)
-        paced_from = paced_from or (step + 1, now - began)
-        if world > 1:  # all processes stop at the same step
-            agreed = torch.tensor([bool(stop_asked), -total_steps], device=device)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            stopping, total_steps = bool(agreed[0]), -int(agreed[1])
     step += 1
     log.advance(total_steps)
 

@@ -46,6 +46,8 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'no checkpoint at {path}: train first, or name another with --out_dir') from None
+    except IsADirectoryError:
+        raise UserError(f'{path} is a folder; name the checkpoint file in it') from None
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL (\S+)', str(e))
         raise UserError(f'{path} carries pickled code ({found[1]}), which is never run: it is refused' if found else

@@ -7,6 +7,7 @@ prints them all for --help. A mistake costs one line and exit code 2.
 import ast
 import difflib
 import json
+import math
 import os
 import sys
 import traceback
@@ -23,43 +24,44 @@ def configure(settings, argv=None, saved=None):
     sys.excepthook = one_line
     defaults = settings.setdefault('_defaults', {
         k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))})
-    values = defaults | {k: v for k, v in (saved or {}).items() if k in defaults}
-    hooks = [k for k, v in settings.items() if not k.startswith('_') and v is None]
-    settings.update(values)
+    hooks = settings.setdefault('_hooks', [k for k, v in settings.items() if not k.startswith('_') and v is None])
+    given = {}
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('--help', '-h'):
             _help(settings['__file__'], dict(defaults), settings.get('__doc__'))
             raise SystemExit(0)
         if arg.startswith('--'):
-            name, given, text = arg[2:].partition('=')
-            _known(name, values, arg)
-            values[name] = _parse(text, defaults[name], arg) if given else _checked(True, defaults[name], arg)
+            name, equals, text = arg[2:].partition('=')
+            _known(name, defaults, arg)
+            given[name] = _parse(text, defaults[name], arg) if equals else _checked(True, defaults[name], arg)
         elif arg.endswith('.json'):
             overrides = _read_json(arg)
             for name, value in overrides.items():
-                _known(name, values, arg)
-                values[name] = _checked(value, defaults[name], f'{arg}: {name}')
+                _known(name, defaults, arg)
+                given[name] = _checked(value, defaults[name], f'{arg}: {name}')
         else:
-            namespace = _run(arg, values)
-            for name, value in namespace.items():
+            for name, value in _run(arg, defaults | given).items():
                 if name in hooks and callable(value):
                     settings[name] = value
-                elif name in values:
-                    values[name] = _checked(value, defaults[name], f'{arg}: {name}')
+                elif name in defaults:
+                    given[name] = _checked(value, defaults[name], f'{arg}: {name}')
                 elif isinstance(value, (bool, int, float, str)) and not name.startswith('_'):
-                    _known(name, values, arg)
-        settings.update(values)
+                    _known(name, defaults, arg)
+    values = defaults | {k: v for k, v in (saved or {}).items() if k in defaults} | given
+    settings.update(values)
     return values
 
 
-def _known(name, values, where):
-    if name not in values:
-        near = difflib.get_close_matches(name, values, n=3) or list(values)[:3]
+def _known(name, defaults, where):
+    if name not in defaults:
+        near = difflib.get_close_matches(name, defaults, n=3) or list(defaults)[:3]
         raise UserError(f'{where}: no setting is called {name!r}; the nearest are {", ".join(near)} (a name of your own begins with _; --help lists all)')
 
 
 def _checked(value, default, where):
     """value as the type of default: an int serves as a float, a whole float as an int, a bool where 'auto' stands."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{where}: {value} is no finite number')
     if type(value) is type(default) or (isinstance(value, bool) and default == 'auto'):
         return value
     if isinstance(default, float) and type(value) is int:
@@ -96,8 +98,19 @@ def _read_json(path):
     return overrides
 
 
+class _Assigned(dict):
+    """What a config file assigns, shown to its own functions as well."""
+
+    def __init__(self, namespace):
+        self.namespace = namespace
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        self.namespace[name] = value
+
+
 def _run(path, values):
-    """Run a config file with the present settings as its globals; returns what it assigned or changed."""
+    """Run a config file, which sees the settings before it; returns what it assigned."""
     try:
         with open(path, encoding='utf-8') as f:
             source = f.read()
@@ -108,14 +121,15 @@ def _run(path, values):
     except UnicodeDecodeError:
         raise UserError(f'{path} is no config file: it is not text') from None
     namespace = dict(values, __name__='__config__', __file__=path)
+    assigned = _Assigned(namespace)
     try:
-        exec(compile(source, path, 'exec'), namespace)
+        exec(compile(source, path, 'exec'), namespace, assigned)
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         raise UserError(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {e}') from None
-    return {k: v for k, v in namespace.items() if not k.startswith('__')}
+    return assigned
 
 
 def _help(path, values, doc):

@@ -48,4 +48,4 @@ def load_state_dict(optimizers, saved):
                     raise ValueError(f'the state of parameter {i} has another shape')
             optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
     except (ValueError, KeyError, IndexError, TypeError) as e:
-        raise UserError(f"the checkpoint's optimizer state is another optimizer's ({e}); resume with the settings that it was saved with") from None
+        raise UserError(f"the checkpoint's optimizer state is another optimizer's ({e}); resume with the settings that it was saved with (nanoGPT's: config/nanogpt.py and its own config)") from None

@@ -70,6 +70,7 @@ class Tokenizer:
         if self.bpe:
             return self.bpe.encode_ordinary(text)
         if self.hf:
+            self.hf.encode_special_tokens = not allow_special  # as text, that is
             return self.hf.encode(text, add_special_tokens=False).ids
         try:
             return [self.chars[c] for c in text]

@@ -106,8 +106,8 @@ def choose_tokenizer(source, texts, vocab_size, train_characters=64_000_000):
 
 def split_documents(texts, val_fraction, seed):
     """(split, text) of each document, val by a seeded draw; where all fell to one side, the end of the last one is val."""
-    if not 0 <= val_fraction < 1:
-        raise UserError(f'val_fraction={val_fraction} is not in [0, 1)')
+    if not 0 < val_fraction < 1:
+        raise UserError(f'val_fraction={val_fraction} is not between 0 and 1')
     rng, last, seen = random.Random(seed), None, set()
     for text in texts:
         if last is not None:
@@ -144,7 +144,7 @@ def write_dataset(name, documents, tokenizer, source, num_proc=0):
                 splits[split]['documents'] += 1
         empty = [s for s, n in splits.items() if n['tokens'] == 0]
         if empty:
-            raise UserError(f'{source} gives no {" and no ".join(empty)} text: it is empty, or val_fraction leaves a split with nothing')
+            raise UserError(f'{source} gives no {" and no ".join(empty)} text: it is empty, or too short for its val_fraction')
         tokenizer.save(f'{folder}/tokenizer.json')
         meta = dict(source=source, vocab_size=tokenizer.vocab_size, splits=splits, command=shlex.join(['python', *sys.argv]))
         with open(f'{folder}/meta.json.tmp', 'w') as f:

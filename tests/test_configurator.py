@@ -22,6 +22,7 @@ def files(tmp_path, monkeypatch):
                                    'def hook(model, batch):\n    return steps\n')
     (tmp_path / 'b.py').write_text('steps = steps * 2  # sees what came before it\n')
     (tmp_path / 'c.json').write_text(json.dumps({'steps': 7, 'on': True}))
+    return tmp_path
 
 
 def configured(*argv):
@@ -45,6 +46,9 @@ def test_a_run_that_goes_on_keeps_its_settings(files):
     configure(settings, ['--steps=3'])
     values = configure(settings, ['--steps=3'], saved=dict(steps=8, rate=0.5, mode=False, gone=1))
     assert values == dict(steps=3, rate=0.5, name='run', on=False, mode=False) and settings['rate'] == 0.5 and 'gone' not in settings
+    (files / 'relative.py').write_text('steps = steps * 2\nhook = lambda model, batch: steps\n')
+    values = configure(settings, ['relative.py'], saved=dict(steps=20))
+    assert values['steps'] == 20 == settings['hook'](None, None)  # twice the default, and not twice what was saved
     assert configure(settings, ['--mode=auto'], saved=dict(mode=True))['mode'] == 'auto'  # types are the defaults'
 
 

@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'no tokenizer at nowhere' in text('--input=some.txt', '--tokenizer=nowhere')
     assert 'needs at least 259' in text('--input=some.txt', '--tokenizer=train', '--vocab_size=100')
     assert 'broken.parquet is not readable' in text('--input=broken.parquet', '--tokenizer=bytes')
-    assert 'val_fraction leaves a split with nothing' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=0')
+    assert 'val_fraction=0.0 is not between 0 and 1' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=0')
     assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')
     assert 'val_fraction=2' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=2')
     (tmp_path / 'linked').mkdir()

@@ -106,6 +106,11 @@ def test_ids_out_of_merge_order_run_on_tokenizers(trained):
     assert Tokenizer(spec).bpe is None
 
 
+def test_special_tokens_in_a_document_are_text_in_every_backend(trained):
+    other = Tokenizer(trained.spec | {'normalizer': {'type': 'NFC'}})
+    assert other.hf and 997 not in other.encode('a<|endoftext|>') and 997 in other.encode('a<|endoftext|>', allow_special=True)
+
+
 def test_many_special_tokens_in_a_prompt(trained):
     assert trained.encode('<|im_end|>' * 5000 + 'a', allow_special=True) == [999] * 5000 + trained.encode('a')
 

@@ -184,6 +184,33 @@ print("buckets", len(calls))
     assert set(re.findall(r'buckets (\d+)', out.stdout)) == {'5'}  # one bucket a step, for six micro-batches
 
 
+def test_dropout_is_another_in_each_step(workdir):
+    for split in ('train', 'val'):
+        with BinWriter(str(workdir / 'data' / 'tiny' / f'{split}.bin'), 64) as f:
+            f.write([3] * 2000)  # all rows are alike
+    run(workdir, 'train.py', *TINY, '--dropout=0.5', '--learning_rate=0', '--max_iters=6', '--dtype=float32')
+    assert len({m['train_loss'] for m in metrics(workdir / 'out') if m['train_loss']}) == 6
+
+
+def test_what_is_counted_goes_on_after_a_resume(workdir):
+    flags = [*TINY, '--eval_interval=2', '--early_stopping_patience=4', '--learning_rate=0']
+    run(workdir, 'train.py', *flags, '--max_iters=4')  # evaluations at 0, 2 and 4: two without a better loss
+    out = run(workdir, 'train.py', '--init_from=resume', '--max_iters=50')
+    assert 'no better val loss in 4 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 8
+
+
+def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
+    flags = [*TINY, slow(workdir, 0.05), '--max_iters=100000', '--max_minutes=0.2', '--eval_interval=100000', '--log_interval=5']
+    process = start(workdir, 'train.py', *flags)
+    wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 40,', process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    run(workdir, 'train.py', 'slow.py', '--init_from=resume')
+    lines = metrics(workdir / 'out')
+    lr = [m['lr'] for m in lines if m['lr']][3:]
+    assert lr == sorted(lr, reverse=True) and lr[-1] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # no jump, and to the end of its time
+
+
 def test_early_stopping(workdir):
     out = run(workdir, 'train.py', *TINY, '--max_iters=50', '--eval_interval=2', '--early_stopping_patience=3', '--learning_rate=0')
     assert 'no better val loss in 3 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 6
@@ -220,8 +247,10 @@ def test_dry_run_and_eval_only_write_nothing(workdir):
     assert sorted(os.walk(workdir)) == before
 
 
-def test_evaluation_is_the_same_whatever_came_before(workdir):
-    first, second = (run(workdir, 'train.py', *TINY, '--eval_only', '--eval_iters=0', f'--batch_size={b}') for b in (4, 7))
+def test_evaluation_is_the_same_whatever_the_batch(whole, workdir):
+    trained = f'--init_from={whole}/out/ckpt.pt'
+    first, second = (run(workdir, 'train.py', *TINY, '--eval_only', '--eval_iters=0', f'--batch_size={b}', trained, '--dropout=0.5', '--dtype=float32')
+                     for b in (4, 7))  # dropout is off in it, and a short last row counts for its tokens
     pick = lambda out: re.search(r'val loss (\S+),', out)[1]
     assert pick(first) == pick(second)
 
@@ -240,7 +269,9 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     with open(workdir / 'out' / 'metrics.jsonl', 'a') as f:
         f.write('\0\0\0{"step": 2')  # what a power cut leaves
     out = run(workdir, 'train.py', 'slow.py', '--init_from=resume', '--max_iters=5', '--learning_rate=0.001')
-    assert 'resuming at step 3' in out and 'max_iters was 3, now 5' in out and ', now 0.001' in out and 'dataset was' not in out
+    assert json.loads((workdir / 'out' / 'settings.json').read_text())['init_from'] == 'scratch'
+    assert 'n_layer=5 is ignored: the checkpoint has 2' in run(workdir, 'train.py', 'slow.py', '--init_from=resume', '--n_layer=5')
+    assert 'resuming at step 3' and 'max_iters was 3, now 5' in out and ', now 0.001' in out and 'dataset was' not in out
     assert [m['step'] for m in metrics(workdir / 'out')] == [0, 1, 2, 3, 4, 5]
 
 
@@ -341,7 +372,7 @@ def broken(text=None, **arrays):
     (None, ['--device=cuda:99'], "device='cuda:99' cannot be used here"),
     (None, ['--dtype=float8'], 'none of auto, float32'), (None, ['--optimizer=sgd'], 'none of adamw, muon'), (None, ['--lr_schedule=step'], 'none of linear'),
     (None, ['--compile=yes'], 'none of auto, True, False'), (None, ['--device'], 'device=True cannot be used'), (None, ['--n_inner=-5'], 'n_inner=-5'),
-    (None, ['--beta1=2'], 'beta1=2.0'), (None, ['--rope_theta=0'], 'rope_theta=0.0'), (None, ['--seed=99999999999999999999'], 'seed='),
+    (None, ['--beta1=2'], 'beta1=2.0'), (None, ['--max_minutes=1e999'], 'no finite number'), (None, ['--init_from=data'], 'is a folder'), (None, ['--rope_theta=0'], 'rope_theta=0.0'), (None, ['--seed=99999999999999999999'], 'seed='),
     (None, ['--batch_size=0'], 'batch_size=0'), (None, ['--max_iters=-1'], 'max_iters=-1'), (None, ['--learning_rat=1'], 'learning_rate'),
     (None, ['--learning_rate=1e9', '--optimizer=adamw', '--max_iters=20', '--grad_clip=0'], 'the run diverged')])
 def test_bad_input_is_one_line(workdir, make, flags, words):
