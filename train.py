@@ -109,13 +109,12 @@ if resuming:  # the run's own settings hold, but for those given now
     changed = {k: v for k, v in saved.items() if k not in once and config.get(k, v) != v}
     config['init_from'] = saved.get('init_from', 'scratch')  # how the run began
 # -----------------------------------------------------------------------------
-for name in ('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
-    if config[name] < 1:
-        raise UserError(f'{name}={config[name]} must be at least 1')
-for name in ('max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'seed', 'learning_rate',
-             'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'):
-    if config[name] < 0:
-        raise UserError(f'{name}={config[name]} must not be negative')
+least = dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'), 1) | dict.fromkeys((
+    'max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'seed', 'learning_rate',
+    'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'), 0)
+for name, value in least.items():
+    if config[name] < value:
+        raise UserError(f'{name}={config[name]} must be at least {value}')
 if sample_repetition_penalty <= 0:
     raise UserError(f'sample_repetition_penalty={sample_repetition_penalty} must be above 0')
 if seed >= 2 ** 63:
@@ -323,10 +322,9 @@ def write_samples(step):
     """samples_step_*.txt: three continuations of sample_start."""
     model.eval()
     try:
-        prompt = tokenizer.encode(sample_start, allow_special=True)
+        prompt = tokenizer.encode(sample_start, allow_special=True) or [0]
     except UserError:  # a vocabulary of characters without this one
-        prompt = []
-    prompt = prompt or [tokenizer.end_of_text or 0]
+        prompt = [0]
     with autocast:
         rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_p=0.95, repetition_penalty=sample_repetition_penalty, seed=seed)
     model.train()
@@ -338,7 +336,8 @@ def save_checkpoint(step, best):
     checkpoint.save(ckpt_path, dict(
         model=model.state_dict(), optimizer=optimizers.state_dict(opts), model_args=model.config.model_args(), iter_num=step, config=config,
         best_val_loss=best_val_loss, scaler=scaler.state_dict(), objective=objective is not None,
-        total_steps=total_steps, time_is_short=total_steps < max_iters, elapsed=elapsed, evaluations_since_best=evaluations_since_best, evaluation=last_evaluation))
+        total_steps=total_steps, time_is_short=total_steps < max_iters, elapsed=elapsed, evaluation=last_evaluation,
+        evaluations_since_best=evaluations_since_best))
     if best:
         checkpoint.link(ckpt_path, log.path('best.pt'))
 
