@@ -115,10 +115,8 @@ least = dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_s
 for name, value in least.items():
     if config[name] < value:
         raise UserError(f'{name}={config[name]} must be at least {value}')
-if sample_repetition_penalty <= 0:
-    raise UserError(f'sample_repetition_penalty={sample_repetition_penalty} must be above 0')
-if seed >= 2 ** 63:
-    raise UserError(f'seed={seed} is too large')
+if sample_repetition_penalty <= 0 or seed >= 2 ** 63:
+    raise UserError(f'sample_repetition_penalty={sample_repetition_penalty} must be above 0, and seed={seed} below 2^63')
 for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('auto', True, False)), ('backend', ('auto', 'nccl', 'gloo'))):
     if config[name] not in known:
         raise UserError(f'{name}={config[name]!r} is none of {", ".join(map(str, known))}')

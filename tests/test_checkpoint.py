@@ -29,6 +29,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
+def test_it_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda f: (fsync(f), order.append('fsync')))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (replace(a, b), order.append('replace')))
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), a_checkpoint())
+    assert order == ['fsync', 'replace']
+
+
 def test_what_older_scripts_left_in_is_taken_out(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
     saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()} | {'_orig_mod.transformer.h.0.attn.bias': torch.ones(1)}
