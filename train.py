@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fledge import UserError, checkpoint, optimizers
+from fledge import UserError, checkpoint, optimizers, replacing
 from fledge.configurator import configure, one_line
 from fledge.device import choose_device, choose_dtype, peak_flops
 from fledge.runlog import RunLog
@@ -124,12 +124,9 @@ for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('
 # ---- processes, device, precision
 rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 main = rank == 0  # this process alone speaks and writes
-if device == 'cuda' or world > 1 and (device.startswith('cuda') or device == 'auto' and torch.cuda.is_available()):
-    device = f'cuda:{local_rank}'
-device = choose_device(device)
+device = choose_device('cuda' if world > 1 and str(device).startswith('cuda') else device, local_rank)  # a GPU each
 device_type = device.split(':')[0]
 if device_type == 'cuda':
-    device = device if ':' in device else 'cuda:0'
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # tf32
 if world > 1:
@@ -208,7 +205,7 @@ if resuming:
         scaler.load_state_dict(start['scaler'])
     elapsed, evaluations_since_best = start.get('elapsed', 0.0), start.get('evaluations_since_best', 0)  # not in nanoGPT's
     last_evaluation = start.get('evaluation')
-    if changed.keys() & {'dataset', 'block_size', 'eval_iters', 'batch_size'} or objective:  # it may not be what it would be now
+    if changed.keys() & {'dataset', 'block_size', 'eval_iters', 'batch_size'} or bool(objective) != start.get('objective', False):  # it would differ now
         last_evaluation = None
     if 'dataset' in changed:
         best_val_loss = math.inf
@@ -326,7 +323,7 @@ def write_samples(step):
     with autocast:
         rows = model.generate([prompt] * 3, sample_tokens, temperature=0.8, top_p=0.95, repetition_penalty=sample_repetition_penalty, seed=seed)
     model.train()
-    with open(log.path(f'samples_step_{step:06d}.txt'), 'w', encoding='utf-8') as f:
+    with replacing(log.path(f'samples_step_{step:06d}.txt')) as f:
         f.write('\n---------------\n'.join(tokenizer.decode(row) for row in rows) + '\n')
 
 

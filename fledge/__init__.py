@@ -1,5 +1,6 @@
 """What fledge's scripts stand on, one subject a file."""
 import os
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,3 +17,16 @@ def lock_folder(folder, wait):
         os.close(number)
         raise UserError(f'another process is writing to {folder}') from None
     return number
+
+
+@contextmanager
+def replacing(path, mode='w'):
+    """Open a file that takes the name `path` when the `with` block ends well, and leaves no trace otherwise."""
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+            yield f
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

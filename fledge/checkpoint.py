@@ -8,22 +8,18 @@ import re
 
 import torch
 
-from fledge import UserError
+from fledge import UserError, replacing
 from model import GPT, GPTConfig
 
 
 def save(path, checkpoint):
     """Write checkpoint, a dict of tensors and plain values, to path: the old file stays until the new one is on disk."""
-    temporary = path + '.tmp'
     try:
-        with open(temporary, 'wb') as f:
+        with replacing(path, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # a full disk surfaces as either
-        if os.path.exists(temporary):
-            os.remove(temporary)
         raise UserError(f'cannot write {path}: {getattr(e, "strerror", None) or e}; the previous checkpoint is as it was') from None
 
 

@@ -11,10 +11,11 @@ DATA_SHEETS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989
                'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'RTX 3060': 25.5e12}
 
 
-def choose_device(device):
-    """'auto' is cuda, else mps, else cpu; anything else is tried (UserError where it cannot be used)."""
+def choose_device(device, index=0):
+    """'auto' is cuda, else mps, else cpu, and 'cuda' is GPU number index; what is asked for is tried (UserError where it cannot be used)."""
     if device == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        return f'cuda:{index}' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device = f'cuda:{index}' if device == 'cuda' else device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:

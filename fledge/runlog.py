@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-from fledge import UserError, lock_folder
+from fledge import UserError, lock_folder, replacing
 
 OF_A_RUN = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'tokenizer.json', 'loss.png')
 KEYS = ('step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'elapsed')
@@ -31,12 +31,11 @@ class RunLog:
                 self._keep_previous()
             elif os.path.exists(path):
                 lines = [json.dumps(line) + '\n' for line in self.read_metrics() if line['step'] < resume_step]
-            with open(path + '.tmp', 'w') as f:
+            with replacing(path) as f:
                 f.writelines(lines)
-            os.replace(path + '.tmp', path)
             self.metrics_file = open(path, 'a')
             self.file = open(self.path('train.log'), 'a', encoding='utf-8')
-            with open(self.path('settings.json'), 'w') as f:
+            with replacing(self.path('settings.json')) as f:
                 json.dump(settings, f, indent=1)
         except OSError as e:
             raise UserError(f'cannot write to out_dir={self.out_dir}: {e.strerror}') from None

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 
-from fledge import UserError
+from fledge import UserError, replacing
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # the last two are ChatML's
 # How text is split before merging. llama.cpp knows both by name, so a model that uses them exports to GGUF.
@@ -89,10 +89,8 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json at path, whole or not at all."""
-        temporary = path + '.tmp'
-        with open(temporary, 'w', encoding='utf-8') as f:
+        with replacing(path) as f:
             json.dump(self.spec, f, ensure_ascii=False)
-        os.replace(temporary, path)
 
 
 def _byte_level_pattern(spec):

@@ -5,7 +5,7 @@ import random
 import shlex
 import sys
 
-from fledge import UserError, lock_folder
+from fledge import UserError, lock_folder, replacing
 from fledge.tokenizer import char_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import BinWriter
 
@@ -21,9 +21,8 @@ def read_tiny_shakespeare(path):
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path + '.tmp', 'wb') as f:
+            with replacing(path, 'wb') as f:
                 f.write(content)
-            os.replace(path + '.tmp', path)
         except Exception as e:  # no network, no such page, a broken answer, nowhere to write
             raise UserError(f'cannot fetch {url} ({e}); put the text at {path} or name it with --input') from None
     try:
@@ -147,9 +146,8 @@ def write_dataset(name, documents, tokenizer, source, num_proc=0):
             raise UserError(f'{source} gives no {" and no ".join(empty)} text: it is empty, or too short for its val_fraction')
         tokenizer.save(f'{folder}/tokenizer.json')
         meta = dict(source=source, vocab_size=tokenizer.vocab_size, splits=splits, command=shlex.join(['python', *sys.argv]))
-        with open(f'{folder}/meta.json.tmp', 'w') as f:
+        with replacing(f'{folder}/meta.json') as f:
             json.dump(meta, f, indent=1)
-        os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
     os.close(lock)
     for split, n in splits.items():
         print(f'{folder}/{split}.bin: {n["tokens"]:,} tokens of {n["documents"]:,} documents, {n["bytes"] / n["tokens"]:.2f} bytes a token')
