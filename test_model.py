@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, CausalAttentionCPU, GPTConfig, HeadLossCPU, KVCache, choose
+from model import GPT, CausalAttentionCPU, GPTConfig, HeadLoss, KVCache, choose
 
 QWEN3 = dict(position='rope', norm='rmsnorm', activation='swiglu', qk_norm=True, n_kv_head=2, head_dim=12, bias=False, tie_embeddings=False)
 LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
@@ -141,14 +141,14 @@ def test_attention_in_blocks_equals_torchs(n_kv_head, length):
 
 @pytest.mark.parametrize('chunk_bytes', [1, 4000, 1 << 20])
 def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
-    monkeypatch.setattr(HeadLossCPU, 'CHUNK_BYTES', chunk_bytes)
+    monkeypatch.setattr(HeadLoss, 'CHUNK_BYTES', chunk_bytes)
     torch.manual_seed(0)
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (30,))
     targets[::3] = -1
-    ours, theirs = HeadLossCPU.apply(x, weight, targets, True), F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    ours, theirs = HeadLoss.apply(x, weight, targets, True), F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(HeadLossCPU.apply(x, weight, targets, False), theirs)
+    torch.testing.assert_close(HeadLoss.apply(x, weight, targets, False), theirs)
     for a, b in zip(torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))):
         torch.testing.assert_close(a, b)
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fledge import UserError, checkpoint, optimizers, replacing
 from fledge.configurator import configure, one_line
-from fledge.device import choose_device, choose_dtype, peak_flops
+from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops
 from fledge.runlog import RunLog
 from fledge.tokenizer import find_tokenizer, load_tokenizer
 from fledge.tokens import Tokens, split_files
@@ -126,6 +126,7 @@ rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), (
 main = rank == 0  # this process alone speaks and writes
 device = choose_device('cuda' if world > 1 and str(device).startswith('cuda') else device, local_rank)  # a GPU each
 device_type = device.split(':')[0]
+keep_memory()
 if device_type == 'cuda':
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # tf32

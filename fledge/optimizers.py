@@ -1,7 +1,47 @@
-"""AdamW and Muon, torch's own, over the right parameters."""
+"""AdamW and Muon over the right parameters."""
 import torch
 
 from fledge import UserError
+
+
+def orthogonalize(x, dtype=torch.bfloat16):
+    """The nearest (semi-)orthogonal matrices, roughly, of matrices x (n, rows, columns): five Newton-Schulz iterations in dtype."""
+    x = x.to(dtype)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide if wide.shape == x.shape else wide.mT
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, its state and its update, with matrices of one shape orthogonalized together: small ones take half the time."""
+    TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    same.setdefault(p.shape, []).append(p)
+            for shape, parameters in same.items():
+                n = max(1, self.TOGETHER // shape.numel())
+                for first in range(0, len(parameters), n):
+                    self._update(parameters[first:first + n], group)
+
+    def _update(self, parameters, group):
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        momenta, gradients = [self.state[p]['momentum_buffer'] for p in parameters], [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+        update = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])  # Nesterov's
+        update = orthogonalize(update, torch.bfloat16).to(parameters[0].dtype)
+        torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
+        rows, columns = parameters[0].shape
+        torch._foreach_add_(parameters, update.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas):
@@ -24,7 +64,7 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas):
     matrices = [p for n, p in parameters if p.dim() == 2 and '.h.' in n]
     others = [p for n, p in parameters if p.dim() != 2 or '.h.' not in n]
     return [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused),
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay)]
+            Muon(matrices, lr=learning_rate, weight_decay=weight_decay)]
 
 
 def state_dict(optimizers):
