@@ -52,6 +52,19 @@ def configure(settings, argv=None, saved=None):
     return values
 
 
+def read_settings(path):
+    """The settings at the top of another script, {name: default}: its plain assignments before it calls configure()."""
+    with open(path, encoding='utf-8') as f:
+        body = ast.parse(f.read()).body
+    found = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if isinstance(node.value, ast.Call):
+                break
+            found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
 def _known(name, defaults, where):
     if name not in defaults:
         near = difflib.get_close_matches(name, defaults, n=3) or list(defaults)[:3]

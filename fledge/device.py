@@ -67,3 +67,13 @@ def peak_flops(device, dtype):
         (a @ b)[0, 0].item()  # waits for an accelerator
         best = min(best, time.perf_counter() - t)
     return 2 * n ** 3 / best
+
+
+def read_bandwidth(device):
+    """Bytes a second that a sum over a gigabyte reads, the best of five."""
+    x, best = torch.zeros(1 << 28, device=device), math.inf
+    for _ in range(5):
+        t = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - t)
+    return x.numel() * 4 / best
