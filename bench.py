@@ -17,7 +17,7 @@ from dataclasses import fields
 
 import torch
 
-from fledge import UserError, optimizers, quantize
+from fledge import UserError, int8, optimizers
 from fledge.configurator import configure, one_line, read_settings
 from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops, read_bandwidth
 from fledge.tokens import BinWriter, Tokens, read_meta, split_files
@@ -33,7 +33,7 @@ streams = 1                 # texts generated at once
 prompt_tokens = 16          # length of each prompt
 new_tokens = 128            # generated after each prompt, greedily
 long_prompt = 900           # the prompt whose first token is timed; at most block_size - 1
-quantization = 'none'       # of fledge's generation: none, int8
+quantize = 'none'           # the weights of fledge's generation: none, int8
 profile = False             # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False                # the last line of output is one JSON object
 globals().update({k: v for k, v in read_settings(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')).items() if k not in globals()})
@@ -170,8 +170,8 @@ def generating(generate, forward=None):
 
 def generate_fledge():
     model = GPT(gpt_config()).to(device, dtype).eval()
-    if quantization == 'int8':
-        quantize.quantize(model)
+    if quantize == 'int8':
+        int8.quantize(model)
     if compile is True:
         model.compile(dynamic=True)
     return generating(lambda prompts, n: model.generate(prompts, n, temperature=0), torch.no_grad()(model))
@@ -231,6 +231,8 @@ def work(connection, make, args):
                 trace.export_chrome_trace(command)
                 connection.send(None)
         connection.send(peak_memory())
+    except EOFError:  # the others have failed
+        pass
     except UserError as e:
         connection.send(e)
     except Exception as e:
@@ -274,7 +276,9 @@ def race(contenders, profile_path):
             ask(ours, profile_path)
         return times, {name: ask(name, 'end') for name in contenders}, parts
     finally:
-        for process in processes:
+        for process, pipe in zip(processes, pipes.values()):
+            pipe.close()  # those still waiting for a command end
+            process.join(10)
             process.terminate()
 
 
@@ -292,7 +296,7 @@ def table(times, memory, amount, columns):
     return lines
 
 
-for name, value, known in (('only', only, ('train', 'generate', 'all')), ('quantization', quantization, ('none', 'int8'))):
+for name, value, known in (('only', only, ('train', 'generate', 'all')), ('quantize', quantize, ('none', 'int8'))):
     if value not in known:
         raise UserError(f'{name}={value!r} is none of {", ".join(known)}')
 for name, least in (('rounds', 1), ('streams', 1), ('prompt_tokens', 1), ('new_tokens', 2), ('long_prompt', 1), ('seconds', 0), ('batch_size', 1), ('block_size', 2)):
@@ -335,7 +339,7 @@ if __name__ == '__main__':
         print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
         times, memory, parts = race(contenders, 'bench_generate.json')
         read = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ('.h.' in n or n == 'lm_head.weight' or model_config.tie_embeddings and 'wte' in n))
-        read *= 1 if quantization == 'int8' else torch.finfo(dtype).bits // 8  # bytes of weights a token of all streams
+        read *= 1 if quantize == 'int8' else torch.finfo(dtype).bits // 8  # bytes of weights a token of all streams
         peers = table(times, memory, streams, {'of memory read': bandwidth / read * streams})
         print(f'  after {min(long_prompt, block_size - 1)} tokens: the first token {parts["first token"]:.3f} s, one forward pass {parts["forward pass"]:.3f} s')
         result |= dict(decode_tokens_per_second=peers[0]['tokens_per_second'], bandwidth_share=peers[0]['tokens_per_second'] / streams * read / bandwidth,

@@ -164,22 +164,30 @@ class CausalAttentionCPU(torch.autograd.Function):
     32 x 256 tokens of 4 x 64 in bfloat16), and keeps the probabilities, T^2 / 2 a head.
     q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim); dropout: the share of probabilities set to 0; returns q's shape.
     """
-    BLOCK = 128
+    BLOCK, CACHE_BYTES = 128, 8 << 20  # queries in a block; the probabilities in work at once
+
+    @staticmethod
+    def blocks(q):
+        """Slices of rows and of queries, and where the queries' keys end, of q (rows, n_head / n_kv_head, T, head_dim)."""
+        R, G, T, _ = q.shape
+        size = CausalAttentionCPU.BLOCK
+        n = max(1, CausalAttentionCPU.CACHE_BYTES // (G * size * T * q.element_size()))
+        return [(slice(r, r + n), slice(i, i + size), min(i + size, T)) for r in range(0, R, n) for i in range(0, T, size)]
 
     @staticmethod
     def forward(ctx, q, k, v, dropout=0.0):
         (B, H, T, D), KV = q.shape, k.shape[1]
-        q = (q * D ** -0.5).reshape(B, KV, H // KV, T, D)
-        k, v = k.contiguous(), v.contiguous() if not dropout else v / (1 - dropout)
+        q = (q * D ** -0.5).reshape(B * KV, H // KV, T, D)
+        k, v = k.reshape(B * KV, T, D), (v if not dropout else v / (1 - dropout)).reshape(B * KV, T, D)
         y, saved = torch.empty_like(q), []
         above = torch.full((CausalAttentionCPU.BLOCK,) * 2, float('-inf'), dtype=q.dtype).triu(1)
-        for i in range(0, T, CausalAttentionCPU.BLOCK):
-            j = min(i + CausalAttentionCPU.BLOCK, T)
-            p = q[:, :, :, i:j].flatten(2, 3) @ k[:, :, :j].mT
-            p.view(B, KV, -1, j - i, j)[..., i:] += above[:j - i, :j - i]
+        for r, i, j in CausalAttentionCPU.blocks(q):
+            p = q[r, :, i].flatten(1, 2) @ k[r, :j].mT
+            n = j - i.start
+            p.view(-1, H // KV, n, j)[..., i.start:] += above[:n, :n]
             p = torch.softmax(p, dim=-1)
             left = p * kept(p.shape, dropout, p.dtype) if dropout else p
-            y[:, :, :, i:j] = (left @ v[:, :, :j]).view(B, KV, -1, j - i, D)
+            y[r, :, i] = (left @ v[r, :j]).view_as(y[r, :, i])
             saved.append(left.mul_(2).sub_(p) if dropout else p)  # what was dropped is kept as its negative
         ctx.dropout = dropout
         ctx.save_for_backward(q, k, v, *saved)
@@ -188,20 +196,19 @@ class CausalAttentionCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *saved = ctx.saved_tensors
-        B, KV, G, T, D = q.shape
-        dy = dy.reshape(B, KV, G, T, D)
+        shape, dy = dy.shape, dy.reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, i in zip(saved, range(0, T, CausalAttentionCPU.BLOCK)):
-            j = min(i + CausalAttentionCPU.BLOCK, T)
-            q_i, dy_i = q[:, :, :, i:j].flatten(2, 3), dy[:, :, :, i:j].flatten(2, 3)
-            dp = dy_i @ v[:, :, :j].mT
-            dv[:, :, :j] += (p.relu() if ctx.dropout else p).mT @ dy_i
+        for p, (r, i, j) in zip(saved, CausalAttentionCPU.blocks(q)):
+            q_i, dy_i = q[r, :, i].flatten(1, 2), dy[r, :, i].flatten(1, 2)
+            dp = dy_i @ v[r, :j].mT
+            dv[r, :j] += (p.relu() if ctx.dropout else p).mT @ dy_i
             if ctx.dropout:
                 dp, p = dp.mul_(torch.gt(p, 0, out=torch.empty_like(p))), p.abs()
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, :, i:j] = (ds @ k[:, :, :j]).view(B, KV, G, j - i, D)
-            dk[:, :, :j] += ds.mT @ q_i
-        return dq.mul_(D ** -0.5).view(B, KV * G, T, D), dk, dv.div_(1 - ctx.dropout), None
+            dq[r, :, i] = (ds @ k[r, :j]).view_as(dq[r, :, i])
+            dk[r, :j] += ds.mT @ q_i
+        keys = shape[0], -1, *k.shape[1:]
+        return dq.mul_(q.shape[-1] ** -0.5).view(shape), dk.view(keys), dv.div_(1 - ctx.dropout).view(keys), None
 
 
 class HeadLoss(torch.autograd.Function):

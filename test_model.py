@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, CausalAttentionCPU, GPTConfig, HeadLoss, KVCache, choose
+import model as model_py
+from model import GPT, CausalAttentionCPU, Decoder, GPTConfig, HeadLoss, KVCache, RMSNormFunction, choose, kept
 
 QWEN3 = dict(position='rope', norm='rmsnorm', activation='swiglu', qk_norm=True, n_kv_head=2, head_dim=12, bias=False, tie_embeddings=False)
 LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
@@ -129,7 +130,9 @@ def test_four_micro_batches_of_three_equal_one_of_twelve():
 
 @pytest.mark.parametrize('n_kv_head', [1, 2, 4])
 @pytest.mark.parametrize('length', [7, 128, 300])  # less than a block, one block, blocks and a rest
-def test_attention_in_blocks_equals_torchs(n_kv_head, length):
+@pytest.mark.parametrize('cache_bytes', [1, 8 << 20])  # row by row, and all at once
+def test_attention_in_blocks_equals_torchs(n_kv_head, length, cache_bytes, monkeypatch):
+    monkeypatch.setattr(CausalAttentionCPU, 'CACHE_BYTES', cache_bytes)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (4, n_kv_head, n_kv_head))
     ours, theirs = CausalAttentionCPU.apply(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -137,6 +140,87 @@ def test_attention_in_blocks_equals_torchs(n_kv_head, length):
     dy = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('length', [7, 300])
+def test_attention_drops_as_it_says(length, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, length, 8, requires_grad=True) for n in (4, 2, 2))
+    masks = []
+    monkeypatch.setattr(model_py, 'kept', lambda *args: masks.append(kept(*args)) or masks[-1])
+    ours = CausalAttentionCPU.apply(q, k, v, 0.25)
+    keep = torch.cat([F.pad(m.view(2, 2, 2, -1, m.shape[-1]), (0, length - m.shape[-1])) for m in masks], dim=3).view(2, 4, length, length)
+    p = (q @ k.repeat_interleave(2, 1).mT / 8 ** 0.5 + torch.full((length, length), -math.inf).triu(1)).softmax(-1)
+    theirs = (p * keep / 0.75) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(ours, theirs)
+    dy = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    mask = kept((1000, 1001), rate, torch.float32)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - (1 - rate)) < 0.002
+    for part in mask.flatten()[:1_000_000].view(-1, 4).mean(0):  # four masks come from one 64-bit draw: none is special
+        assert abs(part - (1 - rate)) < 0.004
+    x = torch.ones(1000, 1000)
+    assert abs(model_py.Dropout(rate)(x).mean() - 1) < 0.1 and torch.equal(model_py.Dropout(rate).eval()(x), x)
+
+
+@pytest.mark.parametrize('shape', [(8,), (3, 8)])  # over the width, and a scale a head
+def test_rmsnorm_equals_torchs(shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 7, 3, 8, requires_grad=True), torch.randn(shape, requires_grad=True)
+    ours, theirs = RMSNormFunction.apply(x, weight, 1e-5), F.rms_norm(x, (8,), eps=1e-5) * weight
+    torch.testing.assert_close(ours, theirs)
+    dy = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight), dy), torch.autograd.grad(theirs, (x, weight), dy)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('switches', [{}, QWEN3], ids=['gpt2', 'qwen3'])
+def test_what_the_backward_pass_makes_again_changes_nothing(switches, monkeypatch):
+    model, idx = tiny(switches, block_size=512, n_layer=1, n_embd=128), tokens(16, 513)  # 2^20 elements: large enough
+    gradients, calls, checkpoint = [], [], model_py.checkpoint
+    monkeypatch.setattr(model_py, 'checkpoint', lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
+    for f in (model_py.remade, lambda f, x: f(x)):
+        monkeypatch.setattr(model_py, 'remade', f)
+        model.zero_grad()
+        model(idx[:, :-1], idx[:, 1:], return_logits=False)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 3  # the input of attention, of the MLP and of its second matrix
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
+@every_family
+@torch.no_grad()
+def test_a_step_in_bfloat16_is_as_exact_as_bfloat16(switches):
+    model, idx = tiny(switches), tokens(3, 20)
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()  # so that only the arithmetic differs
+    exact = all_logits(model, idx)[:, -1]
+    model.to(torch.bfloat16)
+    for rows in (1, 3):  # a text alone has a path of its own
+        cache = KVCache(model.config, rows)
+        model(idx[:rows, :-1], cache=cache)
+        logits = Decoder(model, alone=rows == 1).step(idx[:rows, -1], cache)
+        assert logits.dtype == torch.float32 and cache.longest == 20
+        assert (logits - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_generation_sees_the_weights_as_they_are_now():
+    model, idx = tiny().to(torch.bfloat16), tokens(2, 5)
+    for prompts in (idx, idx[:1]):
+        before = model.generate(prompts, 8, temperature=0).tolist()
+        assert model.generate(prompts, 8, temperature=0).tolist() == before
+        torch.manual_seed(len(prompts))
+        for p in model.parameters():
+            p.data.normal_() if p.dim() == 2 else None
+        torch.nn.init.normal_(model.lm_head.weight)  # in place, as an optimizer does
+        assert model.generate(prompts, 8, temperature=0).tolist() != before
 
 
 @pytest.mark.parametrize('chunk_bytes', [1, 4000, 1 << 20])

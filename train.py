@@ -373,7 +373,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 
 # ---- the training loop
-step, evaluating = first_step, 0.0
+step, evaluating, beside = first_step, 0.0, 0.0  # beside: seconds that were not training
 log.start_bar(step, total_steps)
 began = time.monotonic() - elapsed
 mark, marked_step, aside = time.monotonic(), step, 0.0  # of the interval being timed; aside: its seconds that were not training
@@ -415,9 +415,10 @@ while True:
         write_samples(step)
     if main and evaluation and step > 0 and not done:
         log.draw()
+    spent = time.monotonic() - began - elapsed
+    aside, beside = aside + spent, beside + spent
     if done or stopping:
         break
-    aside += time.monotonic() - began - elapsed
 
     lr = lr_at(step, total_steps)
     loss, grad_norm = train_step(step, lr)
@@ -443,7 +444,7 @@ if main:
     elif evaluation:
         log.metrics(total_steps, step=step, tokens=step * tokens_per_step, val_loss=evaluation[0], val_bpb=evaluation[1], elapsed=elapsed)
         log.draw()
-    log.say(f'{"stopped" if stopping else "done"} at step {step} after {elapsed / 60:.1f} minutes; best val loss {best_val_loss:.4f}. ' +
+    log.say(f'{"stopped" if stopping else "done"} at step {step} after {(time.monotonic() - began) / 60:.1f} minutes ({beside:.1f} s went to evaluations, checkpoints and samples); best val loss {best_val_loss:.4f}. ' +
             (f'To go on: python train.py --init_from=resume --out_dir={out_dir}' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
 if world > 1:
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ class Muon(torch.optim.Muon):
         momenta, gradients = [self.state[p]['momentum_buffer'] for p in parameters], [p.grad for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
         update = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])  # Nesterov's
-        update = orthogonalize(update, torch.bfloat16).to(parameters[0].dtype)
+        update = orthogonalize(update).to(parameters[0].dtype)
         torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
         rows, columns = parameters[0].shape
         torch._foreach_add_(parameters, update.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)

@@ -140,16 +140,23 @@ class Tokens:
         Each epoch sees every row once, in a fresh permutation; the grid that the rows are cut on shifts as well,
         so that another epoch cuts the text elsewhere.
         """
-        out = np.empty((count, self.block_size + 1), np.int64)
-        for i in range(count):
-            epoch, place = divmod(first + i, self.n_rows)
+        places = np.arange(first, first + count)
+        shards, starts = np.empty((2, count), np.int64)
+        for epoch in np.unique(places // self.n_rows).tolist():
             if epoch != self._epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self._order, self._phase, self._epoch = rng.permutation(self.n_rows), int(rng.integers(1 << 62)), epoch
-            row = int(self._order[place])
-            shard = int(np.searchsorted(self.first_row, row, side='right')) - 1
-            start = (row - self.first_row[shard]) * self.block_size + self._phase % (self.slack[shard] + 1)
-            out[i] = self._read(shard, int(start), self.block_size + 1)
+            here = places // self.n_rows == epoch
+            rows = self._order[places[here] % self.n_rows]
+            shards[here] = s = np.searchsorted(self.first_row, rows, side='right') - 1
+            starts[here] = (rows - self.first_row[s]) * self.block_size + self._phase % (self.slack[s] + 1)
+        out = np.empty((count, self.block_size + 1), np.int64)
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            out[here] = self.shards[shard][starts[here, None] + np.arange(self.block_size + 1)]
+        if out.max() >= self.vocab_size:
+            for shard, start in zip(shards.tolist(), starts.tolist()):
+                self._read(shard, start, self.block_size + 1)  # names the place
         return out[:, :-1], out[:, 1:]
 
     def evaluation_rows(self, limit=None):

@@ -1,4 +1,6 @@
 """Linear layers with 8-bit weights: half the bytes of bfloat16, so that generation, which reads them all for each token, takes half the time."""
+import warnings
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -26,6 +28,7 @@ class Int8Linear(nn.Module):
             weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         if self.packed is None:
+            warnings.filterwarnings('ignore', message='torch.quantize_per', category=UserWarning)  # deprecated, and nothing as fast in its place yet
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), torch.zeros(len(self.scale), dtype=torch.long), 0)
             self.packed = torch.ops.quantized.linear_prepack(weight, None if self.bias is None else self.bias.detach().float())
         return torch.ops.quantized.linear_dynamic(x.float(), self.packed).to(x.dtype)
