@@ -5,6 +5,7 @@ Sources: GPT-2, Radford et al. 2019, Language Models are Unsupervised Multitask 
 names and the shape of the code; the papers named where each idea is used.
 """
 import math
+import weakref
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -452,12 +453,16 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def _decoder(self, alone):
-        """The Decoder of the weights as they are now, made once."""
-        state = alone, [(t.data_ptr(), t._version) for t in (*self.parameters(), *self.buffers())]
-        if getattr(self, '_decoding', (None,))[0] != state:
-            self._decoding = state, Decoder(self, alone)
-        return self._decoding[1]
+    def decoder(self, alone):
+        """The Decoder of the weights as they are now, made once; under autocast, in training, they never stay as they are."""
+        if torch.is_autocast_enabled('cpu'):
+            return Decoder(self, alone)
+        weights = [*self.parameters(), *self.buffers()]
+        norms = torch._foreach_norm([t.detach() for t in weights if t.is_floating_point()])  # show what is written through .data, too
+        state = alone, [(t.data_ptr(), t._version) for t in weights], [float(n) for n in norms]
+        if decoders.get(self, (None,))[0] != state:
+            decoders[self] = state, Decoder(self, alone)
+        return decoders[self][1]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -487,7 +492,7 @@ class GPT(nn.Module):
         if device.type == 'cpu':
             dtype = torch.float32  # attention of one query: 116 us against 634 in bfloat16 (16 texts, 12 heads, 80 keys)
         cache = KVCache(self.config, B, max(map(len, rows)) + max_new_tokens, dtype, device)
-        decoder = self._decoder(B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
+        decoder = self.decoder(B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
         running = range(B)
         for step in range(max_new_tokens):
             if step and cache.longest < limit:
@@ -519,6 +524,9 @@ class GPT(nn.Module):
         return rows
 
 
+decoders = weakref.WeakKeyDictionary()  # of models, kept outside of them: neither pickle nor deepcopy takes them along
+
+
 class Decoder:
     """GPT.forward for one more token a row on a CPU, flat: module calls, casts and views add up to a fifth of a small model's step.
 
@@ -534,6 +542,7 @@ class Decoder:
         self.qk_norms = [b.attn.qk_scale().float() for b in model.transformer.h] if self.config.qk_norm else [None] * len(self.blocks)
         self.activation = model.transformer.h[0].mlp.activate
 
+    @torch.autocast('cpu', enabled=False)  # matrix has seen to it
     def step(self, tokens, cache):
         """Logits (B, vocab_size) of the next token, after tokens (B,)."""
         c, B, at = self.config, len(tokens), cache.longest
@@ -574,11 +583,12 @@ def matrix(linear, alone):
     AVX512-BF16 server: bfloat16 as it is 25 GB/s, packed once by oneDNN 38, float16 43, but that for a single row alone."""
     if not isinstance(linear, nn.Linear):  # quantized
         return linear.forward
-    weight, bias, dtype = linear.weight, linear.bias, linear.weight.dtype
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else linear.weight.dtype
+    weight, bias = linear.weight.detach().to(dtype), None if linear.bias is None else linear.bias.detach().to(dtype)
     if dtype == torch.bfloat16 and alone:
         weight, bias, dtype = weight.half(), None if bias is None else bias.half(), torch.float16
     elif dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        packed, product = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), torch.ops.mkldnn._linear_pointwise
+        packed, product = torch.ops.mkldnn._reorder_linear_weight(weight, 16), torch.ops.mkldnn._linear_pointwise
         return lambda x: product(x.to(dtype), packed, bias, 'none', [], '').float()
     return lambda x: F.linear(x.to(dtype), weight, bias).float()
 

@@ -1,5 +1,7 @@
 """The model's tests: run them after you hack the model. python -m pytest test_model.py"""
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -216,11 +218,14 @@ def test_generation_sees_the_weights_as_they_are_now():
     for prompts in (idx, idx[:1]):
         before = model.generate(prompts, 8, temperature=0).tolist()
         assert model.generate(prompts, 8, temperature=0).tolist() == before
-        torch.manual_seed(len(prompts))
-        for p in model.parameters():
-            p.data.normal_() if p.dim() == 2 else None
-        torch.nn.init.normal_(model.lm_head.weight)  # in place, as an optimizer does
-        assert model.generate(prompts, 8, temperature=0).tolist() != before
+        for n, change in enumerate((lambda w: torch.nn.init.normal_(w), lambda w: w.data.normal_())):  # in place as an optimizer does, and behind autograd's back
+            torch.manual_seed(10 * len(prompts) + n)
+            change(model.lm_head.weight)
+            after = model.generate(prompts, 8, temperature=0).tolist()
+            assert after != before
+            before = after
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert twin.generate(prompts, 8, temperature=0).tolist() == before
 
 
 @pytest.mark.parametrize('chunk_bytes', [1, 4000, 1 << 20])

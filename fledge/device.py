@@ -71,7 +71,7 @@ def peak_flops(device, dtype):
 
 def read_bandwidth(device):
     """Bytes a second that a sum over a gigabyte reads, the best of five."""
-    x, best = torch.zeros(1 << 28, device=device), math.inf
+    x, best = torch.ones(1 << 28, device=device), math.inf  # zeros would be one page of memory, read over and over
     for _ in range(5):
         t = time.perf_counter()
         x.sum().item()

@@ -5,7 +5,7 @@ import pytest
 from conftest import fails, run
 
 SIZE = ['--n_layer=1', '--n_head=2', '--n_kv_head=1', '--head_dim=8', '--n_embd=16', '--block_size=32', '--batch_size=2', '--vocab_size=64', '--device=cpu',
-        '--rounds=2', '--seconds=0.05', '--new_tokens=4', '--prompt_tokens=5', '--json']
+        '--rounds=2', '--seconds=0.05', '--new_tokens=20', '--prompt_tokens=5', '--json']
 NANOGPT = '''
 from dataclasses import dataclass
 import torch
@@ -63,7 +63,7 @@ def test_generation_beside_transformers(tmp_path, flags):
 @pytest.mark.parametrize('flags, words', [
     (['--only=sample'], "only='sample' is none of train, generate, all"), (['--quantize=int4'], "quantize='int4'"), (['--rounds=0'], 'rounds=0 must be at least 1'),
     (['--compare=nowhere'], 'neither transformers nor a folder'), (['--compare=transformers', '--only=train'], 'for generation'),
-    (['--n_layers=3'], 'n_layer'), (['--prompt_tokens=30'], 'longer than block_size=32'), (['--n_head=3'], 'n_head=3'), (['--device=tpu'], "device='tpu'")])
+    (['--n_layers=3'], 'n_layer'), (['--prompt_tokens=13'], 'longer than block_size=32'), (['--n_head=3', '--n_kv_head=2'], 'n_head=3'), (['--device=tpu'], "device='tpu'")])
 def test_bad_input_is_one_line(tmp_path, flags, words):
     assert words in fails(tmp_path, 'bench.py', *SIZE, *flags)
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, SHARED, write_tiny
+from test_bench import NANOGPT
 
 SMALL = ('--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
          '--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu')
@@ -38,7 +39,7 @@ def test_readmes_map_is_true():
 def test_readmes_commands_run(tmp_path):
     if not os.path.isdir(SHARED):
         pytest.skip('the real data is not at hand')
-    for name in ('model.py', 'train.py', 'sample.py'):
+    for name in ('model.py', 'train.py', 'sample.py', 'bench.py'):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
     for name in ('fledge', 'prepare', 'config'):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name)
@@ -46,6 +47,8 @@ def test_readmes_commands_run(tmp_path):
     (tmp_path / 'notes' / 'a.md').write_text('some words of my own. ' * 500)
     (tmp_path / 'talk.txt').write_text('more of them, and others. ' * 500)
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
+    (tmp_path / 'theirs').mkdir()
+    (tmp_path / 'theirs' / 'model.py').write_text(NANOGPT)
     write_tiny(tmp_path / 'data' / 'tiny')
     ran = []
     for command in commands():
@@ -60,6 +63,9 @@ def test_readmes_commands_run(tmp_path):
         if 'train.py' in words:
             missing = [w for w in words if 'dolma' in w or 'gpt2_' in w]  # corpora too large to have here
             words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
+        if 'bench.py' in words:
+            words += SMALL.split() + '--vocab_size=64 --rounds=1 --seconds=0 --new_tokens=3 --prompt_tokens=3'.split()
+            words = [w.replace('../nanoGPT', str(tmp_path / 'theirs')) for w in words]
         if 'sample.py' in words:
             words += ['--max_new_tokens=5']
         if words[1].startswith('prepare/shakespeare'):
@@ -67,4 +73,4 @@ def test_readmes_commands_run(tmp_path):
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
         ran.append(command)
-    assert len(ran) >= 12
+    assert len(ran) >= 16

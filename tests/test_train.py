@@ -300,6 +300,38 @@ def test_settings_train(workdir, flags):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_bfloat16_reaches_the_loss_of_float32(workdir):
+    for dtype in ('float32', 'bfloat16'):
+        run(workdir, 'train.py', *TINY, '--max_iters=300', '--eval_interval=300', '--eval_iters=0', '--sample_interval=0', f'--dtype={dtype}', f'--out_dir={dtype}')
+    exact, rounded = (metrics(workdir / dtype)[-1]['val_loss'] for dtype in ('float32', 'bfloat16'))
+    assert exact < 2 and abs(rounded / exact - 1) < 0.005
+
+
+def test_nothing_is_imported_before_it_is_needed(workdir):
+    (workdir / 'watch.py').write_text("""
+import sys
+
+def objective(model, batch):
+    early = {'wandb', 'datasets', 'matplotlib', 'tokenizers', 'tensorboard', 'transformers'} & set(sys.modules)
+    assert not early, early
+    return model(*batch, return_logits=False)[1]
+""")
+    run(workdir, 'train.py', *TINY, 'watch.py', '--max_iters=2', '--eval_interval=100', '--sample_interval=0')
+
+
+def test_a_prepared_run_starts_in_six_seconds(workdir):
+    began = time.monotonic()
+    process = start(workdir, 'train.py', *TINY, '--max_iters=100000')
+    for line in process.stdout:
+        if line.startswith('step 0/'):
+            break
+    took = time.monotonic() - began
+    process.kill()
+    process.communicate()
+    assert took < 6
+
+
 def test_compile_trains_the_same(workdir):
     if not shutil.which('g++'):
         pytest.skip('torch.compile needs a C++ compiler on a CPU')
