@@ -18,9 +18,10 @@ from dataclasses import fields
 import torch
 
 from fledge import UserError, int8, optimizers
-from fledge.configurator import configure, one_line, read_settings
+from fledge.configurator import configure, one_line
 from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops, read_bandwidth
-from fledge.tokens import BinWriter, Tokens, read_meta, split_files
+from fledge.tokenizer import find_tokenizer
+from fledge.tokens import BinWriter, Tokens, split_files
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -36,15 +37,15 @@ long_prompt = 900           # the prompt whose first token is timed; at most blo
 quantize = 'none'           # the weights of fledge's generation: none, int8
 profile = False             # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False                # the last line of output is one JSON object
-globals().update({k: v for k, v in read_settings(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')).items() if k not in globals()})
-config = configure(globals())
+config = configure(globals(), also=os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
 # -----------------------------------------------------------------------------
 
 
 def gpt_config():
-    """The GPTConfig of train.py's settings; a vocabulary of 0 is the prepared dataset's, or else GPT-2's."""
+    """The GPTConfig that train.py makes of these settings; GPT-2's vocabulary where the data is not there."""
+    tokenizer = None if vocab_size else find_tokenizer(os.path.join('data', dataset))
     values = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    values['vocab_size'] = vocab_size or read_meta(os.path.join('data', dataset)).get('vocab_size', 50304)
+    values['vocab_size'] = vocab_size or (tokenizer.vocab_size if tokenizer and tokenizer.vocab_size != 50257 else 50304)
     values['qkv_bias'] = bias if qkv_bias == 'auto' else qkv_bias
     try:
         return GPTConfig(**values)
@@ -69,7 +70,7 @@ def clock(f, least):
 
 
 def train_fledge():
-    """A function that takes training steps as train.py does: seconds a step; and a function that times a step's parts."""
+    """The model; functions for the seconds of a training step as train.py takes it, for those of its parts, and for one step to trace."""
     model = GPT(gpt_config()).to(device)
     model.gradient_checkpointing = gradient_checkpointing
     opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
@@ -117,7 +118,7 @@ def train_fledge():
         names = [n for n in ('data', 'forward', 'head and loss', 'backward', 'optimizer') if n in marks]
         return {n: marks[n] - marks[before] for before, n in zip(['start', *names], names)}
 
-    return (lambda: clock(take_step, seconds)), parts
+    return model, (lambda: clock(take_step, seconds)), parts, take_step
 
 
 def nanogpt(path):
@@ -149,11 +150,11 @@ def train_nanogpt(path, compiled):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    return (lambda: clock(take_step, seconds)), None
+    return model, (lambda: clock(take_step, seconds)), None, None
 
 
-def generating(generate, forward=None):
-    """A function that times generate(prompts, n): seconds a token of each stream, after the first; and one for the first token."""
+def generating(model, generate, forward=None):
+    """As train_fledge, of generate(prompts, n): the seconds a token of each stream, after the first; parts are those of a long prompt."""
     vocabulary = gpt_config().vocab_size
     prompts = torch.randint(vocabulary, (streams, prompt_tokens), device=device)
     long = torch.randint(vocabulary, (1, min(long_prompt, block_size - 1)), device=device)
@@ -165,7 +166,7 @@ def generating(generate, forward=None):
     def parts():
         return {'first token': clock(lambda: generate(long, 1), 1), 'forward pass': clock(lambda: forward(long), 1)}
 
-    return run, parts if forward else None
+    return model, run, parts if forward else None, lambda: generate(prompts, 8)
 
 
 def generate_fledge():
@@ -174,12 +175,12 @@ def generate_fledge():
         int8.quantize(model)
     if compile is True:
         model.compile(dynamic=True)
-    return generating(lambda prompts, n: model.generate(prompts, n, temperature=0), torch.no_grad()(model))
+    return generating(model, lambda prompts, n: model.generate(prompts, n, temperature=0), torch.no_grad()(model))
 
 
 def generate_nanogpt(path):
     model = nanogpt(path).eval()
-    return generating(lambda prompts, n: model.generate(prompts, n))
+    return generating(model, lambda prompts, n: model.generate(prompts, n))
 
 
 def generate_transformers(kind):
@@ -196,7 +197,7 @@ def generate_transformers(kind):
             hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
             num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.block_size, **shared))
     model = model.to(device, getattr(torch, kind)).eval()
-    return generating(lambda prompts, n: model.generate(prompts, max_new_tokens=n, min_new_tokens=n, do_sample=False))
+    return generating(model, lambda prompts, n: model.generate(prompts, max_new_tokens=n, min_new_tokens=n, do_sample=False))
 
 
 def peak_memory():
@@ -217,9 +218,10 @@ def work(connection, make, args):
         if make.endswith('fledge'):
             keep_memory()
         torch.manual_seed(seed)
-        run, parts = globals()[make](*args)
+        model, run, parts, traced = globals()[make](*args)
+        size = sum(p.numel() for p in model.parameters())
         run()  # warms up, and compiles
-        connection.send('ready')
+        connection.send(size)
         while (command := connection.recv()) != 'end':
             if command == 'run':
                 connection.send(run())
@@ -227,7 +229,7 @@ def work(connection, make, args):
                 connection.send(parts and [parts() for _ in range(3)][-1])
             else:
                 with torch.profiler.profile() as trace:
-                    parts()
+                    traced()
                 trace.export_chrome_trace(command)
                 connection.send(None)
         connection.send(peak_memory())
@@ -242,9 +244,9 @@ def work(connection, make, args):
 def race(contenders, profile_path):
     """Run contenders, {name: (function, arguments)}, in turn; ours is the first.
 
-    Returns {name: seconds of each run}, {name: bytes of memory}, and our times by part.
+    Returns {name: seconds of each run}, {name: bytes of memory}, {name: parameters}, and our times by part.
     """
-    context, pipes, processes = multiprocessing.get_context('spawn'), {}, []
+    context, pipes, processes, sizes = multiprocessing.get_context('spawn'), {}, [], {}
 
     def ask(name, command):
         pipes[name].send(command)
@@ -265,7 +267,7 @@ def race(contenders, profile_path):
             processes.append(context.Process(target=work, args=(theirs, make, args), daemon=True))
             processes[-1].start()
             theirs.close()
-            hear(name)
+            sizes[name] = hear(name)
         times = {name: [] for name in contenders}
         for _ in range(rounds):
             for name in contenders:
@@ -274,7 +276,7 @@ def race(contenders, profile_path):
         parts = ask(ours, 'parts')
         if profile:
             ask(ours, profile_path)
-        return times, {name: ask(name, 'end') for name in contenders}, parts
+        return times, {name: ask(name, 'end') for name in contenders}, sizes, parts
     finally:
         for process, pipe in zip(processes, pipes.values()):
             pipe.close()  # those still waiting for a command end
@@ -282,23 +284,23 @@ def race(contenders, profile_path):
             process.terminate()
 
 
-def table(times, memory, amount, columns):
+def table(times, memory, sizes, amount, columns):
     """Print a contender a line: amount a second, the shares of columns {title: limit}, memory, how much faster ours is; returns them."""
-    print(f'  {"":28}{"tokens/s":>10}' + ''.join(f'{c:>18}' for c in columns) + f'{"peak memory":>14}   fledge is faster by, pair by pair')
+    print(f'  {"":28}{"parameters":>10}{"tokens/s":>10}' + ''.join(f'{c:>18}' for c in columns) + f'{"peak memory":>14}   fledge is faster by, pair by pair')
     lines, ours = [], next(iter(times))
     for name, t in times.items():
         ratios = [theirs / mine for theirs, mine in zip(t, times[ours])]
-        line = dict(name=name, tokens_per_second=amount / statistics.median(t), peak_memory=memory[name],
+        line = dict(name=name, parameters=sizes[name], tokens_per_second=amount / statistics.median(t), peak_memory=memory[name],
                     ratio=statistics.median(ratios), ratio_range=[min(ratios), max(ratios)])
-        print(f'  {name:28}{line["tokens_per_second"]:>10,.1f}' + ''.join(f'{line["tokens_per_second"] / limit:>18.1%}' if name == ours else f'{"":18}' for limit in columns.values())
+        print(f'  {name:28}{sizes[name] / 1e6:>9,.1f}M{line["tokens_per_second"]:>10,.1f}' + ''.join(f'{line["tokens_per_second"] / limit:>18.1%}' if name == ours else f'{"":18}' for limit in columns.values())
               + f'{memory[name] / 1e9:>11.2f} GB' + ('' if name == ours else f'   {line["ratio"]:.2f}x ({line["ratio_range"][0]:.2f} to {line["ratio_range"][1]:.2f})'))
         lines.append(line)
     return lines
 
 
-for name, value, known in (('only', only, ('train', 'generate', 'all')), ('quantize', quantize, ('none', 'int8'))):
+for name, value, known in (('compile', compile, ('auto', True, False)), ('only', only, ('train', 'generate', 'all')), ('quantize', quantize, ('none', 'int8'))):
     if value not in known:
-        raise UserError(f'{name}={value!r} is none of {", ".join(known)}')
+        raise UserError(f'{name}={value!r} is none of {", ".join(map(str, known))}')
 for name, least in (('rounds', 1), ('streams', 1), ('prompt_tokens', 1), ('new_tokens', 2), ('long_prompt', 1), ('seconds', 0), ('batch_size', 1), ('block_size', 2)):
     if config[name] < least:
         raise UserError(f'{name}={config[name]} must be at least {least}')
@@ -324,9 +326,9 @@ if __name__ == '__main__':
         if compare and compare != 'transformers':
             contenders |= {f'nanoGPT, {"compiled" if c else "eager"}': ('train_nanogpt', (compare, c)) for c in (False, True)}
         print(f'\ntraining: {n_params / 1e6:.1f}M parameters, {batch_size} x {block_size} tokens a step')
-        times, memory, parts = race(contenders, 'bench_train.json')
+        times, memory, sizes, parts = race(contenders, 'bench_train.json')
         peak = max(peak, peak_flops(device, dtype))  # machines have slow moments
-        peers = table(times, memory, batch_size * block_size, {'of matmul peak': peak / model.flops_per_token()})
+        peers = table(times, memory, sizes, batch_size * block_size, {'of matmul peak': peak / model.flops_per_token()})
         print('  a step: ' + ', '.join(f'{k} {v * 1e3:,.1f} ms ({v / sum(parts.values()):.1%})' for k, v in parts.items()))
         result |= dict(train_tokens_per_second=peers[0]['tokens_per_second'], peak_share=peers[0]['tokens_per_second'] * model.flops_per_token() / peak,
                        train_peak_memory=memory['fledge'], parts=parts, train_peers=peers[1:])
@@ -337,11 +339,11 @@ if __name__ == '__main__':
         elif compare:
             contenders['nanoGPT'] = ('generate_nanogpt', (compare,))
         print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
-        times, memory, parts = race(contenders, 'bench_generate.json')
+        times, memory, sizes, parts = race(contenders, 'bench_generate.json')
         bandwidth = max(bandwidth, read_bandwidth(device))
         read = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ('.h.' in n or n == 'lm_head.weight' or model_config.tie_embeddings and 'wte' in n))
         read *= 1 if quantize == 'int8' else torch.finfo(dtype).bits // 8  # bytes of weights a token of all streams
-        peers = table(times, memory, streams, {'of memory read': bandwidth / read * streams})
+        peers = table(times, memory, sizes, streams, {'of memory read': bandwidth / read * streams})
         print(f'  after {min(long_prompt, block_size - 1)} tokens: the first token {parts["first token"]:.3f} s, one forward pass {parts["forward pass"]:.3f} s')
         result |= dict(decode_tokens_per_second=peers[0]['tokens_per_second'], bandwidth_share=peers[0]['tokens_per_second'] / streams * read / bandwidth,
                        first_token_seconds=parts['first token'], forward_seconds=parts['forward pass'], generate_peers=peers[1:])

@@ -5,7 +5,6 @@ Sources: GPT-2, Radford et al. 2019, Language Models are Unsupervised Multitask 
 names and the shape of the code; the papers named where each idea is used.
 """
 import math
-import weakref
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -76,7 +75,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square()
         r = (square / x.shape[-1] + eps).rsqrt().to(x.dtype)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight.to(x.dtype))
@@ -87,7 +86,7 @@ class RMSNormFunction(torch.autograd.Function):
         normal, w = x * r, weight.to(x.dtype)
         dw, dn = dy * normal, dy * w
         mean = (dn * normal).mean(dim=-1, keepdim=True)
-        dw = dw.flatten(0, -weight.dim() - 1).sum(dim=0, dtype=torch.float32)
+        dw = dw.flatten(0, -weight.dim() - 1).sum(dim=0, dtype=torch.promote_types(x.dtype, torch.float32))
         return dn.addcmul_(normal, mean, value=-1).mul_(r), dw, None
 
 
@@ -189,7 +188,8 @@ class CausalAttentionCPU(torch.autograd.Function):
             p = torch.softmax(p, dim=-1)
             left = p * kept(p.shape, dropout, p.dtype) if dropout else p
             y[r, :, i] = (left @ v[r, :j]).view_as(y[r, :, i])
-            saved.append(left.mul_(2).sub_(p) if dropout else p)  # what was dropped is kept as its negative
+            if any(ctx.needs_input_grad):
+                saved.append(left.mul_(2).sub_(p) if dropout else p)  # what was dropped is kept as its negative
         ctx.dropout = dropout
         ctx.save_for_backward(q, k, v, *saved)
         return y.view(B, H, T, D)
@@ -221,6 +221,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradient):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         w, count = weight.to(x.dtype), (targets >= 0).sum().clamp(min=1)
         chunk = max(1, HeadLoss.CHUNK_BYTES // (w.shape[0] * w.element_size()))
         rows = max(1, HeadLoss.CACHE_BYTES // (4 * w.shape[0])) if x.device.type == 'cpu' else chunk
@@ -280,15 +282,15 @@ class KVCache:
             self.k[layer][:, :, self.longest:end], self.v[layer][:, :, self.longest:end] = k, v
         else:
             at = positions[:, None, :, None].expand_as(k)
-            self.k[layer].scatter_(2, at, k)
-            self.v[layer].scatter_(2, at, v)
+            self.k[layer].scatter_(2, at, k.to(self.k[layer].dtype))
+            self.v[layer].scatter_(2, at, v.to(self.v[layer].dtype))
         return (self.k[layer][:, :, :end], self.v[layer][:, :, :end]) if self.longest else (k, v)
 
     def advance(self, T, lengths):
         """T tokens a row were read, of which lengths (B,) are real; None: all."""
         self.lengths = self.lengths + (T if lengths is None else lengths)
-        self.longest += T if lengths is None else int(lengths.max())
         self.even = self.even and lengths is None
+        self.longest = self.longest + T if lengths is None else int(self.lengths.max())
 
 
 class CausalSelfAttention(nn.Module):
@@ -448,21 +450,10 @@ class GPT(nn.Module):
             x = x[:, -1:] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1][:, None]
             return self.lm_head(self.transformer.ln_f(x)), None
         x = self.transformer.ln_f(x)
-        if not return_logits:
+        if not return_logits and type(self.lm_head) is nn.Linear:
             return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-
-    def decoder(self, alone):
-        """The Decoder of the weights as they are now, made once; under autocast, in training, they never stay as they are."""
-        if torch.is_autocast_enabled('cpu'):
-            return Decoder(self, alone)
-        weights = [*self.parameters(), *self.buffers()]
-        norms = torch._foreach_norm([t.detach() for t in weights if t.is_floating_point()])  # show what is written through .data, too
-        state = alone, [(t.data_ptr(), t._version) for t in weights], [float(n) for n in norms]
-        if decoders.get(self, (None,))[0] != state:
-            decoders[self] = state, Decoder(self, alone)
-        return decoders[self][1]
+        return logits if return_logits else None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
@@ -492,7 +483,7 @@ class GPT(nn.Module):
         if device.type == 'cpu':
             dtype = torch.float32  # attention of one query: 116 us against 634 in bfloat16 (16 texts, 12 heads, 80 keys)
         cache = KVCache(self.config, B, max(map(len, rows)) + max_new_tokens, dtype, device)
-        decoder = self.decoder(B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
+        decoder = Decoder(self, alone=B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
         running = range(B)
         for step in range(max_new_tokens):
             if step and cache.longest < limit:
@@ -506,6 +497,10 @@ class GPT(nn.Module):
             tokens = torch.tensor([row + [0] * (width - len(row)) for row in new], device=device)
             if decoder and width == 1 and cache.longest:
                 logits = decoder.step(tokens[:, 0], cache)
+                if B == 1 and not logits.isfinite().all():  # too large for float16
+                    decoder = Decoder(self, alone=False)
+                    cache.lengths, cache.longest = cache.lengths - 1, cache.longest - 1
+                    logits = decoder.step(tokens[:, 0], cache)
             else:
                 logits = self(tokens, cache=cache, lengths=lengths)[0][:, -1].float()
             token = choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
@@ -522,9 +517,6 @@ class GPT(nn.Module):
             width = max(map(len, rows))
             return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=idx.device)
         return rows
-
-
-decoders = weakref.WeakKeyDictionary()  # of models, kept outside of them: neither pickle nor deepcopy takes them along
 
 
 class Decoder:
@@ -552,7 +544,7 @@ class Decoder:
             mask = mask.expand(B, 1, H // KV, at + 1)
         x = F.embedding(tokens, self.wte).float()
         if self.wpe is not None:
-            x = x + self.wpe[positions[:, 0]]
+            x = x + self.wpe[positions[:, 0]].float()
         else:
             cos, sin = (t[positions[:, 0], None] for t in self.rope)
         for layer, ((ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), qk_norm) in enumerate(zip(self.blocks, self.qk_norms)):
@@ -581,13 +573,13 @@ def vectors(ln):
 def matrix(linear, alone):
     """A linear layer as a function from float32 to float32. What counts is how fast its weight is read, here on two cores of an
     AVX512-BF16 server: bfloat16 as it is 25 GB/s, packed once by oneDNN 38, float16 43, but that for a single row alone."""
-    if not isinstance(linear, nn.Linear):  # quantized
-        return linear.forward
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else linear.weight.dtype
+    dtype = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:  # quantized, or someone's own
+        return lambda x: linear(x.to(dtype)).float()
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else dtype
+    dtype = torch.float16 if alone and dtype == torch.bfloat16 else dtype
     weight, bias = linear.weight.detach().to(dtype), None if linear.bias is None else linear.bias.detach().to(dtype)
-    if dtype == torch.bfloat16 and alone:
-        weight, bias, dtype = weight.half(), None if bias is None else bias.half(), torch.float16
-    elif dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed, product = torch.ops.mkldnn._reorder_linear_weight(weight, 16), torch.ops.mkldnn._linear_pointwise
         return lambda x: product(x.to(dtype), packed, bias, 'none', [], '').float()
     return lambda x: F.linear(x.to(dtype), weight, bias).float()
@@ -599,7 +591,7 @@ def choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, g
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits / temperature, None
+    logits, ids = (logits - logits.max(dim=-1, keepdim=True).values) / temperature, None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
     elif top_p is not None and top_p < 1:
@@ -613,6 +605,8 @@ def choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, g
         p = p.masked_fill(p < min_p * p.max(dim=-1, keepdim=True).values, 0)
     # one uniform draw a row, looked up in the cumulative probabilities: multinomial draws one a token
     edges = p.cumsum(dim=-1)
+    if not edges[:, -1].isfinite().all():
+        raise ValueError('the logits are not finite: nothing can be drawn from them')
     draw = torch.rand(p.shape[0], 1, generator=generator, device=p.device) * edges[:, -1:]
     place = torch.searchsorted(edges, draw, right=True).clamp(max=p.shape[-1] - 1)
     return (place if ids is None else ids.gather(1, place))[:, 0]

@@ -30,7 +30,7 @@ seed = 1337                 # of the draws
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16, float16
 quantize = 'none'           # int8: 8-bit weights, faster on a CPU
-compile = False             # torch.compile the model; the first tokens then take a minute
+compile = False             # torch.compile the model, on a GPU; the first tokens then take a minute
 json = False                # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
@@ -41,6 +41,10 @@ if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
     raise UserError(f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0')
 if quantize not in ('none', 'int8'):
     raise UserError(f'quantize={quantize!r} is none of none, int8')
+if compile and quantize == 'int8':
+    raise UserError('quantize=int8 runs on kernels of its own: leave out --compile')
+if seed >= 2 ** 63:
+    raise UserError(f'seed={seed} must be below 2^63')
 device = choose_device(device)
 keep_memory()
 path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
@@ -63,8 +67,11 @@ if quantize == 'int8':
 if compile:
     model.compile(dynamic=True)
 end = tokenizer.special.get(stop)
-rows = model.generate([prompt] * num_samples, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
-                      repetition_penalty=repetition_penalty, stop=end, seed=seed)
+try:
+    rows = model.generate([prompt] * num_samples, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
+                          repetition_penalty=repetition_penalty, stop=end, seed=seed)
+except ValueError as e:
+    raise UserError(f'{path}: {e}') from None
 samples = [start + tokenizer.decode(row[len(prompt):-1] if row[-1] == end else row[len(prompt):]) for row in rows]
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:

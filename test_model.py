@@ -213,6 +213,29 @@ def test_a_step_in_bfloat16_is_as_exact_as_bfloat16(switches):
         assert (logits - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
 
 
+def test_a_text_alone_survives_what_float16_does_not():
+    model, idx = tiny().to(torch.bfloat16), tokens(1, 5)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight.mul_(2000)
+    cache = KVCache(model.config, 1)
+    with torch.no_grad():
+        model(idx, cache=cache)
+        assert not Decoder(model, alone=True).step(idx[:, 0], cache).isfinite().all()
+    assert model.generate(idx, 8, temperature=0).tolist() == model.generate(idx.expand(2, -1), 8, temperature=0)[:1].tolist()
+
+
+def test_nothing_is_drawn_from_what_is_not_finite():
+    with pytest.raises(ValueError, match='not finite'):
+        draws([math.nan, 1.0, 2.0])
+    assert draws([1.0, 2.0, 3.0], temperature=1e-44) == {2}
+
+
+def test_a_float64_model_generates():
+    model = tiny({}).double()
+    assert model.generate(tokens(2, 5), 4, temperature=0).shape == (2, 9)
+
+
 def test_generation_sees_the_weights_as_they_are_now():
     model, idx = tiny().to(torch.bfloat16), tokens(2, 5)
     for prompts in (idx, idx[:1]):
@@ -240,6 +263,17 @@ def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
     torch.testing.assert_close(HeadLoss.apply(x, weight, targets, False), theirs)
     for a, b in zip(torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))):
         torch.testing.assert_close(a, b)
+
+
+def test_the_loss_in_chunks_takes_float32_under_autocast():
+    torch.manual_seed(0)  # on a GPU the residual stream stays float32
+    x, weight, targets = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (30,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = HeadLoss.apply(x, weight, targets, True)
+    exact = F.cross_entropy(x @ weight.T, targets)
+    torch.testing.assert_close(loss, exact, atol=0.03, rtol=0)
+    for a, b in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(exact, (x, weight))):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.05 * b.abs().max()
 
 
 def test_targets_of_minus_one_do_not_count():

@@ -15,20 +15,24 @@ import traceback
 from fledge import UserError
 
 
-def configure(settings, argv=None, saved=None):
+def configure(settings, argv=None, saved=None, also=None):
     """Override `settings`, a script's globals(), by argv (default: sys.argv[1:]); returns all settings as a dict.
 
     saved: settings of a run that goes on; they replace the defaults, and argv overrides them. A name set to None
-    is a hook: a config file may define a function of that name.
+    is a hook: a config file may define a function of that name. also: another script, whose settings this one takes too.
     """
     sys.excepthook = one_line
+    for name, value in (read_settings(also) if also else {}).items():
+        settings.setdefault(name, value)
     defaults = settings.setdefault('_defaults', {
         k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))})
     hooks = settings.setdefault('_hooks', [k for k, v in settings.items() if not k.startswith('_') and v is None])
     given = {}
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('--help', '-h'):
-            _help(settings['__file__'], dict(defaults), settings.get('__doc__'))
+            print((settings.get('__doc__') or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
+            for path in (settings['__file__'], also) if also else (settings['__file__'],):
+                _help(path)
             raise SystemExit(0)
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
@@ -53,16 +57,21 @@ def configure(settings, argv=None, saved=None):
 
 
 def read_settings(path):
-    """The settings at the top of another script, {name: default}: its plain assignments before it calls configure()."""
+    """The settings at the top of a script, {name: default}: its plain assignments before it calls configure()."""
+    return {name: ast.literal_eval(node.value) for name, node, _ in _assignments(path)}
+
+
+def _assignments(path):
+    """(name, assignment, comment) of each setting of a script, read from its own lines."""
     with open(path, encoding='utf-8') as f:
-        body = ast.parse(f.read()).body
-    found = {}
-    for node in body:
+        source = f.read()
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        call = getattr(node, 'value', None)
+        if isinstance(call, ast.Call) and getattr(call.func, 'id', None) == 'configure':
+            return
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if isinstance(node.value, ast.Call):
-                break
-            found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+            yield node.targets[0].id, node, lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
 
 
 def _known(name, defaults, where):
@@ -145,15 +154,10 @@ def _run(path, values):
     return assigned
 
 
-def _help(path, values, doc):
-    """Every setting with its default and its comment, read from the script's own lines."""
-    with open(path, encoding='utf-8') as f:
-        lines = f.read().splitlines()
-    print((doc or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
-    for node in ast.parse('\n'.join(lines)).body:
-        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else None
-        if values.pop(name, None) is not None:  # the first assignment is the setting, a later one is the script at work
-            comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
+def _help(path):
+    """Every setting of a script with its default and its comment."""
+    for name, node, comment in _assignments(path):
+        if not (isinstance(node.value, ast.Constant) and node.value.value is None):  # a hook is no setting
             print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
 
 

@@ -24,14 +24,24 @@ class Int8Linear(nn.Module):
         self.packed = None
 
     def forward(self, x):
+        dtype = x.dtype
         if x.device.type != 'cpu' or x.shape[:-1].numel() > self.FEW:
             weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        if self.packed is None:
+        x = x.float()
+        widest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) if x.shape[:-1].numel() > 1 else None  # each row has its own range
+        y = torch.ops.quantized.linear_dynamic(x if widest is None else x / widest, self.pack())
+        y = y if widest is None else y * widest
+        return (y if self.bias is None else y + self.bias).to(dtype)
+
+    def pack(self):
+        """The weight as torch's integer kernel reads it, made once."""
+        key = self.weight.data_ptr(), self.weight._version, self.scale.data_ptr(), self.scale._version
+        if self.packed is None or self.packed[0] != key:
             warnings.filterwarnings('ignore', message='torch.quantize_per', category=UserWarning)  # deprecated, and nothing as fast in its place yet
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), torch.zeros(len(self.scale), dtype=torch.long), 0)
-            self.packed = torch.ops.quantized.linear_prepack(weight, None if self.bias is None else self.bias.detach().float())
-        return torch.ops.quantized.linear_dynamic(x.float(), self.packed).to(x.dtype)
+            self.packed = key, torch.ops.quantized.linear_prepack(weight, None)
+        return self.packed[1]
 
 
 def quantize(model):

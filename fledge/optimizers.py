@@ -19,6 +19,9 @@ class Muon(torch.optim.Muon):
     """torch's Muon, its state and its update, with matrices of one shape orthogonalized together: small ones take half the time."""
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
 
+    def __init__(self, parameters, lr, weight_decay, momentum=0.95):
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:

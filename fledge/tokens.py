@@ -85,9 +85,12 @@ def read_meta(folder):
         return {}
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
+            meta = json.load(f)
     except ValueError as e:
         raise UserError(f'{path} is not readable: {e}') from None
+    if not isinstance(meta, dict):
+        raise UserError(f'{path} holds no object')
+    return meta
 
 
 def split_files(folder, split):
@@ -154,7 +157,7 @@ class Tokens:
         for shard in np.unique(shards).tolist():
             here = shards == shard
             out[here] = self.shards[shard][starts[here, None] + np.arange(self.block_size + 1)]
-        if out.max() >= self.vocab_size:
+        if count and out.max() >= self.vocab_size:
             for shard, start in zip(shards.tolist(), starts.tolist()):
                 self._read(shard, start, self.block_size + 1)  # names the place
         return out[:, :-1], out[:, 1:]

@@ -105,3 +105,8 @@ def test_a_config_has_the_size_that_its_name_says(name, low, high):
     with torch.device('meta'):
         model = GPT(GPTConfig(**{'vocab_size': 65, **known}))
     assert low <= model.get_num_params(non_embedding=False) <= high
+
+
+def test_a_script_takes_another_ones_settings_too(tmp_path):
+    out = run(tmp_path, 'bench.py', '--help')
+    assert '--rounds=5 ' in out and "--optimizer='muon' " in out and 'choose_device' not in out and '--objective' not in out

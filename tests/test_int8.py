@@ -22,6 +22,17 @@ def test_a_layer_is_within_its_rounding():
         assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    layer, x = Int8Linear(torch.nn.Linear(64, 48)), torch.randn(3, 64)
+    before = layer(x)
+    x[1] *= 1000
+    torch.testing.assert_close(layer(x)[[0, 2]], before[[0, 2]], atol=1e-3, rtol=0)
+    layer.weight.neg_()  # as load_state_dict writes
+    torch.testing.assert_close(layer(x) - layer.bias, -(before - layer.bias) * torch.tensor([[1.0], [1000], [1]]), rtol=0.01, atol=0.05)
+
+
 def test_perplexity_is_within_half_a_percent():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64, position='rope', norm='rmsnorm', activation='swiglu', bias=False))
@@ -48,6 +59,9 @@ def test_perplexity_is_within_half_a_percent():
     assert before[0] < 8  # it has learned something to lose
     quantize(model)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    with torch.no_grad():
+        losses = [model(text[:, :-1], text[:, 1:], return_logits=r)[1] for r in (True, False)]
+    assert losses[0] == losses[1]
     for a, b in zip(perplexities(), before):
         assert abs(a / b - 1) < 0.005
     assert model.generate(text[:1, :8], 12, temperature=0).shape == greedy.shape

@@ -300,7 +300,6 @@ def test_settings_train(workdir, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_bfloat16_reaches_the_loss_of_float32(workdir):
     for dtype in ('float32', 'bfloat16'):
         run(workdir, 'train.py', *TINY, '--max_iters=300', '--eval_interval=300', '--eval_iters=0', '--sample_interval=0', f'--dtype={dtype}', f'--out_dir={dtype}')
@@ -320,6 +319,7 @@ def objective(model, batch):
     run(workdir, 'train.py', *TINY, 'watch.py', '--max_iters=2', '--eval_interval=100', '--sample_interval=0')
 
 
+@pytest.mark.slow
 def test_a_prepared_run_starts_in_six_seconds(workdir):
     began = time.monotonic()
     process = start(workdir, 'train.py', *TINY, '--max_iters=100000')
@@ -332,6 +332,7 @@ def test_a_prepared_run_starts_in_six_seconds(workdir):
     assert took < 6
 
 
+@pytest.mark.slow
 def test_compile_trains_the_same(workdir):
     if not shutil.which('g++'):
         pytest.skip('torch.compile needs a C++ compiler on a CPU')
