@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 # -----------------------------------------------------------------------------
 # These settings, and all of train.py's. A step is one micro-batch, batch_size x block_size tokens, and one update.
 only = 'all'                # train, generate, all
-compare = ''                # a nanoGPT checkout's folder, or transformers (the installed package; generation alone)
+compare = ''                # a nanoGPT checkout's folder (eager, and compiled but for --compile=False), or transformers (generation alone)
 rounds = 5                  # runs of each contender, taken in turn
 seconds = 2.0               # the least that a run lasts
 streams = 1                 # texts generated at once
@@ -324,7 +324,7 @@ if __name__ == '__main__':
     if only != 'generate':
         contenders = {'fledge': ('train_fledge', ())}
         if compare and compare != 'transformers':
-            contenders |= {f'nanoGPT, {"compiled" if c else "eager"}': ('train_nanogpt', (compare, c)) for c in (False, True)}
+            contenders |= {f'nanoGPT, {"compiled" if c else "eager"}': ('train_nanogpt', (compare, c)) for c in (False, True) if compile is not False or not c}
         print(f'\ntraining: {n_params / 1e6:.1f}M parameters, {batch_size} x {block_size} tokens a step')
         times, memory, sizes, parts = race(contenders, 'bench_train.json')
         peak = max(peak, peak_flops(device, dtype))  # machines have slow moments

@@ -217,7 +217,7 @@ class HeadLoss(torch.autograd.Function):
 
     Full logits never exist. x: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,), -1 is ignored.
     """
-    CHUNK_BYTES, CACHE_BYTES = 64 << 20, 2 << 20  # of logits: large matmuls, and a softmax in float32 that stays in the cache
+    CHUNK_BYTES, CACHE_BYTES = 128 << 20, 4 << 20  # of logits: large matmuls, and a softmax in float32 that stays in the cache
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradient):
