@@ -18,7 +18,7 @@ from dataclasses import fields
 import torch
 
 from fledge import UserError, int8, optimizers
-from fledge.configurator import configure, one_line
+from fledge.configurator import configure
 from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops, read_bandwidth
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import BinWriter, Tokens, split_files
@@ -315,10 +315,8 @@ device_type = device.split(':')[0]
 dtype = choose_dtype(dtype, device)
 
 if __name__ == '__main__':
-    sys.excepthook = one_line
-    model_config = gpt_config()
     with torch.device('meta'):
-        model = GPT(model_config)
+        model = GPT(gpt_config())
     n_params, peak, bandwidth = model.get_num_params(non_embedding=False), peak_flops(device, dtype), read_bandwidth(device)
     result = dict(device=device, dtype=str(dtype)[6:], threads=torch.get_num_threads(), torch=torch.__version__, parameters=n_params)
     if only != 'generate':
@@ -341,8 +339,7 @@ if __name__ == '__main__':
         print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
         times, memory, sizes, parts = race(contenders, 'bench_generate.json')
         bandwidth = max(bandwidth, read_bandwidth(device))
-        read = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ('.h.' in n or n == 'lm_head.weight' or model_config.tie_embeddings and 'wte' in n))
-        read *= 1 if quantize == 'int8' else torch.finfo(dtype).bits // 8  # bytes of weights a token of all streams
+        read = model.matmul_params() * (1 if quantize == 'int8' else torch.finfo(dtype).bits // 8)  # bytes of weights a token of all streams
         peers = table(times, memory, sizes, streams, {'of memory read': bandwidth / read * streams})
         print(f'  after {min(long_prompt, block_size - 1)} tokens: the first token {parts["first token"]:.3f} s, one forward pass {parts["forward pass"]:.3f} s')
         result |= dict(decode_tokens_per_second=peers[0]['tokens_per_second'], bandwidth_share=peers[0]['tokens_per_second'] / streams * read / bandwidth,

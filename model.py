@@ -399,11 +399,14 @@ class GPT(nn.Module):
         n = sum(p.numel() for p in self.parameters())
         return n - (self.transformer.wpe.weight.numel() if non_embedding and 'wpe' in self.transformer else 0)
 
+    def matmul_params(self):
+        """Number of parameters that multiply each token, and that generation reads for each: all but embeddings and vectors."""
+        return self.lm_head.weight.numel() + sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.h.' in n)
+
     def flops_per_token(self):
         """Of training: 6 a matmul parameter, 12 a layer, width and position of context (PaLM, arXiv:2204.02311, B)."""
         c = self.config
-        matmul = self.lm_head.weight.numel() + sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.h.' in n)
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        return 6 * self.matmul_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size, at most the present one."""
