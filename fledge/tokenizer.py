@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 
+import numpy as np
+
 from fledge import UserError, replacing
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # the last two are ChatML's
@@ -40,7 +42,7 @@ class Tokenizer:
         self.spec = spec
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
-        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.end_of_text = next((self.special[t] for t in (END_OF_TEXT, '<|end_of_text|>', '</s>') if t in self.special), None)
         vocab = model.get('vocab')
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         self.vocab_size = max(ids + [t['id'] for t in added], default=-1) + 1
@@ -68,7 +70,7 @@ class Tokenizer:
             parts = re.split('(' + '|'.join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ')', text)
             return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
         if self.bpe:
-            return self.bpe.encode_ordinary(text)
+            return self.encode_array(text).tolist()
         if self.hf:
             self.hf.encode_special_tokens = not allow_special  # as text, that is
             return self.hf.encode(text, add_special_tokens=False).ids
@@ -77,9 +79,36 @@ class Tokenizer:
         except KeyError as e:
             raise UserError(f'the character {e.args[0]!r} is not in this vocabulary of {len(self.chars)} characters') from None
 
-    def encode_batch(self, texts, num_threads):
-        """encode() of every text, a list of lists, on num_threads threads where the backend has them."""
-        return self.bpe.encode_ordinary_batch(texts, num_threads=num_threads) if self.bpe else [self.encode(t) for t in texts]
+    def encode_array(self, text):
+        """encode(text) as an array of uint32, which spares a corpus its lists."""
+        if not self.bpe:
+            return np.array(self.encode(text), np.uint32)
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # tiktoken's regex gives up on half a million spaces in a row; the other backend does not
+            import tokenizers
+            slow = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+            slow.encode_special_tokens = True
+            return np.array(slow.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode_chat(self, messages):
+        """ids of a conversation in ChatML and, for each, whether it is learned: two uint32 and uint8 arrays.
+
+        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. What the assistant says is learned,
+        with the <|im_end|> that ends it. Special tokens spelled out in a content are plain text.
+        """
+        ids, learned = [], []
+        start, end, newline = self.special[IM_START], self.special[IM_END], self.encode('\n')
+        for message in messages:
+            role, content = self.encode(f'{message["role"]}\n'), self.encode(message['content'])
+            ids += [start, *role, *content, end, *newline]
+            learned += [0] * (1 + len(role)) + [message['role'] == 'assistant'] * (len(content) + 1) + [0] * len(newline)
+        return np.array(ids, np.uint32), np.array(learned, np.uint8)
+
+    def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
+        """This tokenizer, with those of the special tokens that it lacks added after its last id."""
+        missing = [t for t in tokens if t not in self.special and not (t == END_OF_TEXT and self.end_of_text is not None)]
+        return Tokenizer(self.spec | dict(added_tokens=(self.spec.get('added_tokens') or []) + _added(missing, self.vocab_size))) if missing else self
 
     def decode(self, ids):
         """The text of ids; bytes that are no valid UTF-8 and ids that the tokenizer lacks become U+FFFD."""
@@ -113,12 +142,14 @@ def _byte_level_pattern(spec):
     return None
 
 
+def _added(special, first):
+    return [dict(id=first + i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+            for i, token in enumerate(special)]
+
+
 def _spec(model, special, pattern=None):
     """A tokenizer.json: model, then special tokens with the ids that follow it, over a byte-level split by pattern."""
-    first = len(model['vocab'])
-    added = [dict(id=first + i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-             for i, token in enumerate(special)]
-    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None, post_processor=None, model=model)
+    spec = dict(version='1.0', truncation=None, padding=None, added_tokens=_added(special, len(model['vocab'])), normalizer=None, post_processor=None, model=model)
     if model['type'] == 'BPE':
         split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
         return spec | dict(pre_tokenizer={'type': 'Sequence', 'pretokenizers': [split, _BYTE_LEVEL]}, decoder=_BYTE_LEVEL)
@@ -157,29 +188,17 @@ def char_tokenizer(characters, special=()):
 
 
 def gpt2_tokenizer():
-    """GPT-2's vocabulary, from tiktoken's cache or its address."""
-    import tiktoken
+    """GPT-2's vocabulary, from tiktoken's cache or its address: the 256 bytes, then one token a merge."""
+    from tiktoken.load import read_file_cached
     try:
-        encoding = tiktoken.get_encoding('gpt2')
+        lines = read_file_cached('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
+                                 '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5').decode().splitlines()[1:]
     except Exception as e:  # requests' many, a proxy's, a corrupt download
         raise UserError('the GPT-2 vocabulary is not cached and cannot be fetched '
                         f'({type(e).__name__}); use --tokenizer=train to train one on your text') from None
-    ranks, spell = encoding._mergeable_ranks, byte_to_unicode()
-    merges = []
-    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get):
-        parts = _split_by_ranks(ranks, token)  # the two tokens whose merge made this one
-        merges.append([''.join(spell[b] for b in part) for part in parts])
-    vocab = {''.join(spell[b] for b in token): rank for token, rank in ranks.items()}
-    spec = _spec(_bpe_model(vocab, merges), [END_OF_TEXT])
-    return Tokenizer(spec | dict(pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
-
-
-def _split_by_ranks(ranks, token):
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    merges = [line.split(' ') for line in lines]
+    vocab = {c: i for i, c in enumerate([*byte_to_unicode().values(), *map(''.join, merges)])}
+    return Tokenizer(_spec(_bpe_model(vocab, merges), [END_OF_TEXT]) | dict(pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
 
 
 class _NoCode(pickle.Unpickler):
