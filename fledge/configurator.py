@@ -31,8 +31,9 @@ def configure(settings, argv=None, saved=None, also=None):
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('--help', '-h'):
             print((settings.get('__doc__') or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
-            for path in (settings['__file__'], also) if also else (settings['__file__'],):
-                _help(path)
+            shown = _help(settings['__file__'])
+            if also:
+                _help(also, but=shown)
             raise SystemExit(0)
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
@@ -57,7 +58,7 @@ def configure(settings, argv=None, saved=None, also=None):
 
 
 def read_settings(path):
-    """The settings at the top of a script, {name: default}: its plain assignments before it calls configure()."""
+    """The settings at the top of a script, {name: default}: its plain assignments before it calls configure() or defines anything."""
     return {name: ast.literal_eval(node.value) for name, node, _ in _assignments(path)}
 
 
@@ -69,6 +70,8 @@ def _assignments(path):
     for node in ast.parse(source).body:
         call = getattr(node, 'value', None)
         if isinstance(call, ast.Call) and getattr(call.func, 'id', None) == 'configure':
+            return
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):  # below them, a module that scripts share has no settings
             return
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             yield node.targets[0].id, node, lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
@@ -154,11 +157,15 @@ def _run(path, values):
     return assigned
 
 
-def _help(path):
-    """Every setting of a script with its default and its comment."""
+def _help(path, but=()):
+    """Print every setting of a script with its default and its comment; returns their names."""
+    names = [name for name, _, _ in _assignments(path)]
     for name, node, comment in _assignments(path):
+        if name in but:
+            continue
         if not (isinstance(node.value, ast.Constant) and node.value.value is None):  # a hook is no setting
             print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
+    return names
 
 
 def one_line(kind, error, trace):

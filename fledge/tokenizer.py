@@ -95,14 +95,14 @@ class Tokenizer:
         """ids of a conversation in ChatML and, for each, whether it is learned: two uint32 and uint8 arrays.
 
         messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. What the assistant says is learned,
-        with the <|im_end|> that ends it. Special tokens spelled out in a content are plain text.
+        with the <|im_end|> that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
         """
         ids, learned = [], []
         start, end, newline = self.special[IM_START], self.special[IM_END], self.encode('\n')
         for message in messages:
             role, content = self.encode(f'{message["role"]}\n'), self.encode(message['content'])
             ids += [start, *role, *content, end, *newline]
-            learned += [0] * (1 + len(role)) + [message['role'] == 'assistant'] * (len(content) + 1) + [0] * len(newline)
+            learned += [0] * (1 + len(role)) + [message.get('learned', message['role'] == 'assistant')] * (len(content) + 1) + [0] * len(newline)
         return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
     def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
@@ -170,7 +170,11 @@ def train_bpe(texts, vocab_size, split='qwen2'):
         raise UserError(f'vocab_size={vocab_size}: a byte-level vocabulary needs at least {256 + len(special)}')
     spec = _spec(_bpe_model({c: i for i, c in enumerate(byte_to_unicode().values())}, []), [], PATTERNS[split])
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+
+    def bounded():  # a word of a million characters, as in a data: URL, would take the trainer hours
+        for text in texts:
+            yield from [text[i:i + 1000] for i in range(0, len(text), 1000)] if re.search(r'\S{1000}|\s{1000}', text) else [text]
+    tokenizer.train_from_iterator(bounded(), tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(special), show_progress=False, initial_alphabet=list(byte_to_unicode().values())))
     model = json.loads(tokenizer.to_str())['model']
     return Tokenizer(_spec(_bpe_model(model['vocab'], model['merges']), special, PATTERNS[split]))

@@ -50,6 +50,120 @@ class BinWriter:
                 os.remove(self.temporary)
 
 
+class SplitWriter:
+    """Appends documents to folder/split_000000.bin, split_000001.bin, ..., and takes back what came after a sync().
+
+    shards: the tokens of each file at the last sync() that counts; what the files hold beyond is dropped. A file is
+    full at shard_tokens, and no document is in two of them unless it is longer than that. masked: .mask.bin beside each.
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
+        self.prefix, self.vocab_size, self.shard_tokens, self.masked = os.path.join(folder, split), vocab_size, shard_tokens, masked
+        self.key, self.dtype = next((k, t) for k, t in FORMATS.items() if vocab_size <= 2 ** (8 * t.itemsize))
+        self.shards, self.files = list(shards), []
+        if self.shards:
+            self._open()
+
+    def _open(self):
+        """The files of the last shard, at its end."""
+        for ending, skipped, size in (('.bin', HEADER_BYTES, self.dtype.itemsize), ('.mask.bin', 0, 1))[:1 + self.masked]:
+            path = f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
+            self.files.append(open(path, 'r+b' if os.path.exists(path) else 'w+b'))
+            self.files[-1].truncate(skipped + self.shards[-1] * size)
+            self.files[-1].seek(0, os.SEEK_END)
+
+    def write(self, ids, lengths, learned=None):
+        """Append ids, an array of documents of these lengths one after another, and for each id whether it is learned."""
+        ends = np.cumsum(lengths)
+        done = 0
+        while done < len(ids):
+            if not self.shards or self.shards[-1] >= self.shard_tokens:
+                self._next()
+            room = self.shard_tokens - self.shards[-1]
+            fit = np.searchsorted(ends, done + room, side='right')
+            upto = int(ends[fit - 1]) if fit and ends[fit - 1] > done else done
+            if upto == done:
+                if self.shards[-1]:
+                    self._next()
+                    continue
+                upto = done + min(room, len(ids) - done)  # a document longer than a shard
+            self.files[0].write(np.asarray(ids[done:upto]).astype(self.dtype).tobytes())
+            if self.masked:
+                self.files[1].write(np.asarray(learned[done:upto], np.uint8).tobytes())
+            self.shards[-1] += upto - done
+            done = upto
+
+    def _next(self):
+        self.close()
+        self.shards.append(0)
+        self._open()
+
+    def sync(self):
+        """Make what is written safe; returns the tokens of each shard."""
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        return list(self.shards)
+
+    def last_shard(self):
+        """The tokens of the last shard and its mask (or None), as memory maps."""
+        self.sync()
+        path = f'{self.prefix}_{len(self.shards) - 1:06d}'
+        return (np.memmap(f'{path}.bin', self.dtype, 'r', HEADER_BYTES, (self.shards[-1],)),
+                np.memmap(f'{path}.mask.bin', np.uint8, 'r') if self.masked else None)
+
+    def cut(self, length, end):
+        """Shorten the last shard to `length` tokens, then append the ids `end`."""
+        self.close()
+        self.shards[-1] = length
+        self._open()
+        self.write(end, [len(end)], [1] * len(end))
+
+    def close(self):
+        """Write the header of the last shard, and close it."""
+        if self.files:
+            header = np.zeros(256, '<i4')
+            header[:3] = *self.key, self.shards[-1]
+            self.files[0].seek(0)
+            self.files[0].write(header.tobytes())
+            self.sync()
+        for file in self.files:
+            file.close()
+        self.files = []
+
+
+class Seen:
+    """Which 64-bit hashes have come before: 8 bytes each in sorted arrays, no two of like size, and in a file at path."""
+
+    def __init__(self, path, count):
+        self.file = open(path, 'a+b')
+        self.file.truncate(8 * count)
+        self.levels = [np.unique(np.fromfile(path, np.uint64))]
+        self.count = count
+
+    def add(self, hashes):
+        """Add an array of uint64; returns for each whether it is the first of its kind."""
+        unique, first = np.unique(hashes, return_index=True)
+        new = np.ones(len(unique), bool)
+        for level in self.levels:
+            if len(level):
+                new &= level[np.minimum(np.searchsorted(level, unique), len(level) - 1)] != unique
+        fresh = np.zeros(len(hashes), bool)
+        fresh[first[new]] = True
+        self.levels.append(unique[new])
+        while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
+            self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
+        self.file.write(unique[new].tobytes())
+        self.count += int(new.sum())
+        return fresh
+
+    def sync(self):
+        """Make the file safe; returns how many hashes it holds."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.count
+
+
 def read_bin(path, headerless=False):
     """The tokens of one .bin, a read-only memory map; headerless allows nanoGPT's bare uint16."""
     try:
@@ -96,7 +210,7 @@ def read_meta(folder):
 def split_files(folder, split):
     """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none."""
     whole = os.path.join(folder, f'{split}.bin')
-    return [whole] if os.path.exists(whole) else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_[0-9]*.bin')))
+    return [whole] if os.path.exists(whole) else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
 
 
 class Tokens:

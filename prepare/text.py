@@ -8,19 +8,16 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge import UserError
 from fledge.configurator import configure
-from prepare.pipeline import choose_tokenizer, read_files, split_documents, write_dataset
+from prepare import pipeline
+from prepare.pipeline import Stage, prepare
+from prepare.records import text_of
+from prepare.sources import Files
 
-input = ''              # a file or a folder; several, separated by commas
 name = ''               # folder under data/
-tokenizer = 'gpt2'      # gpt2, bytes, chars, a tokenizer.json, a folder that holds one (data/stdlib), or train
-vocab_size = 32000      # of --tokenizer=train
-field = 'text'          # where a .jsonl or .parquet has the text
-val_fraction = 0.01     # of the documents; of the text where there is but one
-num_proc = 0            # threads; 0: every core
-seed = 1337             # of the split
-configure(globals())
+input = ''              # a file or a folder; several, separated by commas
+field = 'text'          # where a .jsonl, .json or .parquet has the text
+settings = configure(globals(), also=pipeline.__file__)
 
-if not input or not name:
-    raise UserError('--input and --name are needed: python prepare/text.py --input=notes/ --name=notes')
-encoder = choose_tokenizer(tokenizer, lambda: read_files(input.split(','), field, quiet=True), vocab_size)
-write_dataset(name, split_documents(read_files(input.split(','), field), val_fraction, seed), encoder, input, num_proc)
+if not input:
+    raise UserError('--input is needed: python prepare/text.py --input=notes/ --name=notes')
+prepare([Stage(Files(input.split(','), columns=[field]), lambda record: [text_of(record, field)])], input, settings)

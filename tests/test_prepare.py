@@ -1,21 +1,30 @@
 """The scripts in prepare/, on real and on broken text."""
+import gzip
 import json
 import os
+import random
+import re
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from conftest import fails, run, shared
+from conftest import fails, run, shared, start
+from test_tokenizer import random_texts
 
-from fledge.tokenizer import load_tokenizer
-from fledge.tokens import read_bin, read_meta
+from fledge.tokenizer import byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
+from fledge.tokens import read_bin, read_meta, split_files
 
 
 def texts_of(folder, split):
     """The documents of a prepared split, rebuilt from its tokens."""
     tokenizer, ids = load_tokenizer(folder), read_bin(os.path.join(folder, f'{split}.bin'))
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
-    return [tokenizer.decode(part[part != tokenizer.end_of_text]) for part in np.split(ids, ends + 1)[:-1]]
+    return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends + 1)[:-1]]
 
 
 @pytest.mark.slow
@@ -64,8 +73,6 @@ def test_no_network_is_one_line(tmp_path, script):
 @pytest.fixture
 def notes(tmp_path):
     """A folder of every kind of file, with broken records among them. Returns the working folder and the texts."""
-    import pyarrow
-    import pyarrow.parquet
     folder = tmp_path / 'notes'
     (folder / 'deep').mkdir(parents=True)
     texts = [f'note {i}: naïve 😀\r\n\ttext' for i in range(40)]
@@ -95,10 +102,13 @@ def test_own_text_of_every_kind(notes, tokenizer):
 
 @pytest.mark.parametrize('n', [1, 2, 5])
 def test_a_few_documents_have_a_val_too(tmp_path, n):
-    (tmp_path / 'few.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' * 100 + '\ud800'}) + '\n' for i in range(n)))
+    (tmp_path / 'few.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' * 100 + 'é\ud800'}) + '\n' for i in range(n)))
     run(tmp_path, 'prepare/text.py', '--input=few.jsonl', '--name=few', '--tokenizer=bytes')
-    splits = read_meta(str(tmp_path / 'data' / 'few'))['splits']
-    assert splits['val']['tokens'] > 1 and sum(s['bytes'] for s in splits.values()) == n * 201
+    meta = read_meta(str(tmp_path / 'data' / 'few'))
+    assert meta['splits']['val']['tokens'] > 1 and sum(s['bytes'] for s in meta['splits'].values()) == n * 205  # half a pair becomes U+FFFD
+    assert meta['repaired'] == dict(count=n, first=[f'few.jsonl:{i + 1}' for i in range(min(n, 3))])
+    train, val = texts_of(str(tmp_path / 'data' / 'few'), 'train'), texts_of(str(tmp_path / 'data' / 'few'), 'val')
+    assert ''.join(train + val) == ''.join(f'{i} ' * 100 + 'é�' for i in range(n)) and val[-1].endswith('�')
 
 
 def test_one_document_is_cut_in_two(tmp_path):
@@ -113,22 +123,332 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / 'empty.txt').write_text('')
     (tmp_path / 'some.txt').write_text('some text ' * 100)
     (tmp_path / 'broken.parquet').write_text('PAR1')
+    (tmp_path / 'broken.json').write_text('[1, ')
     (tmp_path / 'file').write_text('')
-    assert '--input and --name are needed' in text()
+    (tmp_path / 'lines.jsonl').write_text('{"body": "x"}\n[]\n{"text": 1}\n{"text": \n')
+    assert '--input is needed' in text()
+    assert 'name= is needed' in fails(tmp_path, 'prepare/text.py', '--input=some.txt')
     assert 'nowhere does not exist' in text('--input=nowhere')
-    assert 'no .txt, .md, .jsonl or .parquet files there' in text('--input=empty')
-    assert 'gives no train and no val text' in text('--input=empty.txt', '--tokenizer=bytes')
+    assert 'no .txt, .md, .jsonl, .jsonl.gz, .json or .parquet files there' in text('--input=empty')
+    assert 'empty.txt gives no documents; 1 x an empty file (empty.txt:0)' in text('--input=empty.txt', '--tokenizer=bytes')
     assert 'no tokenizer at nowhere' in text('--input=some.txt', '--tokenizer=nowhere')
     assert 'needs at least 259' in text('--input=some.txt', '--tokenizer=train', '--vocab_size=100')
-    assert 'broken.parquet is not readable' in text('--input=broken.parquet', '--tokenizer=bytes')
+    assert '1 x a .parquet that cannot be read' in text('--input=broken.parquet', '--tokenizer=bytes')
+    assert '1 x a .json that is no JSON' in text('--input=broken.json', '--tokenizer=bytes')
+    err = text('--input=lines.jsonl', '--tokenizer=bytes')
+    assert all(why in err for why in ("no field 'text' (lines.jsonl:1)", 'no object (lines.jsonl:2)', "'text' that is no text (lines.jsonl:3)", 'no JSON (lines.jsonl:4)')), err
+    assert 'no documents' in text('--input=lines.jsonl', '--tokenizer=train', '--vocab_size=300')
     assert 'val_fraction=0.0 is not between 0 and 1' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=0')
     assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')
     assert 'val_fraction=2' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=2')
+    assert 'shard=2 is none of the 2 shards' in text('--input=some.txt', '--tokenizer=bytes', '--shard=2', '--num_shards=2')
+    assert 'each of the 2 shards would make another one' in text('--input=some.txt', '--tokenizer=train', '--num_shards=2')
+    assert "the character 'x' is not in this vocabulary" in text('--input=some.txt', f'--tokenizer={char_file(tmp_path)}')
     (tmp_path / 'linked').mkdir()
     os.symlink('nowhere', tmp_path / 'linked' / 'link.txt')
-    assert 'cannot read linked/link.txt' in text('--input=linked', '--tokenizer=bytes')
-    import pyarrow
-    import pyarrow.parquet
+    assert 'a file that cannot be read (No such file or directory) (linked/link.txt:0)' in text('--input=linked', '--tokenizer=bytes')
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a']}), tmp_path / 'body.parquet')
-    assert "no column 'text'; it has body" in text('--input=body.parquet', '--tokenizer=bytes')
-    assert not list(tmp_path.glob('data/x/*'))
+    assert "a .parquet without a column 'text'; it has body" in text('--input=body.parquet', '--tokenizer=bytes')
+    assert not (tmp_path / 'data' / 'x').exists()
+
+
+def char_file(folder):
+    char_tokenizer('some te').save(str(folder / 'chars.json'))
+    return folder / 'chars.json'
+
+
+def test_broken_records_are_counted_named_and_left_out(tmp_path):
+    folder = tmp_path / 'mixed'
+    (folder / 'none').mkdir(parents=True)
+    good = [json.dumps({'text': f'document {i}'}).encode() for i in range(300)]
+    good[3:3] = [b'{"broken', b'', b'{"title": "x"}', b'{"text": 5}', b'{"text": null}', b'[1]', b'{"text": "  \\n"}', good[0], b'{"text": "caf\xe9"}', b'{"text": "tiny"}']
+    (folder / 'a.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\r\n'.join(good) + b'\r\n')
+    (folder / 'b.md').write_bytes(b'fine\nnot \xff fine\n')
+    (folder / 'c.txt').write_bytes(b'')
+    (folder / 'd.parquet').write_bytes(b'PAR1')
+    (folder / 'e.json').write_text(json.dumps([{'text': 'from a list'}, 7]))
+    (folder / 'f.jsonl.gz').write_bytes(gzip.compress(b'{"text": "packed text"}\n' * 2)[:-9])  # cut short
+    out = run(tmp_path, 'prepare/text.py', '--input=mixed,mixed/none', '--name=x', '--tokenizer=bytes', '--min_length=5', '--val_fraction=0.1')
+    meta = read_meta(str(tmp_path / 'data/x'))
+    a = 'mixed/a.jsonl:'
+    assert {why: (n['count'], n['first']) for why, n in meta['dropped'].items()} == {
+        'a folder without text files': (1, ['mixed/none:0']), 'no JSON': (1, [a + '4']), "no field 'text'": (2, [a + '6', a + '8']), "a field 'text' that is no text": (1, [a + '7']),
+        'no object': (2, [a + '9', 'mixed/e.json:2']), 'empty': (1, [a + '10']), 'shorter than min_length=5': (2, [a + '12', a + '13']), 'an empty file': (1, ['mixed/c.txt:0']),
+        next(w for w in meta['dropped'] if w.startswith('a .parquet that cannot be read')): (1, ['mixed/d.parquet:0']),
+        'a .gz that ends too early, read as far as it goes': (1, ['mixed/f.jsonl.gz:0']), 'a duplicate': (2, [])}
+    assert meta['repaired'] == dict(count=2, first=[a + '12', 'mixed/b.md:2'])
+    texts = texts_of(str(tmp_path / 'data/x'), 'train') + texts_of(str(tmp_path / 'data/x'), 'val')
+    assert sorted(texts) == sorted([f'document {i}' for i in range(300)] + ['fine\nnot � fine\n', 'from a list', 'packed text'])
+    assert f'left out: 1 x no JSON ({a}4)' in out and 'repaired: 2 x invalid UTF-8' in out
+
+
+def test_a_set_of_a_single_mistake_is_no_duplicate_of_itself(tmp_path):
+    """Documents that differ in nothing are one; those that differ in a space are two."""
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in ['a b', 'a b', 'a  b', 'a b '] * 50))
+    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--tokenizer=bytes', '--val_fraction=0.4')
+    meta = read_meta(str(tmp_path / 'data/x'))
+    assert sum(n['documents'] for n in meta['splits'].values()) in (3, 4) and meta['dropped']['a duplicate']['count'] == 197
+
+
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'bytes', 'chars', 'train --vocab_size=400'])
+def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
+    if tokenizer == 'gpt2':
+        shared('tiktoken')
+    texts = [t for t in random_texts(300, seed=3) if t.strip()] + ['x' * 1_000_000, ' ' * 1_000_000 + 'y', '中' * 400_000, 'a\r\nb\r\n', '\x00\x01']
+    texts = [t for t in texts if t.encode('utf-8', errors='replace').decode() == t]
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': t}, ensure_ascii=i % 2 == 0) + '\n' for i, t in enumerate(texts)), encoding='utf-8')
+    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--val_fraction=0.2', *f'--tokenizer={tokenizer}'.split())
+    folder = str(tmp_path / 'data/x')
+    if tokenizer == 'chars':  # no end of text between them
+        decoded = load_tokenizer(folder).decode(read_bin(f'{folder}/train.bin'))
+        position = 0
+        for text in texts:
+            at = decoded.find(text, position)
+            position = at + len(text) if at >= 0 else position
+        assert position == len(decoded)
+    else:
+        assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(set(texts))
+
+
+@pytest.mark.parametrize('kind', ['words', 'no newline', 'broken bytes'])
+def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
+    """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a character."""
+    rng = random.Random(0)
+    content = {'words': lambda: '\n'.join(' '.join(rng.choices(['the', 'naïve', 'x1;', '\t', '  ', 'end.'], k=9)) for _ in range(300_000)).encode(),
+               'no newline': lambda: 'é中😀'.encode() * 700_000, 'broken bytes': lambda: bytes(rng.choices(range(128, 256), k=5_000_000))}[kind]()
+    (tmp_path / 'long.txt').write_bytes(content)
+    (tmp_path / 'twin.txt').write_bytes(content)
+    out = run(tmp_path, 'prepare/text.py', '--input=long.txt,twin.txt', '--name=x', '--tokenizer=bytes', '--val_fraction=0.01')
+    folder = str(tmp_path / 'data/x')
+    train, val = texts_of(folder, 'train'), texts_of(folder, 'val')
+    text = content.decode(errors='replace')
+    assert (len(train), len(val)) == (1, 1) and '1 x a duplicate' in out
+    if kind == 'broken bytes':  # a character cut between two reads may be two U+FFFD in place of one
+        assert abs(len(train[0] + val[0]) - len(text)) < 5
+    else:
+        assert train[0] + val[0] == text
+    if kind == 'words':
+        shared('tiktoken')
+        run(tmp_path, 'prepare/text.py', '--input=long.txt', '--name=y', '--tokenizer=gpt2', '--shard_tokens=500000')
+        got = np.concatenate([read_bin(p) for split in ('train', 'val') for p in split_files(str(tmp_path / 'data/y'), split)])
+        assert np.array_equal(got[got != 50256], gpt2_tokenizer().encode_array(text))
+
+
+def slow_tokenizer(folder):
+    """One that runs on `tokenizers`, a tenth as fast as tiktoken."""
+    (folder / 'slow.json').write_text(json.dumps(byte_tokenizer().spec | {'normalizer': {'type': 'NFC'}}))
+    return folder / 'slow.json'
+
+
+def write_many(folder, n=8000):
+    """18 MB of documents, a tenth of them duplicates, a line broken here and there."""
+    rng = random.Random(1)
+    lines = [json.dumps({'text': f'{i} ' + ' '.join(rng.choices(['alpha', 'béta', '\n', 'gamma'], k=400))}) for i in range(n)]
+    lines = [rng.choice(lines[:i + 1]) if rng.random() < 0.1 else line for i, line in enumerate(lines)]
+    (folder / 'many.jsonl').write_text('\n'.join('{' if i % 997 == 5 else line for i, line in enumerate(lines)), encoding='utf-8')
+    return ['prepare/text.py', '--input=many.jsonl', '--val_fraction=0.05', f'--tokenizer={slow_tokenizer(folder)}', '--shard_tokens=3000000']
+
+
+def contents(folder):
+    """The bytes of every file of a dataset; of meta.json what is not its command and name."""
+    out = {n: (folder / n).read_bytes() for n in sorted(os.listdir(folder)) if n != 'meta.json'}
+    meta = json.loads((folder / 'meta.json').read_text())
+    return out | {'meta': {k: v for k, v in meta.items() if k not in ('command', 'settings')}}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_path):
+    command = write_many(tmp_path)
+    run(tmp_path, *command, '--name=whole', '--num_proc=1')
+    whole = contents(tmp_path / 'data/whole')
+    assert {'train_000000.bin', 'train_000002.bin', 'val.bin'} <= whole.keys() and whole['meta']['dropped']['a duplicate']['count'] > 300
+    run(tmp_path, *command, '--name=three', '--num_proc=3')
+    assert contents(tmp_path / 'data/three') == whole
+    state, kept = tmp_path / 'data/killed/partial/state.json', 0
+    for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
+        process = start(tmp_path, *command, '--name=killed', '--num_proc=2')
+        if state.exists():
+            assert 'goes on behind the' in process.stderr.readline()
+            time.sleep(0.5)
+        while end and not state.exists():
+            time.sleep(0.02)
+        if end:
+            process.send_signal(end)
+        err = process.communicate(timeout=120)[1]
+        assert process.returncode == {None: 0, signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[end], err
+        if end:
+            assert not (tmp_path / 'data/killed/train_000000.bin').exists() and not (tmp_path / 'data/killed/meta.json').exists()
+            before, kept = kept, json.loads(state.read_text())['bytes']
+            assert kept > before or end == signal.SIGKILL
+    assert contents(tmp_path / 'data/killed') == whole
+    for _ in range(50):  # no process of a killed run stays
+        left = subprocess.run(['pgrep', '-f', 'name=killed'], capture_output=True, text=True).stdout
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
+    import resource
+    command = write_many(tmp_path, 1500)
+    run(tmp_path, *command, '--name=whole')
+    process = start(tmp_path, *command, '--name=full', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)))
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and err.count('\n') == 1 and 'File too large; what is prepared is kept, and the same command goes on' in err
+    run(tmp_path, *command, '--name=full')
+    assert contents(tmp_path / 'data/full') == contents(tmp_path / 'data/whole')
+
+
+def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_is_whole(tmp_path):
+    command = write_many(tmp_path, 300)
+    run(tmp_path, *command, '--name=x', '--shard_tokens=100000')
+    old = contents(tmp_path / 'data/x')
+    assert 'train_000001.bin' in old
+    assert 'tokenizer' in fails(tmp_path, *command, '--name=x', '--tokenizer=nowhere') and contents(tmp_path / 'data/x') == old
+    run(tmp_path, *command, '--name=x', '--seed=7')
+    new = contents(tmp_path / 'data/x')
+    assert sorted(new) == ['meta', 'tokenizer.json', 'train.bin', 'val.bin'] and new['val.bin'] != old['val.bin']
+    run(tmp_path, *command, '--name=x', '--target_tokens=50000')
+    assert 50_000 <= read_meta(str(tmp_path / 'data/x'))['splits']['train']['tokens'] < 55_000
+
+
+def test_shards_of_several_machines_are_joined(tmp_path):
+    command = write_many(tmp_path, 600)
+    run(tmp_path, *command, '--name=whole')
+    for i in (2, 0):
+        run(tmp_path, *command, '--name=x', '--num_shards=3', f'--shard={i}')
+    assert 'shard_00001_of_00003 is not prepared yet' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+    run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1', '--seed=8')
+    assert 'different settings or tokenizers' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+    run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1')
+    out = run(tmp_path, 'prepare/merge.py', '--name=x')
+    whole, folder = str(tmp_path / 'data/whole'), str(tmp_path / 'data/x')
+    assert not list((tmp_path / 'data/x').glob('shard_*')) and 'documents are in several shards' in out
+    n, m = read_meta(folder)['splits'], read_meta(whole)['splits']
+    repeated = read_meta(folder)['in_several_shards']
+    assert sum(n[s]['documents'] for s in n) == sum(m[s]['documents'] for s in m) + repeated
+    for split in ('train', 'val'):
+        assert sum(len(read_bin(p)) for p in split_files(folder, split)) == n[split]['tokens'] and len(split_files(folder, split)) == n[split]['files']
+        joined, one = ({t for p in split_files(f, split) for t in documents_of(f, p)} for f in (folder, whole))
+        assert joined == one  # a duplicate falls into the same split everywhere, so val is never in train
+    assert 'holds no shards' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+
+
+def documents_of(folder, path):
+    tokenizer, ids = load_tokenizer(folder), read_bin(path)
+    return [tokenizer.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)[:-1]]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """All processes together, shared pages counted once, stay far below the input and below 1 GB."""
+    line = json.dumps({'text': 'some words of a document that is long enough ' * 40})
+    with open(tmp_path / 'large.jsonl', 'w') as f:
+        for i in range(150_000):
+            f.write(line.replace('document', f'document {i}') + '\n')
+    process = start(tmp_path, 'prepare/text.py', '--input=large.jsonl', '--name=x', '--tokenizer=bytes', '--num_proc=2', start_new_session=True)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for entry in os.listdir('/proc'):
+            try:
+                if entry.isdigit() and os.getsid(int(entry)) == process.pid:
+                    with open(f'/proc/{entry}/smaps_rollup') as f:
+                        total += int(re.search(r'Pss:\s+(\d+) kB', f.read())[1]) * 1024
+            except (OSError, TypeError):  # it has ended
+                continue
+        peak = max(peak, total)
+        time.sleep(0.1)
+    assert process.returncode == 0 and os.path.getsize(tmp_path / 'large.jsonl') > 270e6
+    assert 20e6 < peak < 250e6, f'{peak / 1e6:.0f} MB'
+
+
+def test_wikitext_2_and_gsm8k_as_published(tmp_path):
+    shared('tiktoken')
+    run(tmp_path, 'prepare/text.py', f'--input={shared("wikitext-2", "valid.txt")},{shared("wikitext-2", "test.txt")}', '--name=wt', '--val_fraction=0.1')
+    texts = texts_of(str(tmp_path / 'data/wt'), 'train') + texts_of(str(tmp_path / 'data/wt'), 'val')
+    with open(shared('wikitext-2', 'valid.txt'), encoding='utf-8', newline='') as f, open(shared('wikitext-2', 'test.txt'), encoding='utf-8', newline='') as g:
+        assert ''.join(texts) in (f.read() + g.read(), )
+    run(tmp_path, 'prepare/text.py', f'--input={shared("gsm8k", "train.jsonl")}', '--name=gsm', '--field=question', '--tokenizer=train', '--vocab_size=1000')
+    with open(shared('gsm8k', 'train.jsonl'), encoding='utf-8') as f:
+        questions = {json.loads(line)['question'] for line in f}
+    assert set(texts_of(str(tmp_path / 'data/gsm'), 'train') + texts_of(str(tmp_path / 'data/gsm'), 'val')) == questions
+
+
+def learned_of(folder, split):
+    """For each document of a split: its text, and the text of what is learned of it."""
+    tokenizer, ids = load_tokenizer(folder), read_bin(f'{folder}/{split}.bin')
+    mask = np.fromfile(f'{folder}/{split}.mask.bin', np.uint8)
+    assert len(mask) == len(ids) and set(mask) <= {0, 1}
+    ends = np.flatnonzero(ids == tokenizer.end_of_text) + 1
+    return [(tokenizer.decode(part), tokenizer.decode(part[kept == 1])) for part, kept in zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1])]
+
+
+def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
+    shared('tiktoken')
+    path = shared('instructions', 'instruction-data.json')
+    run(tmp_path, 'prepare/chat.py', f'--input={path}', '--name=talks', '--val_fraction=0.05')
+    tokenizer = load_tokenizer(str(tmp_path / 'data/talks'))
+    assert tokenizer.vocab_size == 50259 and tokenizer.special == {'<|endoftext|>': 50256, '<|im_start|>': 50257, '<|im_end|>': 50258}
+    pairs = dict(learned_of(str(tmp_path / 'data/talks'), 'train') + learned_of(str(tmp_path / 'data/talks'), 'val'))
+    with open(path, encoding='utf-8') as f:
+        rows = json.load(f)
+    for row in rows:
+        question = '\n\n'.join(filter(None, (row['instruction'].strip(), row['input'].strip())))
+        text = f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{row["output"].strip()}<|im_end|>\n<|endoftext|>'
+        if row['output'].strip():
+            assert pairs.pop(text, None) in (row['output'].strip() + '<|im_end|>', None)
+    assert not pairs
+
+
+def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
+    say = lambda *turns: {'messages': [{'role': r, 'content': c} for r, c in turns]}
+    good = [say(('system', 'Be brief.'), ('user', f'{i}? <|im_end|> <|endoftext|>'), ('assistant', ' Yes. '), ('user', 'Why?'), ('assistant', f'Because {i}.')) for i in range(30)]
+    bad = [say(('user', 'alone')), say(('robot', 'x')), {'messages': 'x'}, say(('user', ''), ('assistant', 'y')), {'text': 'x'}, {'messages': [{'role': 'user', 'content': ['x']}]}]
+    (tmp_path / 'talks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in good + bad))
+    run(tmp_path, 'prepare/chat.py', '--input=talks.jsonl', '--name=talks', '--tokenizer=bytes', '--val_fraction=0.2')
+    meta, got = read_meta(str(tmp_path / 'data/talks')), learned_of(str(tmp_path / 'data/talks'), 'train') + learned_of(str(tmp_path / 'data/talks'), 'val')
+    assert sorted(learned for _, learned in got) == sorted(f'Yes.<|im_end|>Because {i}.<|im_end|>' for i in range(30)) and sum(n['count'] for n in meta['dropped'].values()) == len(bad)
+    ids = read_bin(str(tmp_path / 'data/talks/train.bin'))
+    assert (ids == 256).sum() == meta['splits']['train']['documents']  # an end of text spelled out in a message is text
+    assert meta['splits']['train']['learned'] == np.fromfile(tmp_path / 'data/talks/train.mask.bin', np.uint8).sum()
+
+
+def test_preferences_are_pairs_that_stay_together(tmp_path):
+    path = shared('instructions', 'instruction-data-with-preference.json')
+    run(tmp_path, 'prepare/preferences.py', f'--input={path}', '--name=pairs', '--tokenizer=bytes', '--val_fraction=0.1')
+    with open(path, encoding='utf-8') as f:
+        rows = {(r['chosen'].strip() + '<|im_end|>', r['rejected'].strip() + '<|im_end|>') for r in json.load(f)}
+    for split in ('train', 'val'):
+        got = learned_of(str(tmp_path / 'data/pairs'), split)
+        assert len(got) % 2 == 0 and got
+        for chosen, rejected in zip(got[::2], got[1::2]):
+            assert (chosen[1], rejected[1]) in rows and chosen[0].split('<|im_start|>assistant')[0] == rejected[0].split('<|im_start|>assistant')[0]
+    turns = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'r'}]
+    say = lambda text: [{'role': 'assistant', 'content': text}]
+    rows = [dict(prompt=turns, chosen=say(f'good {i}'), rejected=say('bad')) for i in range(9)] + [dict(chosen=turns + say(f'good {i}'), rejected=turns + say('bad')) for i in range(9, 18)]
+    rows += [dict(prompt='q', chosen='same', rejected='same'), dict(chosen='x', rejected='y'), dict(prompt='q', chosen='x')]
+    (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    out = run(tmp_path, 'prepare/preferences.py', '--input=p.jsonl', '--name=p', '--tokenizer=bytes', '--val_fraction=0.3')
+    got = learned_of(str(tmp_path / 'data/p'), 'train') + learned_of(str(tmp_path / 'data/p'), 'val')
+    assert sorted(x for _, x in got) == sorted([f'good {i}<|im_end|>' for i in range(18)] + ['bad<|im_end|>'] * 18)
+    assert 'chosen and rejected are the same' in out and "no field 'prompt'" in out and "no field 'rejected'" in out
+
+
+def test_the_copy_task_learns_the_copy(tmp_path):
+    run(tmp_path, 'prepare/copy_task.py', '--examples=500', '--max_length=6', '--symbols=abc')
+    folder = str(tmp_path / 'data/copy_task')
+    got = learned_of(folder, 'train') + learned_of(folder, 'val')
+    assert len({text for text, _ in got}) == len(got) > 300
+    for text, learned in got:
+        assert text == learned.removesuffix('<|endoftext|>') + '>' + learned and 4 <= len(learned) - 13 <= 6
+    assert 'symbols without >' in fails(tmp_path, 'prepare/copy_task.py', '--symbols=a>')
+
+
+def test_one_conversation_alone_cannot_be_split(tmp_path):
+    (tmp_path / 'one.json').write_text(json.dumps([{'instruction': 'hi', 'output': 'ho'}]))
+    assert 'gives no val text' in fails(tmp_path, 'prepare/chat.py', '--input=one.json', '--name=x', '--tokenizer=bytes')
+    (tmp_path / 'two.json').write_text(json.dumps([{'instruction': 'hi', 'output': 'ho'}, {'instruction': 'hu', 'output': 'he'}]))
+    run(tmp_path, 'prepare/chat.py', '--input=two.json', '--name=x', '--tokenizer=bytes')
+    assert [x for s in ('train', 'val') for _, x in learned_of(str(tmp_path / 'data/x'), s)] == ['ho<|im_end|>', 'he<|im_end|>']
