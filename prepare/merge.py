@@ -13,7 +13,8 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge import UserError, lock_folder
 from fledge.configurator import configure
 from fledge.tokens import read_meta
-from prepare.pipeline import SPLITS, publish
+from prepare.pipeline import publish
+from prepare.worker import SPLITS
 
 name = ''   # folder under data/ that holds the shards' folders
 configure(globals())

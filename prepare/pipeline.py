@@ -15,7 +15,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +28,9 @@ from tqdm import tqdm
 from fledge import UserError, lock_folder, replacing
 from fledge.tokenizer import END_OF_TEXT, IM_END, IM_START, char_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import Seen, SplitWriter, split_files
-from prepare.sources import REPAIRED, Files, Lost, Part, Skip, Unavailable
+from prepare import worker
+from prepare.sources import REPAIRED, Files, Lost, Skip, Unavailable
+from prepare.worker import SPLITS, documents_of, texts_of
 
 tokenizer = 'gpt2'          # gpt2, bytes, chars, a tokenizer.json, a folder that holds one (data/stdlib), or train
 vocab_size = 32000          # of --tokenizer=train
@@ -59,7 +60,6 @@ class Stage(NamedTuple):
     instead: object = None  # the Stage that takes its place where the source cannot be had
 
 
-SPLITS = ('train', 'val', 'test')
 BATCH_BYTES = 1 << 20   # of records, handed to a worker at a time
 COMMIT_SECONDS = 2
 
@@ -80,11 +80,12 @@ def prepare(stages, source, settings, masked=False):
     if s.tokenizer in ('train', 'chars') and s.num_shards > 1:
         raise UserError(f'--tokenizer={s.tokenizer}: each of the {s.num_shards} shards would make another one; make it first, and name its folder')
     folder = os.path.join('data', s.name) + (f'/shard_{s.shard:05d}_of_{s.num_shards:05d}' if s.num_shards > 1 else '')
-    partial = f'{folder}/partial'
-    os.makedirs(partial, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     lock = lock_folder(folder, wait=True)
-    job = json.loads(json.dumps(settings | dict(num_proc=0, retries=0, sources=[stage.source.identity for stage in stages])))
-    state = _saved_state(partial, job) or _new_state(partial, job)
+    # the same command finds what an earlier run of it left; a run with other settings leaves that alone
+    job = json.dumps(settings | dict(num_proc=0, retries=0, sources=[stage.source.identity for stage in stages]))
+    partial = f'{folder}/partial-{hashlib.blake2b(job.encode(), digest_size=4).hexdigest()}'
+    state = _saved_state(partial) or _new_state(partial)
     try:
         if not state['whole']:
             _tokenize_all(s, stages, state, partial, source, masked)
@@ -97,7 +98,8 @@ def prepare(stages, source, settings, masked=False):
                      splits={split: {key: n[key] for key in ('tokens', 'bytes', 'documents', 'learned')} | dict(files=len(n['shards'])) for split, n in state['splits'].items() if n['tokens']},
                      dropped={why: n for why, n in dropped.items() if why != REPAIRED}, repaired=dropped.get(REPAIRED, {}),
                      instead=state['instead'], settings=settings, command=shlex.join(['python', *sys.argv])))
-        shutil.rmtree(partial)
+        for path in glob.glob(f'{glob.escape(folder)}/partial-*'):
+            shutil.rmtree(path)
     except OSError as e:
         raise UserError(f'{folder}: {e.strerror or e}; what is prepared is kept, and the same command goes on') from None
     finally:
@@ -119,21 +121,23 @@ def _note(why, count, places):
     return f'{count:,} x {why}' + (f' ({", ".join(places)}{", ..." * (count > len(places))})' if places else '')
 
 
-def _saved_state(partial, job):
+def _saved_state(partial):
     """What an earlier run of this job made safe, or None."""
     with suppress(OSError, ValueError):
         with open(f'{partial}/state.json', encoding='utf-8') as f:
             state = json.load(f)
-        if state['job'] == job:
-            print(f'{os.path.dirname(partial)}: goes on behind the {sum(n["documents"] for n in state["splits"].values()):,} documents that are prepared', file=sys.stderr)
-            return state
+        print(f'{os.path.dirname(partial)}: goes on behind the {sum(n["documents"] for n in state["splits"].values()):,} documents that are prepared', file=sys.stderr)
+        return state
 
 
-def _new_state(partial, job):
-    shutil.rmtree(partial)
+def _new_state(partial):
+    shutil.rmtree(partial, ignore_errors=True)
+    others = glob.glob(f'{glob.escape(os.path.dirname(partial))}/partial-*')
+    if others:
+        print(f'{others[0]} is of an unfinished run with other settings; it stays until this run is whole', file=sys.stderr)
     os.makedirs(partial)
     # stage, position, taken: where reading goes on; instead: stages that gave way; last: tokens, bytes, documents of the last example
-    return dict(job=job, stage=0, position=None, taken=0, instead={}, bytes=0, hashes=0, whole=False, cut=None, notes={}, splits={
+    return dict(stage=0, position=None, taken=0, instead={}, bytes=0, hashes=0, whole=False, cut=None, notes={}, splits={
         split: dict(tokens=0, bytes=0, documents=0, learned=0, shards=[], last=[0, 0, 0]) for split in SPLITS})
 
 
@@ -158,7 +162,8 @@ def _tokenize_all(s, stages, state, partial, source, masked):
 
     num_proc = s.num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism
-    workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('fork'), _start_worker, (os.getpid(), s, stages, encoder, masked))
+    workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('fork'), worker.start, (os.getpid(), s, stages, encoder, masked))
+    tqdm.monitor_interval = 0  # no thread, while processes fork
     bar = tqdm(initial=state['bytes'], unit='B', unit_scale=True, disable=None)
     reader, pending, failure, saved, shown, stopped = _batches(s, stages, state), collections.deque(), None, time.monotonic(), time.monotonic(), []
 
@@ -176,7 +181,7 @@ def _tokenize_all(s, stages, state, partial, source, masked):
                 batch, failure = None, e
             if batch:
                 index, records, size, position = batch
-                pending.append((index, records and workers.submit(_tokenize, index, str(index) in state['instead'], records), size, position))
+                pending.append((index, records and workers.submit(worker.tokenize, index, str(index) in state['instead'], records), size, position))
             while pending and (not batch or len(pending) > 2 * num_proc):
                 _write(s, stages, state, writers, seen, *pending.popleft())
             tokens = sum(n['tokens'] for n in state['splits'].values())
@@ -194,8 +199,9 @@ def _tokenize_all(s, stages, state, partial, source, masked):
         if failure or stopped:
             if state['bytes']:
                 commit()
+                failure = failure and UserError(f'{failure}; what is prepared is kept, and the same command goes on')
             raise failure or (KeyboardInterrupt if signal.SIGINT in stopped else SystemExit(128 + signal.SIGTERM))
-        if not any(n['tokens'] for n in state['splits'].values()):
+        if s.num_shards == 1 and not any(n['tokens'] for n in state['splits'].values()):
             state['bytes'] = 0
             raise UserError(f'{source} gives no documents' + ''.join(f'; {_note(why, *n)}' for why, n in state['notes'].items()))
         if s.num_shards == 1 and not state['cut']:
@@ -234,7 +240,7 @@ def _texts(s, stages, state, budget):
         for piece in range(pieces):
             for record, _, _ in _records(s, stages, index, state, None, piece * slices // pieces, slices):
                 with suppress(Skip):
-                    for text in [text for document in _documents(_stage(stages, state, index), record, [], None) for text in _pieces(document)]:
+                    for text in [text for document in documents_of(_stage(stages, state, index), record, [], ('', 0)) for text in texts_of(document)]:
                         yield text
                         size += len(text)
                 count += 1
@@ -259,7 +265,7 @@ def _records(s, stages, index, state, position, shard, num_shards):
                 print(f'{e}; {stage.instead.source.identity} takes its place', file=sys.stderr)
                 stage, failures, state['instead'][str(index)] = stage.instead, 0, str(e)
             else:
-                raise UserError(f'{e}; what is prepared is kept, and the same command goes on' if state['bytes'] else str(e)) from None
+                raise UserError(str(e)) from None
 
 
 def _stage(stages, state, index):
@@ -271,17 +277,22 @@ def _batches(s, stages, state):
     """(stage, records, bytes, position behind them) from where state stands; records is None at the end of a stage."""
     for index in range(state['stage'], len(stages)):
         position = state['position'] if index == state['stage'] else None
-        batch, size = [], 0
-        for record, place, position in _records(s, stages, index, state, position, s.shard, s.num_shards):
-            if state['stage'] > index:  # all that was to be taken has been
-                break
-            batch.append((record, place))
-            size += _size(record)
-            if size >= BATCH_BYTES:
-                yield index, batch, size, position
-                batch, size = [], 0
+        batch, size, failure = [], 0, None
+        try:
+            for record, place, position in _records(s, stages, index, state, position, s.shard, s.num_shards):
+                if state['stage'] > index:  # all that was to be taken has been
+                    break
+                batch.append((record, place))
+                size += _size(record)
+                if size >= BATCH_BYTES:
+                    yield index, batch, size, position
+                    batch, size = [], 0
+        except UserError as e:
+            failure = e
         if batch:
             yield index, batch, size, position
+        if failure:
+            raise failure
         yield index, None, 0, None
 
 
@@ -383,97 +394,3 @@ def publish(folder, source, meta):
     for path, target in reversed(moves):  # train's first file last of all: what looks prepared is
         if os.path.exists(path):
             os.replace(path, target)
-
-
-# ---- in the workers
-
-def _start_worker(parent, *job):
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def leave_with_parent():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _tokenize(index, instead, batch):
-    """The tokens of a batch of (record, place): arrays over its examples and over its tokens, and notes [(why, place)]."""
-    s, stages, encoder, masked = _job
-    stage = stages[index].instead if instead else stages[index]
-    examples, ids, learned, notes = [], [], [], []
-    end = [] if encoder.end_of_text is None else [encoder.end_of_text]
-    for record, place in batch:
-        try:
-            documents, part = _documents(stage, record, notes, place), isinstance(record, Part)
-            texts = [''.join(_pieces(document)) for document in documents]
-            if not part and not all(text.strip() for text in texts):
-                raise Skip('empty')
-            if not part and sum(map(len, texts)) < s.min_length:
-                raise Skip(f'shorter than min_length={s.min_length}')
-        except Skip as e:
-            notes.append((str(e), place))
-            continue
-        digest = hashlib.blake2b((record.key if part else repr(documents)).encode(), digest_size=8).digest()
-        draw = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big') / 2 ** 64
-        split, first = stage.split or ('val' if draw < s.val_fraction else 'train'), len(ids)
-        for document in documents:
-            if isinstance(document, str):
-                new = encoder.encode_array(document)
-                mask = np.ones(len(new), np.uint8)
-            elif isinstance(document[0], dict):
-                new, mask = encoder.encode_chat(document)
-            else:
-                new = [encoder.encode_array(text) for text, _ in document]
-                new, mask = np.concatenate(new), np.repeat([flag for _, flag in document], [len(n) for n in new])
-            if not part or record.last:  # the end is learned where what it ends is
-                new, mask = np.append(new, end), np.append(mask, mask[-1:] if end else [])
-            ids.append(new)
-            learned.append(mask)
-        examples.append((int.from_bytes(digest, 'big'), SPLITS.index(split), part, sum(map(len, ids[first:])),
-                         sum(len(text.encode()) for text in texts), record.last if part else len(documents)))
-    columns = zip(('hash', 'split', 'part', 'tokens', 'bytes', 'documents'), (np.uint64, int, bool, int, int, int), zip(*examples) if examples else [()] * 6)
-    return {name: np.array(column, dtype) for name, dtype, column in columns} | dict(
-        notes=notes, ids=np.concatenate(ids or [[]]).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
-        learned=np.concatenate(learned or [[]]).astype(np.uint8) if masked else None)
-
-
-def _pieces(document):
-    """The texts of a document."""
-    return [document] if isinstance(document, str) else [p['content'] if isinstance(p, dict) else p[0] for p in document]
-
-
-def _documents(stage, record, notes, place):
-    """The documents of a record, in valid Unicode; Skip where it has none."""
-    if isinstance(record, Skip):
-        raise record
-    if isinstance(record, Part):
-        return [record.text]
-    try:
-        if isinstance(record, bytes):
-            try:
-                record = json.loads(record)
-            except UnicodeDecodeError:
-                notes.append((REPAIRED, place))
-                record = json.loads(record.decode(errors='replace'))
-    except (ValueError, RecursionError):
-        raise Skip('no JSON') from None
-    documents = stage.documents(record)
-    try:
-        for document in documents:
-            ''.join(_pieces(document)).encode()
-        return documents
-    except UnicodeEncodeError:  # JSON can spell half a character
-        notes.append((REPAIRED, place))
-        return _valid(documents)
-
-
-def _valid(value):
-    if isinstance(value, str):
-        return value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    if isinstance(value, dict):
-        return {key: _valid(v) for key, v in value.items()}
-    return type(value)(map(_valid, value)) if isinstance(value, (list, tuple)) else value

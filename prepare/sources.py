@@ -7,7 +7,6 @@ source; all n are the whole.
 """
 import collections
 import filecmp
-import functools
 import gzip
 import itertools
 import json
@@ -20,8 +19,9 @@ from typing import NamedTuple
 
 from fledge import UserError, replacing
 
-REPAIRED = 'invalid UTF-8'  # noted, and kept with U+FFFD in place of the bytes
-SHUFFLED = 10_000  # rows held at a time where they are shuffled
+REPAIRED = 'invalid UTF-8'  # such text is kept, with U+FFFD in place of the bytes
+SHUFFLED = 10_000  # rows of the hub held at a time where they are shuffled
+WINDOW = 256  # else
 PART_BYTES = 4 << 20  # a text file above this is read, and tokenized, in parts
 
 
@@ -37,11 +37,15 @@ class Lost(UserError):
     """A source that stopped answering: worth another try, from the last position."""
 
 
-class Part(NamedTuple):
-    """A part of a text file; key is the same for all parts of a file, last ends its document."""
+class Text(NamedTuple):
+    """A text file, or a part of a long one: then key is the same for all its parts, and last ends the document.
+
+    broken: the first line that is no valid UTF-8 and now has U+FFFD in it, or 0.
+    """
     text: str
-    key: str
-    last: bool
+    broken: int = 0
+    key: str = ''
+    last: bool = True
 
 
 class Files:
@@ -69,7 +73,7 @@ class Files:
 
     def read(self, position=None, shard=0, num_shards=1):
         if position is None and shard == 0:
-            yield from ((Skip('a folder without text files'), (path, 0), None) for path in self.empty)
+            yield from ((Skip('a folder without text files'), (path, 0), (0, 0, 0)) for path in self.empty)
         current, offset, number = position or (0, 0, 0)
         low, high, begin = self.size * shard // num_shards, self.size * (shard + 1) // num_shards, 0
         for i, (path, size) in enumerate(self.files):
@@ -132,7 +136,7 @@ class Hub:
         stream, by_file = self._open(shard, num_shards)
         if state:
             stream.load_state_dict(state)
-        rows, gathered, length = iter(stream), [], SHUFFLED if self.shuffle is not None else 256
+        rows, gathered, length = iter(stream), [], SHUFFLED if self.shuffle is not None else WINDOW
         while True:
             state = stream.state_dict()
             try:
@@ -300,12 +304,13 @@ def _json(path, size, start, stop, row, _):
 
 
 def _text(path, size, start, stop, offset, number):
-    """A text file as one str; as Parts where it is long, cut where no tokenizer joins: word, newline, word."""
+    """A text file; in parts where it is long, cut where no tokenizer joins: word, newline, word."""
     if start:
         return  # it belongs to the slice that it begins in
     with open(path, 'rb') as f:
         if size <= PART_BYTES:
-            yield from _decoded(f.read(), str, 0, (0, 0), (size, 0))
+            if not offset:
+                yield Text(*_decoded(f.read(), 0)), 1, (size, 0)
             return
         key = f'{size} {f.read(1 << 16)!r}'
         f.seek(offset)
@@ -320,15 +325,13 @@ def _text(path, size, start, stop, offset, number):
                 character = next((i for i in range(cut - 1, cut - 5, -1) if piece[i] & 0xC0 != 0x80), cut)  # begins the last one
                 cut = words[-1] if words else max(piece.rfind(b'\n'), 0) or character
             after = offset + cut, number + piece[:cut].count(b'\n')
-            yield from _decoded(piece[:cut], functools.partial(Part, key=key, last=after[0] >= size), number, (offset, number), after)
+            yield Text(*_decoded(piece[:cut], number), key, after[0] >= size), number + 1, after
             (offset, number), rest = after, piece[cut:]
 
 
-def _decoded(content, record, number, before, after):
-    """The text of bytes, as a record; where they are no UTF-8, U+FFFD stands in, and the first such line is named."""
+def _decoded(content, number):
+    """The text of bytes behind `number` lines, with U+FFFD for what is no UTF-8, and the first line that has it, or 0."""
     try:
-        text = content.decode()
+        return content.decode(), 0
     except UnicodeDecodeError as e:
-        yield Skip(REPAIRED), number + 1 + content[:e.start].count(b'\n'), before
-        text = content.decode(errors='replace')
-    yield record(text), number + 1, after
+        return content.decode(errors='replace'), number + 1 + content[:e.start].count(b'\n')

@@ -1,17 +1,22 @@
 """prepare/look.py: what it shows, what it counts, and what it warns of."""
+import contextlib
+import io
 import json
 import os
 import pty
 import re
+import runpy
 import select
+import signal
 import subprocess
 import sys
 import unicodedata
 
 import numpy as np
 import pytest
-from conftest import ROOT, fails, run, shared, write_tiny
+from conftest import ROOT, fails, run, write_tiny
 
+from fledge import UserError
 from fledge.tokenizer import byte_tokenizer, char_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import BinWriter, read_bin
 
@@ -25,7 +30,7 @@ def write(folder, tokenizer=None, vocab_size=None, masks={}, **files):
     for name, content in files.items():
         if len(content) and isinstance(content[0], (str, bytes)):
             end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-            content = [i for text in content for i in [*(text if isinstance(text, bytes) else tokenizer.encode(text)), *end]]
+            content = np.concatenate([[*(text if isinstance(text, bytes) else tokenizer.encode(text)), *end] for text in content])
         with BinWriter(str(folder / f'{name}.bin'), vocab_size or tokenizer.vocab_size) as f:
             f.write(content)
     for name, mask in masks.items():
@@ -34,8 +39,30 @@ def write(folder, tokenizer=None, vocab_size=None, masks={}, **files):
     (folder / 'meta.json').write_text(json.dumps(dict(vocab_size=tokenizer.vocab_size, splits={})))
 
 
-def look(cwd, *args, env=None):
-    return run(cwd, 'prepare/look.py', *args, env=env)
+def look(cwd, *args, columns=100):
+    """What look.py prints, run in this process, which has numpy and matplotlib already."""
+    out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
+    on_pipe = signal.getsignal(signal.SIGPIPE)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(cwd)
+        patch.setenv('COLUMNS', str(columns))
+        patch.setattr(sys, 'argv', ['prepare/look.py', *args])
+        patch.setattr(sys, 'path', sys.path[:])
+        patch.setattr(sys, 'excepthook', sys.excepthook)
+        try:
+            runpy.run_path(os.path.join(ROOT, 'prepare/look.py'), run_name='__main__')
+        finally:
+            signal.signal(signal.SIGPIPE, on_pipe)
+    out.flush()
+    return out.buffer.getvalue().decode()
+
+
+def mistake(cwd, *args):
+    """The line that look.py stops with."""
+    with pytest.raises(UserError) as stop:
+        look(cwd, *args)
+    assert '\n' not in str(stop.value)
+    return str(stop.value)
 
 
 def figures(cwd, *args):
@@ -78,7 +105,7 @@ def test_learned_tokens_are_marked(tmp_path):
     assert re.findall(r'\x1b\[1;4;[\d;]*m(\S+?)\x1b', colours[3]) == ['b', 'c', '<|endoftext|>'] and 'underlined' in colours[2]
     assert 'learned' not in look(tmp_path, 'd', '--split=val')
     np.zeros(3, np.uint8).tofile(tmp_path / 'data' / 'd' / 'train.mask.bin')
-    assert 'data/d/train.mask.bin has 3 bytes for 5 tokens' in fails(tmp_path, 'prepare/look.py', 'd')
+    assert 'data/d/train.mask.bin has 3 bytes for 5 tokens' in mistake(tmp_path, 'd')
 
 
 def columns_of(line):
@@ -102,16 +129,16 @@ def test_wide_and_combining_characters_keep_the_columns(tmp_path):
     assert [columns_of(texts)[0][at] for at in starts] == list('日本e◌x😀한◌z')
 
 
-@pytest.mark.parametrize('width', [20, 33, 80])
-@pytest.mark.parametrize('color', [True, False])
-def test_lines_keep_to_the_width(tmp_path, width, color):
+def test_lines_keep_to_the_width(tmp_path):
     tokenizer = train_bpe(['a' * 64 + ' 日本 b'] * 50, 400)
     assert max(map(len, tokenizer.token_bytes.values())) >= 64
     write(tmp_path / 'data' / 'd', tokenizer, train=['a' * 64 + ' 日本 b' * 30])
-    out = [re.sub(r'\x1b\[[\d;]*m', '', line) for line in look(tmp_path, 'd', f'--color={color}', env={'COLUMNS': str(width)}).splitlines()[3:]]
-    assert max(columns_of(line)[1] for line in out) <= width and len(out) >= 4
-    shown = [i for line in out[1::2] for i in re.findall(r'\d+', line)]
-    assert shown == [str(i) for i in read_bin(str(tmp_path / 'data' / 'd' / 'train.bin'))]  # none is lost at a line's end
+    ids = [str(i) for i in read_bin(str(tmp_path / 'data' / 'd' / 'train.bin'))]
+    for width in (20, 33, 80):
+        for color in (True, False):
+            out = [re.sub(r'\x1b\[[\d;]*m', '', line) for line in look(tmp_path, 'd', f'--color={color}', columns=width).splitlines()[3:]]
+            assert max(columns_of(line)[1] for line in out) <= width and len(out) >= 4
+            assert [i for line in out[1::2] for i in re.findall(r'\d+', line)] == ids  # none is lost at a line's end
 
 
 @pytest.mark.parametrize('color', [True, False])
@@ -194,9 +221,8 @@ def test_a_long_document_is_shown_a_screenful_at_a_time(tmp_path):
 
 # ----------------------------------------------------------------------------- figures
 def test_prepared_text_and_shards_count_the_same(tmp_path):
-    shared('tiktoken')
     (tmp_path / 'n.jsonl').write_text(''.join(json.dumps({'text': f'naïve text {i} 日本'}) + '\n' for i in range(50)))
-    run(tmp_path, 'prepare/text.py', '--input=n.jsonl', '--name=n', '--tokenizer=gpt2', '--val_fraction=0.2')
+    run(tmp_path, 'prepare/text.py', '--input=n.jsonl', '--name=n', '--tokenizer=train', '--vocab_size=280', '--val_fraction=0.2')
     f = figures(tmp_path, 'n', '--count')['splits']
     meta = json.loads((tmp_path / 'data/n/meta.json').read_text())['splits']
     for name in ('train', 'val'):
@@ -205,7 +231,7 @@ def test_prepared_text_and_shards_count_the_same(tmp_path):
     whole = figures(tmp_path, 'n', '--quality')
     ids, tokenizer = read_bin(str(tmp_path / 'data/n/train.bin')), load_tokenizer(str(tmp_path / 'data/n'))
     assert {t['id']: t['count'] for t in whole['most_frequent']} == {i: int((ids == i).sum()) for i in [t['id'] for t in whole['most_frequent']]}
-    assert whole['ids_seen'] == len(np.unique(ids)) and whole['vocab_size'] == 50257
+    assert whole['ids_seen'] == len(np.unique(ids)) and whole['vocab_size'] == tokenizer.vocab_size
     cut = int(np.flatnonzero(ids == tokenizer.end_of_text)[9]) + 1
     parts = {'train_000000': ids[:cut], 'train_000001': ids[cut:], 'val': read_bin(str(tmp_path / 'data/n/val.bin'))}
     masks = {'train_000000': np.zeros(cut), 'train_000001': np.ones(len(ids) - cut), 'val': np.ones(len(parts['val']))}
@@ -256,8 +282,9 @@ def test_the_plot_is_a_picture(good):
 
 def warnings_of(folder, **files):
     write(folder / 'data' / 'w', **files)
-    lines = re.findall('^WARNING: (.*)$', look(folder, 'w', '--quality'), re.M)
-    assert (lines == []) == ('no warnings' in look(folder, 'w', '--quality'))
+    out = look(folder, 'w', '--quality')
+    lines = re.findall('^WARNING: (.*)$', out, re.M)
+    assert (lines == []) == ('no warnings' in out)
     return lines
 
 
@@ -287,6 +314,13 @@ def test_warnings(good, make, expected):
     assert len(found) == len(expected) and all(e in line for e, line in zip(expected, found)), found
 
 
+def test_text_that_is_none(good):
+    folder, texts = good
+    train = [*texts[66:], *[b'half \xe6\x97 %d' % i for i in range(3)], *[f'bell \x07 {i}' for i in range(3)]]
+    found = warnings_of(folder, train=train, val=texts[:60])
+    assert sorted(found) == ['3 of 200 documents of train hold bytes that are no UTF-8 (1.5%)', '3 of 200 documents of train hold control characters (1.5%)']
+
+
 def test_a_vocabulary_too_large(good):
     folder, texts = good
     tokenizer = char_tokenizer([chr(97 + i) for i in range(26)] + [' '] + [chr(0x4e00 + i) for i in range(20)], ['<|endoftext|>'])
@@ -310,6 +344,22 @@ def test_nanogpts_folder(tmp_path):
     assert f'{chr(5000)}' in look(tmp_path, 'old')
 
 
+@pytest.mark.parametrize('meta', [
+    dict(vocab_size='many', splits=[]), dict(vocab_size=-1, splits='train'), dict(vocab_size=10 ** 30, splits=dict(train=[])), dict(vocab_size=[], splits=None),
+    dict(vocab_size=1.5, splits=dict(train=dict(tokens='7', bytes='6'))), dict(vocab_size=None, splits=dict(train=dict(tokens=7, bytes='6')))])
+def test_a_broken_meta_is_ignored(tmp_path, meta):
+    folder = tmp_path / 'data' / 'd'
+    write(folder, train=['second'])
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    f = figures(tmp_path, 'd', '--count')
+    assert f['vocab_size'] == 259 and f['splits']['train']['bytes'] == 6
+    (folder / 'tokenizer.json').unlink()
+    f = figures(tmp_path, 'd', '--quality')
+    assert f['vocab_size'] == 257 and f['splits']['train']['tokens'] == 7
+    (folder / 'meta.json').write_text('[]')
+    assert 'meta.json holds no object' in mistake(tmp_path, 'd')
+
+
 def test_a_dataset_of_characters_is_one_document_a_file(tmp_path):
     (tmp_path / 'one.txt').write_text('to be or not to be, that is the question: ' * 50)
     run(tmp_path, 'prepare/text.py', '--input=one.txt', '--name=one', '--tokenizer=chars', '--val_fraction=0.1')
@@ -320,8 +370,9 @@ def test_a_dataset_of_characters_is_one_document_a_file(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     write_tiny(tmp_path / 'data' / 'tiny')
     (tmp_path / 'empty').mkdir()
-    wrong = lambda *args: fails(tmp_path, 'prepare/look.py', *args)
-    assert 'one dataset is needed: python prepare/look.py data/NAME' in wrong()
+    def wrong(*args):
+        return mistake(tmp_path, *args)
+    assert 'one dataset is needed: python prepare/look.py data/NAME' in fails(tmp_path, 'prepare/look.py')
     assert 'one dataset is needed' in wrong('tiny', 'tiny')
     assert 'there is no dataset nowhere, nor data/nowhere' in wrong('nowhere')
     assert 'empty holds no tokens' in wrong('empty')
@@ -333,4 +384,4 @@ def test_mistakes_are_one_line(tmp_path):
     assert "no setting is called 'qualty'" in wrong('tiny', '--qualty')
     (tmp_path / 'data' / 'tiny' / 'train.bin').write_bytes(b'')
     assert 'train.bin is empty' in wrong('tiny')
-    assert 'Settings' in look(tmp_path, '--help')
+    assert 'Settings' in run(tmp_path, 'prepare/look.py', '--help')

@@ -28,6 +28,13 @@ def test_readme_names_the_two_commands():
         assert 'pip install -r requirements-dev.txt && python -m pytest\n' in f.read()
 
 
+def test_readmes_table_has_every_corpus():
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        named = set(re.findall(r'`(?:python )?prepare/(\w+)\.py', f.read()))
+    scripts = {n[:-3] for n in os.listdir(os.path.join(ROOT, 'prepare')) if n.endswith('.py') and 'configure(globals()' in open(os.path.join(ROOT, 'prepare', n)).read()}
+    assert named == scripts - {'text', 'chat', 'look', 'merge'}  # those have examples of their own
+
+
 def test_readmes_map_is_true():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         named = set(re.findall(r'^\s*([\w/]+\.py)\s{2,}', re.search(r'```\n(model\.py.*?)```', f.read(), re.S)[1], re.M))
@@ -46,6 +53,8 @@ def test_readmes_commands_run(tmp_path):
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / 'a.md').write_text('some words of my own. ' * 500)
     (tmp_path / 'talk.txt').write_text('more of them, and others. ' * 500)
+    (tmp_path / 'notes' / 'b.txt').write_text('a second file, longer than the first one is. ' * 500)
+    (tmp_path / 'talks.jsonl').write_text('{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]}\n')
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'model.py').write_text(NANOGPT)

@@ -1,0 +1,102 @@
+"""Reading goes on from any position exactly where it was, and the shards of a source are together the whole of it."""
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from hub import Hub
+from test_hub import hub  # noqa: F401
+
+from prepare import sources
+from prepare.sources import Files, Made, Text
+
+
+def files_of_every_kind(folder):
+    lines = [json.dumps({'text': f'line {i} ' + 'x' * (i * 7 % 60)}) for i in range(40)]
+    (folder / 'a.jsonl').write_text('\n'.join(lines) + '\n\n')
+    (folder / 'b.jsonl.gz').write_bytes(gzip.compress('\n'.join(lines[:20]).encode()))
+    (folder / 'c.json').write_text(json.dumps([{'text': f'item {i}'} for i in range(15)]))
+    (folder / 'd.json').write_text('\n'.join(lines[5:9]))
+    pyarrow.parquet.write_table(pyarrow.table({'text': [f'row {i}' for i in range(50)], 'other': range(50)}), folder / 'e.parquet', row_group_size=12)
+    (folder / 'f.txt').write_bytes(b'short \xff text')
+    (folder / 'g.md').write_text('\n'.join(f'a long text, part {i}' for i in range(30)))
+    (folder / 'h.txt').write_text('')
+    (folder / 'i.parquet').write_bytes(b'no parquet')
+    return [str(folder)]
+
+
+def comparable(read):
+    return [(repr(record), place) for record, place, _ in read]
+
+
+def test_files_go_on_from_every_position(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'PART_BYTES', 100)
+    paths = files_of_every_kind(tmp_path)
+    whole = list(Files(paths, columns=['text']).read())
+    assert len(whole) > 130 and sum(isinstance(record, Text) and record.key != '' for record, _, _ in whole) > 3
+    for k, (_, _, position) in enumerate(whole, 1):
+        assert comparable(Files(paths, columns=['text']).read(json.loads(json.dumps(position)))) == comparable(whole[k:])
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7, 40])
+def test_shards_of_files_are_the_whole_in_order(tmp_path, monkeypatch, n):
+    monkeypatch.setattr(sources, 'PART_BYTES', 100)
+    source = Files(files_of_every_kind(tmp_path), columns=['text'])
+    assert [r for shard in range(n) for r in comparable(source.read(None, shard, n))] == comparable(source.read())
+    for shard in range(n):
+        part = list(source.read(None, shard, n))
+        for k in range(0, len(part), 5):
+            assert comparable(source.read(part[k][2], shard, n)) == comparable(part[k + 1:])
+
+
+def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'PART_BYTES', 50)
+    for name, text in dict(words='one two\nthree  four\n\n five;\nsix\n' * 20, none='é中😀' * 60, lines='- é\n' * 60).items():
+        (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')
+        parts = [record for record, _, _ in Files([str(tmp_path / f'{name}.txt')]).read()]
+        assert ''.join(p.text for p in parts) == text and [p.last for p in parts] == [False] * (len(parts) - 1) + [True] and len({p.key for p in parts}) == 1
+        if name == 'words':
+            assert all(p.text[0] == '\n' and p.text[1].isalnum() for p in parts[1:])
+
+
+def test_what_is_made_has_shards_too():
+    source = Made('numbers', 10, lambda i: i)
+    assert [r for shard in range(3) for r, _, _ in source.read(None, shard, 3)] == list(range(10))
+    assert [r for r, _, _ in source.read(4)] == [4, 5, 6, 7, 8, 9]
+
+
+def test_the_hub_goes_on_from_a_position_in_another_process(hub: Hub):  # noqa: F811
+    """Shuffled, gathered and plain; in windows of 50 rows."""
+    code = '''
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from prepare import sources
+sources.SHUFFLED = sources.WINDOW = 50
+ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
+makes = [lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
+         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row: row['text'].startswith(' = T')),
+         lambda: sources.Hub('allenai/c4', 'en', columns=['text']), lambda: sources.Hub('yahma/alpaca-cleaned')]
+if len(sys.argv) == 2:
+    out = []
+    for make in makes:
+        for n in (1, 2):
+            whole = list(make().read(None, n - 1, n))
+            out += [[makes.index(make), n, whole[k - 1][2], [r[:2] for r in whole[k:]]] for k in ks if k <= len(whole)]
+    print(json.dumps(out))
+else:
+    tried = json.load(sys.stdin)
+    for which, n, position, rest in tried:
+        got = json.loads(json.dumps([r[:2] for r in makes[which]().read(position, n - 1, n)]))
+        assert got == rest, (which, n, position, got[:2], rest[:2])
+    print(len(tried))
+'''
+    env = os.environ | hub.env
+    first = subprocess.run([sys.executable, '-c', code, ROOT], env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run([sys.executable, '-c', code, ROOT, 'again'], input=first.stdout, env=env, capture_output=True, text=True)
+    assert second.returncode == 0 and int(second.stdout) > 40, second.stderr
