@@ -70,7 +70,7 @@ class Dataset:
         self.folder, self.meta, self.tokenizer = folder, read_meta(folder), find_tokenizer(folder)
         self.end = self.tokenizer.end_of_text if self.tokenizer else None
         self.splits = [Split(folder, name, self.end, headerless=not self.meta) for name in names]
-        size = self.tokenizer.vocab_size if self.tokenizer else self.meta.get('vocab_size')
+        size = self.tokenizer.vocab_size if self.tokenizer else self.meta.get('vocab_size')  # anything, in a broken meta.json
         if type(size) is not int or not 0 < size <= MAX_VOCAB:
             size = min(MAX_VOCAB, 1 + max(int(ids.max()) for data in self.splits for ids in data.shards))
         self.vocab_size = size
@@ -95,8 +95,15 @@ class Dataset:
         text = text.rstrip(' ') + '·' * spaces  # told from the padding behind them
         if text and width_of(text[0]) == 0:
             text = '◌' + text  # what a combining character sits on
-        spelled_out = {'\n': '⏎', '\t': '→'} | {c: f'\\x{ord(c):02x}' if c < '\x80' else f'\\u{ord(c):04x}' for c in text if c not in '\n\t'}
-        return ''.join(c if c.isprintable() else spelled_out[c] for c in text)
+        shown = ''
+        for c in text:
+            if c.isprintable():
+                shown += c
+            elif c in '\n\t':
+                shown += '⏎' if c == '\n' else '→'
+            else:
+                shown += f'\\x{ord(c):02x}' if c < '\x80' else f'\\u{ord(c):04x}'
+        return shown
 
 
 def read_mask(path, n):

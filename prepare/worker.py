@@ -32,7 +32,7 @@ def tokenize(index, instead, batch):
     s, stages, encoder, masked = _job
     stage = stages[index].instead if instead else stages[index]
     examples, ids, learned, notes = [], [], [], []
-    end = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    end = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.uint32)
     for record, place in batch:
         try:
             documents, part = documents_of(stage, record, notes, place), isinstance(record, Text) and bool(record.key)
@@ -44,28 +44,33 @@ def tokenize(index, instead, batch):
         except Skip as e:
             notes.append((str(e), place))
             continue
-        digest = hashlib.blake2b((record.key if part else repr(documents)).encode(), digest_size=8).digest()
+        key = record.key if part else texts[0] if isinstance(documents[0], str) else repr(documents)
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         draw = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big') / 2 ** 64
         split, first = stage.split or ('val' if draw < s.val_fraction else 'train'), len(ids)
         for document in documents:
-            if isinstance(document, str):
-                new = encoder.encode_array(document)
-                mask = np.ones(len(new), np.uint8)
-            elif isinstance(document[0], dict):
-                new, mask = encoder.encode_chat(document)
-            else:
-                new = [encoder.encode_array(text) for text, _ in document]
-                new, mask = np.concatenate(new), np.repeat([flag for _, flag in document], [len(n) for n in new])
-            if not part or record.last:  # the end is learned where what it ends is
-                new, mask = np.append(new, end), np.append(mask, mask[-1:] if end else [])
-            ids.append(new)
-            learned.append(mask)
+            new, mask = _encoded(encoder, document)
+            ends = end[:part is False or record.last]
+            ids += [new, ends]
+            if masked:  # the end is learned where what it ends is
+                learned += [mask, np.repeat(mask[-1:], len(ends))]
         examples.append((int.from_bytes(digest, 'big'), SPLITS.index(split), part, sum(map(len, ids[first:])),
                          sum(len(text.encode()) for text in texts), record.last if part else len(documents)))
     columns = zip(('hash', 'split', 'part', 'tokens', 'bytes', 'documents'), (np.uint64, int, bool, int, int, int), zip(*examples) if examples else [()] * 6)
     return {name: np.array(column, dtype) for name, dtype, column in columns} | dict(
-        notes=notes, ids=np.concatenate(ids or [[]]).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
+        notes=notes, ids=np.concatenate(ids or [end[:0]]).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
         learned=np.concatenate(learned or [[]]).astype(np.uint8) if masked else None)
+
+
+def _encoded(encoder, document):
+    """ids of a document and, for each, whether it is learned."""
+    if isinstance(document, str):
+        ids = encoder.encode_array(document)
+        return ids, np.ones(len(ids), np.uint8)
+    if isinstance(document[0], dict):
+        return encoder.encode_chat(document)
+    pieces = [encoder.encode_array(text) for text, _ in document]
+    return np.concatenate(pieces), np.repeat([learned for _, learned in document], [len(piece) for piece in pieces])
 
 
 def texts_of(document):

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, fails, run, write_tiny
 
 from fledge import UserError
-from fledge.tokenizer import byte_tokenizer, char_tokenizer, load_tokenizer, train_bpe
+from fledge.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import BinWriter, read_bin
 
 END = 256  # the byte tokenizer's end of text
@@ -152,7 +152,8 @@ def test_nothing_in_the_data_steers_the_terminal(tmp_path, color):
             out = re.sub(r'\x1b\[[0-9;]*m', '', out) if color and not args else out
             assert not [c for c in out if not (c.isprintable() or c == '\n')]
             assert '--count' in args or '\\x1b' in out and '\\x07' in out
-    assert '\\u202e' in look(tmp_path, 'chars') and '\\u009b' in look(tmp_path, 'chars') and '\\xff' in look(tmp_path, 'bytes') and '\\xc3' in look(tmp_path, 'bytes')
+    characters, in_bytes = look(tmp_path, 'chars'), look(tmp_path, 'bytes')
+    assert '\\u202e' in characters and '\\u009b' in characters and '\\xff' in in_bytes and '\\xc3' in in_bytes
 
 
 def test_colours_are_for_those_who_want_them(tmp_path):
@@ -169,8 +170,8 @@ def terminal(cwd, args, keys, size=(24, 80), env=None):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', *size, 0, 0))
     clean = {k: v for k, v in os.environ.items() if k not in ('COLUMNS', 'LINES', 'NO_COLOR')} | {'TERM': 'xterm-256color', 'PYTHONUTF8': '1'} | (env or {})
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare/look.py'), *args], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, env=clean, start_new_session=True,
-                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'prepare/look.py'), *args], cwd=cwd, env=clean,
+                               stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(theirs)
     out, asked, keys, key, waited = b'', 0, list(keys), '', 0
     while True:
@@ -253,8 +254,9 @@ def test_hashes_do_not_mind_chunks_and_shards(tmp_path):
     small = rng.integers(0, 50, 60)
     end = [50]
     tokenizer = char_tokenizer([chr(48 + i) for i in range(50)], ['<|endoftext|>'])
-    for name, parts in (('a', dict(train=[*small, *end, *long, *end, *near, *end])), ('b', dict(train_000000=[*long, *end, *small, *end], train_000001=[*near]))):
-        write(tmp_path / 'data' / name, tokenizer, val=[*small, *end, *long, *end, *rng.integers(0, 50, 90), *end], **parts)
+    for name, parts in (('a', dict(train=np.concatenate([small, end, long, end, near, end]))),
+                        ('b', dict(train_000000=np.concatenate([long, end, small, end]), train_000001=near))):
+        write(tmp_path / 'data' / name, tokenizer, val=np.concatenate([small, end, long, end, rng.integers(0, 50, 90), end]), **parts)
         f = figures(tmp_path, name, '--quality')
         train, val = f['splits']['train'], f['splits']['val']
         assert (train['documents'], train['duplicates'], val['documents_in_train']) == (3, 0, 2)
@@ -264,10 +266,23 @@ def test_hashes_do_not_mind_chunks_and_shards(tmp_path):
 
 def test_faults_of_the_text_are_counted(tmp_path):
     tokenizer = byte_tokenizer()
-    write(tmp_path / 'data' / 'd', tokenizer, train=['fine 日本 é\t\r\n', 'lost \ufffd', b'cut \xe6\x97', 'bell \x07', 'next line \x85', 'a' * 262_143 + 'é', b'\xe6', b'\x97\xa5', ''])
+    write(tmp_path / 'data' / 'd', tokenizer, train=[
+        'fine 日本 é\t\r\n', 'lost \ufffd', b'cut \xe6\x97', 'bell \x07', 'next line \x85', 'a' * 262_143 + 'é', b'\xe6', b'\x97\xa5', ''])
     f = figures(tmp_path, 'd', '--quality')['splits']['train']
     assert [f[f'documents_with_{k}'] for k in ('replacement_characters', 'invalid_bytes', 'control_characters')] == [1, 3, 2]
     assert f['near_empty'] == 3 and f['documents'] == 9
+
+
+def test_bytes_of_sentencepiece_make_characters(tmp_path):
+    import tokenizers
+    vocab = {'<unk>': 0, '</s>': 1} | {f'<0x{byte:02X}>': 2 + byte for byte in range(256)} | {'a': 258, 'b': 259}
+    spelled = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token='<unk>'))
+    spelled.add_special_tokens(['</s>'])
+    spelled.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    write(tmp_path / 'data' / 'd', Tokenizer(json.loads(spelled.to_str())), train=['a日b'])
+    assert look(tmp_path, 'd').splitlines()[3:] == ['a  |\\xe6|\\x97|\\xa5|b  |</s>', '258|232 |153 |167 |259|1']
+    train = figures(tmp_path, 'd', '--quality')['splits']['train']
+    assert (train['bytes'], train['documents_with_replacement_characters'], train['documents_with_invalid_bytes']) == (5, 0, 0)
 
 
 def test_the_plot_is_a_picture(good):
@@ -297,7 +312,8 @@ BYTES = byte_tokenizer()
 WRONG = [  # what is done to good data, and all the warnings that follow
     (lambda t, v: dict(train=t + v[:3], val=v, masks={'val': np.zeros(12_600)}),
      ['3 of 60 documents of val are in train too', '12 of 252 windows of 50 tokens of val', 'the mask of val lets nothing be learned']),
-    (lambda t, v: dict(train=t + ['x' + text for text in v[:9]], val=v, test=['y' + t[0]]), ['30 of 252 windows of 50 tokens of val', '3 of 4 windows of 50 tokens of test']),
+    (lambda t, v: dict(train=t + ['x' + text for text in v[:9]], val=v, test=['y' + t[0]]),
+     ['30 of 252 windows of 50 tokens of val', '3 of 4 windows of 50 tokens of test']),
     (lambda t, v: dict(train=t + ['x' * 100_000] + t[:5], val=BYTES.encode(' '.join(v))),
      ['one token is 70.', '5 of 206 documents of train repeat another one', 'val has no end-of-text token']),
     (lambda t, v: dict(train=t[:-5] + [f'{text} \ufffd' for text in t[-5:]] + [f'{i:04}' for i in range(20)], val=v[:40]),
