@@ -94,7 +94,7 @@ def prepare(stages, source, settings, masked=False):
         dropped = {why: dict(count=count, first=places) for why, (count, places) in state['notes'].items()}
         publish(folder, {split: [f'{partial}/{split}_{i:06d}.bin' for i in range(len(n['shards']))] for split, n in state['splits'].items()}
                 | {'tokenizer.json': f'{partial}/tokenizer.json'},
-                dict(source=source, vocab_size=load_tokenizer(partial).vocab_size,
+                dict(source=source, vocab_size=state['vocab_size'],
                      splits={split: {key: n[key] for key in ('tokens', 'bytes', 'documents', 'learned')} | dict(files=len(n['shards'])) for split, n in state['splits'].items() if n['tokens']},
                      dropped={why: n for why, n in dropped.items() if why != REPAIRED}, repaired=dropped.get(REPAIRED, {}),
                      instead=state['instead'], settings=settings, command=shlex.join(['python', *sys.argv])))
@@ -148,6 +148,7 @@ def _tokenize_all(s, stages, state, partial, source, masked):
     else:
         encoder = _choose_tokenizer(s, stages, state, masked)
         encoder.save(f'{partial}/tokenizer.json')
+    state['vocab_size'] = encoder.vocab_size
     writers = {split: SplitWriter(partial, split, encoder.vocab_size, s.shard_tokens, masked, n['shards']) for split, n in state['splits'].items()}
     seen = Seen(f'{partial}/hashes', state['hashes'])
 

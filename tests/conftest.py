@@ -37,7 +37,10 @@ def start(cwd, script, *args, env=None, **options):
 def run(cwd, script, *args, code=0, env=None):
     """Run a script of ours in cwd to its end, which must be exit code `code`; returns its stdout, or stderr for a failure."""
     process = start(cwd, script, *args, env=env)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # one that hangs does not stay
     assert process.returncode == code, f'exit code {process.returncode}\n{out}\n{err}'
     return out if code == 0 else err
 
