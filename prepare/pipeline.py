@@ -74,11 +74,13 @@ def prepare(stages, source, settings, masked=False):
     for setting, good, why in (('name', s.name, 'is needed: the folder under data/'), ('val_fraction', 0 < s.val_fraction < 1, 'is not between 0 and 1'),
                                ('num_proc', s.num_proc >= 0, 'is negative'), ('num_shards', s.num_shards > 0, 'is not positive'),
                                ('shard', 0 <= s.shard < s.num_shards, f'is none of the {s.num_shards} shards, which count from 0'),
-                               ('shard_tokens', s.shard_tokens > 1, 'is too few'), ('train_bytes', s.train_bytes > 0, 'is too few')):
+                               ('shard_tokens', 1 < s.shard_tokens < 2 ** 31, 'is not between 2 and 2^31'), ('train_bytes', s.train_bytes > 0, 'is too few'),
+                               ('target_tokens', s.target_tokens >= 0, 'is negative'), ('retries', s.retries >= 0, 'is negative')):
         if not good:
             raise UserError(f'{setting}={settings[setting]} {why}')
     if s.tokenizer in ('train', 'chars') and s.num_shards > 1:
-        raise UserError(f'--tokenizer={s.tokenizer}: each of the {s.num_shards} shards would make another one; make it first, and name its folder')
+        raise UserError(f'--tokenizer={s.tokenizer}: each of the {s.num_shards} shards would make another one; '
+                        'make it first (--num_shards=1 --target_tokens=1 --name=mine), then --tokenizer=data/mine')
     folder = os.path.join('data', s.name) + (f'/shard_{s.shard:05d}_of_{s.num_shards:05d}' if s.num_shards > 1 else '')
     os.makedirs(folder, exist_ok=True)
     lock = lock_folder(folder, wait=True)
@@ -94,7 +96,7 @@ def prepare(stages, source, settings, masked=False):
         dropped = {why: dict(count=count, first=places) for why, (count, places) in state['notes'].items()}
         publish(folder, {split: [f'{partial}/{split}_{i:06d}.bin' for i in range(len(n['shards']))] for split, n in state['splits'].items()}
                 | {'tokenizer.json': f'{partial}/tokenizer.json'},
-                dict(source=source, vocab_size=state['vocab_size'],
+                dict(source=source, vocab_size=state['vocab_size'], masked=masked,
                      splits={split: {key: n[key] for key in ('tokens', 'bytes', 'documents', 'learned')} | dict(files=len(n['shards'])) for split, n in state['splits'].items() if n['tokens']},
                      dropped={why: n for why, n in dropped.items() if why != REPAIRED}, repaired=dropped.get(REPAIRED, {}),
                      instead=state['instead'], settings=settings, command=shlex.join(['python', *sys.argv])))
@@ -320,8 +322,9 @@ def _write(s, stages, state, writers, seen, index, future, size, position):
         if place and len(note[1]) < 3:
             note[1].append(f'{place[0]}:{place[1]}')
     rows, done = np.flatnonzero(fresh), False
-    if stage.limit and len(rows) >= stage.limit - state['taken']:
-        rows, done = rows[:stage.limit - state['taken']], True
+    left = math.ceil(stage.limit / s.num_shards) - state['taken']
+    if stage.limit and len(rows) >= left:
+        rows, done = rows[:left], True
     if s.target_tokens:
         train = rows[out['split'][rows] == 0]
         reached = state['splits']['train']['tokens'] + np.cumsum(out['tokens'][train]) >= s.target_tokens / s.num_shards
@@ -384,7 +387,7 @@ def publish(folder, source, meta):
     for split in SPLITS:
         paths = source.get(split, [])
         names = [split] if len(paths) == 1 else [f'{split}_{i:06d}' for i in range(len(paths))]
-        moves += [(path[:-4] + ending, f'{folder}/{name}{ending}') for path, name in zip(paths, names) for ending in ('.mask.bin', '.bin')]
+        moves += [(path[:-4] + ending, f'{folder}/{name}{ending}') for path, name in zip(paths, names) for ending in ('.mask.bin', '.bin')[not meta['masked']:]]
         for path in split_files(folder, split) + glob.glob(f'{glob.escape(folder)}/{split}*.mask.bin'):
             if path not in [target for _, target in moves]:
                 os.remove(path)  # an older dataset's

@@ -37,7 +37,7 @@ def tokenize(index, instead, batch):
         try:
             documents, part = documents_of(stage, record, notes, place), isinstance(record, Text) and bool(record.key)
             texts = [''.join(texts_of(document)) for document in documents]
-            if not part and not all(text.strip() for text in texts):
+            if not part and not (texts and all(text.strip() for text in texts)):
                 raise Skip('empty')
             if not part and sum(map(len, texts)) < s.min_length:
                 raise Skip(f'shorter than min_length={s.min_length}')

@@ -446,6 +446,25 @@ def test_the_copy_task_learns_the_copy(tmp_path):
     assert 'symbols without >' in fails(tmp_path, 'prepare/copy_task.py', '--symbols=a>')
 
 
+def test_a_dataset_without_masks_takes_the_place_of_one_with_them(tmp_path):
+    run(tmp_path, 'prepare/copy_task.py', '--examples=200', '--name=x', '--shard_tokens=1000')
+    assert (tmp_path / 'data/x/train_000001.mask.bin').exists() and read_meta(str(tmp_path / 'data/x'))['masked']
+    run(tmp_path, 'prepare/copy_task.py', '--examples=200', '--name=x')
+    assert (tmp_path / 'data/x/train.mask.bin').exists() and not (tmp_path / 'data/x/train_000001.mask.bin').exists()
+    (tmp_path / 'x.txt').write_text('some text ' * 100)
+    run(tmp_path, 'prepare/text.py', '--input=x.txt', '--name=x', '--tokenizer=bytes')
+    assert sorted(os.listdir(tmp_path / 'data/x')) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+
+
+def test_a_tokenizer_is_made_first_for_shards(tmp_path):
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(200)))
+    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=mine', '--tokenizer=train', '--vocab_size=280', '--target_tokens=1')
+    for i in range(2):
+        run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--tokenizer=data/mine', '--val_fraction=0.1', '--num_shards=2', f'--shard={i}')
+    run(tmp_path, 'prepare/merge.py', '--name=x')
+    assert (tmp_path / 'data/x/tokenizer.json').read_bytes() == (tmp_path / 'data/mine/tokenizer.json').read_bytes()
+
+
 def test_one_conversation_alone_cannot_be_split(tmp_path):
     (tmp_path / 'one.json').write_text(json.dumps([{'instruction': 'hi', 'output': 'ho'}]))
     assert 'gives no val text' in fails(tmp_path, 'prepare/chat.py', '--input=one.json', '--name=x', '--tokenizer=bytes')
