@@ -66,6 +66,8 @@ class Tokenizer:
             decode = functools.partial(self.hf.decode, skip_special_tokens=False)
             # what a token adds after another: alone, SentencePiece's lose the space that they begin with
             self.token_bytes = {i: decode([i, i])[len(decode([i])):].encode() for i in range(self.vocab_size)}
+            single = {self.hf.token_to_id(f'<0x{byte:02X}>'): bytes([byte]) for byte in range(256)}  # SentencePiece's bytes
+            self.token_bytes |= {i: byte for i, byte in single.items() if i is not None}
 
     def encode(self, text, allow_special=False):
         """The ids of text, a list of int. Special tokens spelled out in it are plain text unless allow_special."""

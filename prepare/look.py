@@ -74,9 +74,7 @@ class Dataset:
         if type(size) is not int or not 0 < size <= MAX_VOCAB:
             size = min(MAX_VOCAB, 1 + max(int(ids.max()) for data in self.splits for ids in data.shards))
         self.vocab_size = size
-        spelled = dict(self.tokenizer.token_bytes) if self.tokenizer else {}
-        if self.tokenizer and self.tokenizer.hf:  # SentencePiece's tokens for single bytes decode to U+FFFD
-            spelled |= {self.tokenizer.hf.token_to_id(f'<0x{byte:02X}>'): bytes([byte]) for byte in range(256)}
+        spelled = self.tokenizer.token_bytes if self.tokenizer else {}
         self.spelled = [spelled.get(i, b'') for i in range(size)] + [b'']  # the last: any id beyond the vocabulary
         self.n_bytes = np.array([0 if i == self.end else len(b) for i, b in enumerate(self.spelled)])
 
