@@ -1,4 +1,5 @@
 """The scripts in prepare/, on real and on broken text."""
+import contextlib
 import gzip
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import fails, run, shared, start
+from conftest import ROOT, fails, run, shared, start
 from test_tokenizer import random_texts
 
 from fledge.tokenizer import byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
@@ -298,6 +299,24 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
     assert process.returncode == 2 and err.count('\n') == 1 and 'File too large; what is prepared is kept, and the same command goes on' in err
     run(tmp_path, *command, '--name=full')
     assert contents(tmp_path / 'data/full') == contents(tmp_path / 'data/whole')
+
+
+def test_a_terminal_shows_progress(tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+    command = write_many(tmp_path, 800)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, command[0]), *command[1:], '--name=x'], cwd=tmp_path, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b''
+    with contextlib.suppress(OSError):  # the other end is closed when it ends
+        while part := os.read(master, 4096):
+            shown += part
+    os.close(master)
+    assert process.wait() == 0 and re.search(r'\d+%\|.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]B/s, [\d,]+ tokens\]', shown.decode()), shown[-500:]
 
 
 def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_is_whole(tmp_path):

@@ -55,6 +55,38 @@ def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
     assert again.encode(texts[7]) == batch[7] and again.special == tokenizer.special and again.vocab_size == tokenizer.vocab_size
 
 
+@pytest.mark.parametrize('name', ['trained', 'gpt2'])
+def test_both_backends_agree_on_every_character(name, request):
+    """Each assigned one between letters, digits, spaces, punctuation and newlines, and doubled."""
+    ours = tokenizer_named(name, request)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.spec))
+    characters = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ('Cn', 'Cs', 'Co')]
+    characters = [c for c in characters if not '\u4e00' < c < '\u9fff' and not '\uac00' < c < '\ud7a3' and c < '\U00020000']  # alike in all that matters
+    assert len(characters) > 30_000
+    for i in range(0, len(characters), 64):
+        text = ''.join(f'a{c}b {c}1{c}{c} .{c}\n{c}' for c in characters[i:i + 64])
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
+
+
+def test_runs_that_no_regex_stands(request):
+    """A million spaces or newlines, at which tiktoken gives up."""
+    for tokenizer in (tokenizer_named('trained', request), byte_tokenizer()):
+        for text in (' ' * 1_000_000, 'a' + '\t ' * 500_000 + 'b', '\n' * 1_000_000, '\r\n' * 500_000, 'x' * 1_000_000):
+            assert tokenizer.decode(tokenizer.encode_array(text)) == text
+
+
+def test_chats_and_the_special_tokens_they_need(trained):
+    plain = Tokenizer(json.loads(json.dumps(trained.spec | dict(added_tokens=trained.spec['added_tokens'][:1]))))
+    assert plain.vocab_size == 998 and plain.with_special().special == trained.special and trained.with_special() is trained
+    messages = [dict(role='system', content='Be kind.'), dict(role='user', content='Hi <|im_end|>'), dict(role='assistant', content='Hello!')]
+    ids, learned = plain.with_special().encode_chat(messages)
+    rendered = ''.join(f'<|im_start|>{m["role"]}\n{m["content"]}<|im_end|>\n' for m in messages)
+    assert trained.decode(ids) == rendered and (ids == 999).sum() == 3  # one that is spelled out in a message is text
+    assert trained.decode(ids[learned == 1]) == 'Hello!<|im_end|>'
+    ids, learned = trained.encode_chat([m | dict(learned=m['role'] == 'user') for m in messages])
+    assert trained.decode(ids[learned == 1]) == 'Hi <|im_end|><|im_end|>'
+
+
 def test_gpt2_is_tiktokens(request):
     import tiktoken
     ours, theirs = tokenizer_named('gpt2', request), tiktoken.get_encoding('gpt2')
