@@ -39,13 +39,14 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
-        self.spec = spec
+        self.spec = spec = spec | dict(truncation=None, padding=None)  # which would cut a document, or fill it up
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
         self.end_of_text = next((self.special[t] for t in (END_OF_TEXT, '<|end_of_text|>', '</s>') if t in self.special), None)
         vocab = model.get('vocab')
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        self.vocab_size = max(ids + [t['id'] for t in added], default=-1) + 1
+        ids = set(ids) | {t['id'] for t in added}
+        self.n_ids, self.vocab_size = len(ids), max(ids, default=-1) + 1
         self.bpe = self.chars = self.hf = None
         pattern = _byte_level_pattern(spec)
         if pattern is not None:
@@ -113,6 +114,8 @@ class Tokenizer:
     def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
         """This tokenizer, with those of the special tokens that it lacks added after its last id."""
         missing = [t for t in tokens if t not in self.special and not (t == END_OF_TEXT and self.end_of_text is not None)]
+        if missing and self.n_ids != self.vocab_size:
+            raise UserError(f'this tokenizer lacks {", ".join(missing)}, which cannot be added: its ids have gaps, and `tokenizers` would give others')
         return Tokenizer(self.spec | dict(added_tokens=(self.spec.get('added_tokens') or []) + _added(missing, self.vocab_size))) if missing else self
 
     def decode(self, ids):
@@ -131,7 +134,7 @@ def _byte_level_pattern(spec):
     """The split pattern, where tiktoken gives the same ids as this tokenizer.json: plain byte-level BPE; else None."""
     model, pre = spec['model'], spec.get('pre_tokenizer') or {}
     steps = pre['pretokenizers'] if pre.get('type') == 'Sequence' else [pre]
-    plain = (model.get('type', 'BPE') == 'BPE' and not spec.get('normalizer') and not model.get('dropout')
+    plain = (model.get('type', 'BPE') == 'BPE' and all(t.get('special') for t in spec.get('added_tokens') or []) and not spec.get('normalizer') and not model.get('dropout')
              and not model.get('byte_fallback') and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'))
     if not plain or not steps or steps[-1].get('type') != 'ByteLevel' or steps[-1].get('add_prefix_space'):
         return None

@@ -54,7 +54,7 @@ class SplitWriter:
     """Appends documents to folder/split_000000.bin, split_000001.bin, ..., and takes back what came after a sync().
 
     shards: the tokens of each file at the last sync() that counts; what the files hold beyond is dropped. A file is
-    full at shard_tokens, and no document is in two of them unless it is longer than that. masked: .mask.bin beside each.
+    full at shard_tokens, and what is written as one document is in one of them, unless it is longer. masked: .mask.bin beside each.
     """
 
     def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
@@ -68,9 +68,12 @@ class SplitWriter:
         """The files of the last shard, at its end."""
         for ending, skipped, size in (('.bin', HEADER_BYTES, self.dtype.itemsize), ('.mask.bin', 0, 1))[:1 + self.masked]:
             path = f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
+            end = skipped + self.shards[-1] * size
+            if self.shards[-1] and (not os.path.exists(path) or os.path.getsize(path) < end):
+                raise UserError(f'{path} is shorter than when it was left; remove {os.path.dirname(path)}, and begin again')
             self.files.append(open(path, 'r+b' if os.path.exists(path) else 'w+b'))
-            self.files[-1].truncate(skipped + self.shards[-1] * size)
-            self.files[-1].seek(0, os.SEEK_END)
+            self.files[-1].truncate(end)
+            self.files[-1].seek(end)
 
     def write(self, ids, lengths, learned=None):
         """Append ids, an array of documents of these lengths one after another, and for each id whether it is learned."""
@@ -141,8 +144,8 @@ class Seen:
         self.levels = [np.unique(np.fromfile(path, np.uint64))]
         self.count = count
 
-    def add(self, hashes):
-        """Add an array of uint64; returns for each whether it is the first of its kind."""
+    def fresh(self, hashes):
+        """For each of an array of uint64, whether it is the first of its kind."""
         unique, first = np.unique(hashes, return_index=True)
         new = np.ones(len(unique), bool)
         for level in self.levels:
@@ -150,12 +153,15 @@ class Seen:
                 new &= level[np.minimum(np.searchsorted(level, unique), len(level) - 1)] != unique
         fresh = np.zeros(len(hashes), bool)
         fresh[first[new]] = True
-        self.levels.append(unique[new])
+        return fresh
+
+    def add(self, hashes):
+        """Add an array of uint64 that are all fresh."""
+        self.levels.append(np.sort(hashes))
         while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
             self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
-        self.file.write(unique[new].tobytes())
-        self.count += int(new.sum())
-        return fresh
+        self.file.write(hashes.tobytes())
+        self.count += len(hashes)
 
     def sync(self):
         """Make the file safe; returns how many hashes it holds."""

@@ -15,8 +15,8 @@ from prepare.sources import Made
 
 name = 'copy_task'      # folder under data/
 examples = 10000        # of them; those that come twice are left out
-min_length = 4          # letters of the shortest
-max_length = 12         # letters of the longest
+min_letters = 4         # of the shortest
+max_letters = 12        # of the longest
 symbols = 'abcdefghijklmnopqrstuvwxyz'  # to draw from
 tokenizer = 'chars'     # as below
 val_fraction = 0.05     # of the examples
@@ -25,9 +25,9 @@ settings = configure(globals(), also=pipeline.__file__)
 
 def letters(i):
     rng = random.Random(f'{seed} {i}')
-    return ''.join(rng.choices(symbols, k=rng.randint(min_length, max_length)))
+    return ''.join(rng.choices(symbols, k=rng.randint(min_letters, max_letters)))
 
 
-if not 0 < min_length <= max_length or not symbols or '>' in symbols or examples < 2:
-    raise UserError('0 < min_length <= max_length, symbols without >, and two examples at least are needed')
+if not 0 < min_letters <= max_letters or not symbols or '>' in symbols or examples < 2:
+    raise UserError('0 < min_letters <= max_letters, symbols without >, and two examples at least are needed')
 prepare([Stage(Made('copy task', examples, letters), lambda text: [[(f'{text}>', 0), (text, 1)]])], 'the copy task', settings, masked=True)

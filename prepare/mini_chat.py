@@ -10,7 +10,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
-from prepare.records import conversation, exchange, text_of
+from prepare.records import article, conversation, exchange, is_title, text_of
 from prepare.sources import Hub, Made, Skip
 
 name = 'mini_chat'      # folder under data/
@@ -33,10 +33,6 @@ def tree(rows):
     return [conversation(dict(messages=messages[:len(messages) - (messages[-1]['role'] == 'user')]))]
 
 
-def article(rows):
-    return [''.join(row['text'] or '\n' for row in rows)]
-
-
 def arithmetic(i):
     rng = random.Random(f'{seed} {i}')
     a, b = rng.randrange(10000), rng.randrange(10000)
@@ -50,8 +46,8 @@ def stage(first, source, documents):
     return Stage(source, documents, limit=cap, instead=Stage(filler, lambda record: [conversation(record)], limit=cap))
 
 
-prepare([stage(0, Hub('OpenAssistant/oasst1', split='train', starts=lambda row: row['parent_id'] is None), tree),
+prepare([stage(0, Hub('OpenAssistant/oasst1', split='train', starts=lambda row, before: not before or row['message_tree_id'] != before['message_tree_id']), tree),
          stage(cap, Hub('openai/gsm8k', 'main', 'train'), lambda row: [exchange(text_of(row, 'question'), text_of(row, 'answer'))]),
          stage(2 * cap, Hub('sahil2801/CodeAlpaca-20k', split='train'), lambda row: [conversation(row)]),
-         stage(3 * cap, Hub('Salesforce/wikitext', 'wikitext-2-raw-v1', 'train', columns=['text'], starts=lambda row: row['text'].startswith(' = ') and not row['text'].startswith(' = =')), article)],
+         stage(3 * cap, Hub('Salesforce/wikitext', 'wikitext-2-raw-v1', 'train', columns=['text'], starts=is_title), lambda rows: [article(rows)])],
         'oasst1, gsm8k, CodeAlpaca-20k, wikitext', settings, masked=True)

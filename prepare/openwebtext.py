@@ -17,4 +17,5 @@ repo = 'Skylion007/openwebtext'
 val_fraction = 0.0005   # of the documents, as in nanoGPT
 settings = configure(globals(), also=pipeline.__file__)
 
-prepare([Stage(Hub(repo, split='train', columns=['text']), lambda row: [text_of(row, 'text')])], repo, settings)
+# Its main branch is a loading script, which datasets no longer runs; its author's proposal 18 has all of it as Parquet.
+prepare([Stage(Hub(repo, split='train', columns=['text'], converted='refs/pr/18'), lambda row: [text_of(row, 'text')])], repo, settings)

@@ -47,6 +47,8 @@ def preference(record):
     if prompt is None:
         prompt = instruction_of(record) if 'instruction' in record else []
     prompt = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, list):
+        raise Skip('a prompt that is neither a text nor messages')
     pair = []
     for field in ('chosen', 'rejected'):
         answer = record.get(field)
@@ -74,3 +76,13 @@ def _checked(messages):
     if not any(message['role'] == 'assistant' for message in messages):
         raise Skip('no message of the assistant')
     return [dict(role=message['role'], content=message['content'].strip()) for message in messages]
+
+
+def is_title(row, before):
+    """Whether a row of WikiText, which is a line, begins an article: ' = Its title = ' between empty rows; before: the row before it."""
+    return row['text'].startswith(' = ') and row['text'].rstrip('\n').endswith(' = ') and not row['text'].startswith(' = =') and not (before and before['text'].strip())
+
+
+def article(rows):
+    """The text of an article of WikiText."""
+    return ''.join(row['text'] or '\n' for row in rows)

@@ -18,8 +18,8 @@ val_fraction = 0.1      # the end of the text
 settings = configure(globals(), also=pipeline.__file__)
 
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-with open(input or fetch(url, f'data/{name}/input.txt'), encoding='utf-8') as f:
-    text = f.read()
+with open(input or fetch(url, f'data/{name}/input.txt'), 'rb') as f:
+    text = f.read().decode(errors='replace')
 cut = int(len(text) * (1 - val_fraction))
 parts = {'train': text[:cut], 'val': text[cut:]}
 prepare([Stage(Made(url, 1, lambda _, split=split: parts[split]), lambda text: [text], split) for split in parts], url, settings)

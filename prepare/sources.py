@@ -7,6 +7,7 @@ source; all n are the whole.
 """
 import collections
 import filecmp
+import functools
 import gzip
 import itertools
 import json
@@ -14,7 +15,9 @@ import math
 import os
 import random
 import re
+import sys
 import urllib.request
+import zlib
 from typing import NamedTuple
 
 from fledge import UserError, replacing
@@ -79,7 +82,8 @@ class Files:
         for i, (path, size) in enumerate(self.files):
             start, stop = max(low - begin, 0), min(high - begin, size)  # this slice's bytes of the file
             begin += size
-            if i < current or (start >= stop and not (size == 0 and low <= begin < max(high, 1))):
+            here = start < stop or size == 0 and low <= begin and (begin < high or shard == num_shards - 1)
+            if i < current or not here:
                 continue
             read = next((r for end, r in (('.jsonl', _lines), ('.gz', _lines), ('.parquet', self._parquet), ('.json', _json)) if path.endswith(end)), _text)
             at = (offset, number) if i == current else (0, 0)
@@ -93,50 +97,67 @@ class Files:
                     yield record, (path, line), (i, *after)
             except Skip as e:
                 yield e, (path, 0), (i + 1, 0, 0)
-            except OSError as e:
-                yield Skip(f'a file that cannot be read ({e.strerror or e})'), (path, 0), (i + 1, 0, 0)
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:  # of a broken file; what came before it is kept
+                yield Skip(f'a file that cannot be read any further ({getattr(e, "strerror", None) or _first_line(e)})'), (path, 0), (i + 1, 0, 0)
 
     def _parquet(self, path, size, start, stop, row, _):
-        import pyarrow
         import pyarrow.parquet
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-            names, total, begin = file.schema_arrow.names, file.metadata.num_rows, 0
-            missing = [c for c in self.columns or () if c not in names]
-            if missing:
-                raise Skip(f'a .parquet without a column {missing[0]!r}; it has {", ".join(names)}')
-            row, stop = max(row, math.ceil(start * total / size)), math.ceil(stop * total / size)
-            for group in range(file.num_row_groups):
-                end = begin + file.metadata.row_group(group).num_rows
-                if end > row and begin < stop:
-                    for batch in file.iter_batches(256, row_groups=[group], columns=self.columns):
-                        rows = batch.slice(max(0, row - begin)).to_pylist()
-                        begin += len(batch)
-                        for record in rows[:max(0, stop - row)]:
-                            row += 1
-                            yield record, row, (row, 0)
-                begin = end
-        except (pyarrow.ArrowException, OSError) as e:
-            raise Skip(f'a .parquet that cannot be read ({str(e).splitlines()[0]})') from None
+        file = pyarrow.parquet.ParquetFile(path)
+        names, total, begin = file.schema_arrow.names, file.metadata.num_rows, 0
+        missing = [c for c in self.columns or () if c not in names]
+        if missing:
+            raise Skip(f'a .parquet without a column {missing[0]!r}; it has {", ".join(names)}')
+        row, stop = max(row, math.ceil(start * total / size)), math.ceil(stop * total / size)
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            if end > row and begin < stop:
+                for batch in file.iter_batches(256, row_groups=[group], columns=self.columns):
+                    rows = batch.slice(max(0, row - begin)).to_pylist()
+                    begin += len(batch)
+                    for record in rows[:max(0, stop - row)]:
+                        row += 1
+                        yield record, row, (row, 0)
+            begin = end
 
 
 class Hub:
     """The rows of a dataset on the Hugging Face hub, streamed: a few hundred are held at a time.
 
-    columns: which fields are wanted (default: all). starts(row): rows are gathered into lists, each of which begins with
-    a row of which this is true. shuffle: a seed, for the order of files and that of rows within SHUFFLED of them.
+    columns: which fields are wanted (default: all). starts(row, row_before): rows are gathered into lists, a new one where
+    this is true. shuffle: a seed, for the order of files and that of rows within SHUFFLED of them. converted: the revision
+    that has the data where the main one has but a loading script.
     """
 
-    def __init__(self, repo, subset='', split='train', columns=(), starts=None, shuffle=None):
-        self.repo, self.subset, self.split, self.columns, self.starts, self.shuffle = repo, subset, split, columns, starts, shuffle
+    def __init__(self, repo, subset='', split='train', columns=(), starts=None, shuffle=None, converted='refs/convert/parquet'):
+        self.repo, self.subset, self.split, self.columns = repo, subset, split, columns
+        self.starts, self.shuffle, self.converted = starts, shuffle, converted
         self.identity, self.size = ', '.join(filter(None, (repo, subset, split))), 0
 
     def read(self, position=None, shard=0, num_shards=1):
-        state, before, skip, count = position or (None, 0, 0, 0)  # where datasets goes on, rows before it, rows after it that are done, records so far
-        stream, by_file = self._open(shard, num_shards)
+        # a position: the commit, where datasets goes on, the rows before that, the rows behind it that are done, the records so far
+        commit, state, before, done, count = position or (None, None, 0, 0, 0)
+        stream, commit, by_file = self._open(commit, shard, num_shards)
         if state:
             stream.load_state_dict(state)
-        rows, gathered, length = iter(stream), [], SHUFFLED if self.shuffle is not None else WINDOW
+        gathered, last, number, place = [], None, before + done, None
+        for row, number, place in self._rows(stream, before, done):
+            if not self.starts:
+                gathered, place_after = row, place
+            elif not gathered or not self.starts(row, last):
+                gathered.append(row)
+                last, place_after = row, place
+                continue
+            if by_file or count % num_shards == shard:
+                yield gathered, (self.identity, number - bool(self.starts)), (commit, *place_after, count + 1)
+            count += 1
+            if self.starts:
+                gathered, last, place_after = [row], row, place
+        if self.starts and gathered and (by_file or count % num_shards == shard):
+            yield gathered, (self.identity, number), (commit, *place_after, count + 1)
+
+    def _rows(self, stream, before, done):
+        """(row, its number, (where datasets goes on, rows before that, rows behind it that are done))."""
+        rows, length = iter(stream), SHUFFLED if self.shuffle is not None else WINDOW
         while True:
             state = stream.state_dict()
             try:
@@ -147,46 +168,40 @@ class Hub:
                 raise Unavailable(f'{self.identity} has no field {", ".join(set(self.columns) - window[0].keys())}; it has {", ".join(window[0])}')
             if self.shuffle is not None:
                 random.Random(f'{self.shuffle} {before}').shuffle(window)
-            for i, row in enumerate(window[skip:], skip):
-                row = {c: row[c] for c in self.columns} if self.columns else row
-                if not self.starts:
-                    gathered, after = row, (state, before, i + 1)
-                elif not gathered or not self.starts(row):
-                    gathered.append(row)
-                    after = (state, before, i + 1)
-                    continue
-                if by_file or count % num_shards == shard:
-                    yield gathered, (self.identity, before + i + (not self.starts)), (*after, count + 1)
-                count += 1
-                if self.starts:
-                    gathered, after = [row], (state, before, i + 1)
-            before, skip = before + len(window), 0
+            for i, row in enumerate(window[done:], done + 1):
+                yield {c: row[c] for c in self.columns} if self.columns else row, before + i, (state, before, i)
+            before, done = before + len(window), 0
             if len(window) < length:
-                break
-        if self.starts and gathered and (by_file or count % num_shards == shard):
-            yield gathered, (self.identity, before), (*after, count + 1)
+                return
 
-    def _open(self, shard, num_shards):
-        """The stream of rows, and whether it is this shard's alone (whole files) already."""
+    def _open(self, commit, shard, num_shards):
+        """The stream of rows, its commit, and whether it is this shard's alone (whole files) already."""
         datasets = _quiet_datasets()
+        import huggingface_hub
+        load = functools.partial(datasets.load_dataset, self.repo, self.subset or None, split=self.split, streaming=True)
         try:
+            revision = commit or 'main'
             try:
-                stream = datasets.load_dataset(self.repo, self.subset or None, split=self.split, streaming=True)
+                stream = load(revision=commit)
             except RuntimeError as e:
                 if 'scripts' not in str(e):
                     raise
-                stream = datasets.load_dataset(self.repo, self.subset or None, split=self.split, streaming=True, revision='refs/convert/parquet')
+                revision = self.converted
+                stream = load(revision=revision)
+                print(f'{self.identity} is a loading script, which is not run; its revision {revision} is read'
+                      + ', of which the hub keeps the first 5 GB alone' * (revision == 'refs/convert/parquet'), file=sys.stderr)
+            commit = commit or huggingface_hub.HfApi().dataset_info(self.repo, revision=revision).sha
         except Exception as e:
             gone = isinstance(e, (FileNotFoundError, ValueError, RuntimeError)) and 'LocalEntryNotFoundError' not in str(e)
             raise (Unavailable if gone else Lost)(f'{self.identity} cannot be opened ({_first_line(e)})') from None
         info = (stream.info.splits or {}).get(self.split)
         self.size = info.num_bytes or 0 if info else 0
-        by_file = num_shards > 1 and stream.num_shards >= num_shards
+        by_file = num_shards > 1 and stream.num_shards >= num_shards and not self.starts  # what is gathered may go on in the next file
         if by_file:
             stream = stream.shard(num_shards, shard)
-        if self.shuffle is not None:  # files here, rows in read(), which can go on anywhere
+        if self.shuffle is not None:  # files here, rows in _rows(), which can go on anywhere
             stream = stream.shuffle(seed=self.shuffle, buffer_size=1, max_buffer_input_shards=1)
-        return stream, by_file or num_shards == 1
+        return stream, commit, by_file or num_shards == 1
 
 
 class Urls:
@@ -196,11 +211,12 @@ class Urls:
         self.repo, self.path, self.seed, self.identity, self.size = repo, path, seed, f'{repo}, {path}', 0
 
     def read(self, position=None, shard=0, num_shards=1):
-        current, skip = position or (0, 0)
+        commit, current, skip = position or (None, 0, 0)
         _quiet_datasets()
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import HfApi, errors, hf_hub_download
         try:
-            with open(hf_hub_download(self.repo, self.path, repo_type='dataset'), encoding='utf-8') as f:
+            commit = commit or HfApi().dataset_info(self.repo).sha
+            with open(hf_hub_download(self.repo, self.path, repo_type='dataset', revision=commit), encoding='utf-8') as f:
                 urls = sorted(f.read().split())
         except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as e:
             raise Unavailable(f'{self.identity} cannot be opened ({_first_line(e)})') from None
@@ -214,7 +230,7 @@ class Urls:
                 with urllib.request.urlopen(url, timeout=60) as response, gzip.open(response) as lines:
                     for number, line in enumerate(lines, 1):
                         if i > current or number > skip:
-                            yield line, (url, number), (i, number)
+                            yield line, (url, number), (commit, i, number)
             except Exception as e:  # the network's, the server's, a .gz that ends too early
                 raise Lost(f'{url} fails ({_first_line(e)})') from None
 
@@ -269,36 +285,36 @@ def _lines(path, size, start, stop, offset, number):
         if start:
             return
         stop = math.inf
-    try:
-        with (gzip.open if packed else open)(path, 'rb') as f:
-            if start and not offset:
-                f.seek(start - 1)
-                offset = start - 1 + len(f.readline())
-                f.seek(0)
-                for at in range(0, offset, 1 << 20):
-                    number += f.read(min(1 << 20, offset - at)).count(b'\n')
-            f.seek(offset)
-            for line in f:
-                if offset >= stop:
-                    return
-                offset, number = offset + len(line), number + 1
-                if not line.isspace():
-                    yield line, number, (offset, number)
-    except EOFError:
-        raise Skip('a .gz that ends too early, read as far as it goes') from None
+    with (gzip.open if packed else open)(path, 'rb') as f:
+        if start and not offset:
+            f.seek(start - 1)
+            offset = start - 1 + len(f.readline())
+            f.seek(0)
+            for at in range(0, offset, 1 << 20):
+                number += f.read(min(1 << 20, offset - at)).count(b'\n')
+        f.seek(offset)
+        for line in f:
+            if offset >= stop:
+                return
+            offset, number = offset + len(line), number + 1
+            if not line.isspace():
+                yield line, number, (offset, number)
 
 
-def _json(path, size, start, stop, row, _):
-    """The records of a JSON list; a .json that holds lines is read as lines."""
+def _json(path, size, start, stop, row, number):
+    """The records of a JSON list, which is read whole; a .json that holds lines is read as lines."""
     with open(path, 'rb') as f:
         if f.read(4096).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] != b'[':
-            yield from _lines(path, size, start, stop, row, _)
+            yield from _lines(path, size, start, stop, row, number)
             return
         f.seek(0)
-        try:
-            records = json.loads(f.read())
-        except ValueError as e:
-            raise Skip(f'a .json that is no JSON ({e})') from None
+        content = f.read()
+    try:
+        records = json.loads(content)
+    except UnicodeDecodeError as e:
+        if row == 0 and start == 0:
+            yield Skip(REPAIRED), 1 + content[:e.start].count(b'\n'), (0, 0)
+        records = json.loads(content.decode(errors='replace'))
     for i in range(max(row, math.ceil(start * len(records) / size)), math.ceil(stop * len(records) / size)):
         yield records[i], i + 1, (i + 1, 0)
 

@@ -2,7 +2,6 @@
 
 python prepare/wikitext.py --version=103        writes data/wikitext, with val and test
 """
-import re
 import os
 import sys
 
@@ -10,6 +9,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
+from prepare.records import article, is_title
 from prepare.sources import Hub
 
 name = 'wikitext'       # folder under data/
@@ -17,12 +17,6 @@ repo = 'Salesforce/wikitext'
 version = 2             # 2 (2 million words) or 103 (103 million)
 settings = configure(globals(), also=pipeline.__file__)
 
-
-def is_title(row):
-    """Rows are lines; an article begins with ' = Its title = '."""
-    return re.fullmatch(r' = [^=].* = \n?', row['text']) is not None
-
-
 prepare([Stage(Hub(repo, f'wikitext-{version}-raw-v1', theirs, columns=['text'], starts=is_title),
-               lambda rows: [''.join(row['text'] or '\n' for row in rows)], ours)
+               lambda rows: [article(rows)], ours)
          for theirs, ours in (('validation', 'val'), ('test', 'test'), ('train', 'train'))], f'{repo}, wikitext-{version}-raw-v1', settings)

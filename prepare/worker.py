@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from fledge import UserError
 from prepare.sources import REPAIRED, Skip, Text
 
 SPLITS = ('train', 'val', 'test')
@@ -27,39 +28,61 @@ def start(parent, *job):
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
+COLUMNS = dict(hash=np.uint64, split=int, part=bool, tokens=int, bytes=int, documents=int)  # of an example; part: of a text, not its end
+
+
 def tokenize(index, instead, batch):
-    """The tokens of a batch of (record, place): arrays over its examples and over its tokens, and notes [(why, place)]."""
+    """The tokens of a batch of (record, place): arrays over its examples and over its tokens, and notes.
+
+    A note is (why, place, the number of examples before it), of a record that was left out or repaired.
+    """
     s, stages, encoder, masked = _job
     stage = stages[index].instead if instead else stages[index]
-    examples, ids, learned, notes = [], [], [], []
-    end = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.uint32)
+    examples, ids, learned, notes = [], [end_of(encoder)[:0]], [np.zeros(0, np.uint8)], []
     for record, place in batch:
+        before, noted = len(examples), []
         try:
-            documents, part = documents_of(stage, record, notes, place), isinstance(record, Text) and bool(record.key)
-            texts = [''.join(texts_of(document)) for document in documents]
-            if not part and not (texts and all(text.strip() for text in texts)):
-                raise Skip('empty')
-            if not part and sum(map(len, texts)) < s.min_length:
-                raise Skip(f'shorter than min_length={s.min_length}')
-        except Skip as e:
-            notes.append((str(e), place))
-            continue
-        key = record.key if part else texts[0] if isinstance(documents[0], str) else repr(documents)
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        draw = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big') / 2 ** 64
-        split, first = stage.split or ('val' if draw < s.val_fraction else 'train'), len(ids)
-        for document in documents:
-            new, mask = _encoded(encoder, document)
-            ends = end[:part is False or record.last]
-            ids += [new, ends]
-            if masked:  # the end is learned where what it ends is
-                learned += [mask, np.repeat(mask[-1:], len(ends))]
-        examples.append((int.from_bytes(digest, 'big'), SPLITS.index(split), part, sum(map(len, ids[first:])),
-                         sum(len(text.encode()) for text in texts), record.last if part else len(documents)))
-    columns = zip(('hash', 'split', 'part', 'tokens', 'bytes', 'documents'), (np.uint64, int, bool, int, int, int), zip(*examples) if examples else [()] * 6)
-    return {name: np.array(column, dtype) for name, dtype, column in columns} | dict(
-        notes=notes, ids=np.concatenate(ids or [end[:0]]).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
-        learned=np.concatenate(learned or [[]]).astype(np.uint8) if masked else None)
+            example, encoded = _example(s, stage, encoder, record, noted)
+            examples.append(example)
+            for new, mask in encoded:
+                ids.append(new)
+                learned.append(mask)
+        except (Skip, UserError) as e:  # UserError: a character that a vocabulary of characters lacks
+            noted.append((str(e), 0))
+        notes += [(why, (place[0], line or place[1]), before) for why, line in noted]
+    columns = zip(*examples) if examples else [()] * len(COLUMNS)
+    return {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns)} | dict(
+        notes=notes, ids=np.concatenate(ids).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
+        learned=np.concatenate(learned).astype(np.uint8) if masked else None)
+
+
+def _example(s, stage, encoder, record, notes):
+    """A record's COLUMNS, and [(ids, whether each is learned), ...]; Skip where it gives nothing."""
+    documents, part = documents_of(stage, record, notes), isinstance(record, Text) and bool(record.key)
+    texts = [''.join(texts_of(document)) for document in documents]
+    if not part and not (texts and all(text.strip() for text in texts)):
+        raise Skip('empty')
+    if not part and sum(map(len, texts)) < s.min_length:
+        raise Skip(f'shorter than min_length={s.min_length}')
+    encoded = []
+    for document in documents:
+        ids, learned = _encoded(encoder, document)
+        encoded.append((ids, learned))
+        if not part or record.last:  # the end is learned where what it ends is
+            end = end_of(encoder)
+            encoded.append((end, np.repeat(learned[-1:] if len(learned) else np.uint8(1), len(end))))
+    # a document's hash says whether it has come before, and with the seed which split it is in
+    key = record.key if part else texts[0] if documents == texts[:1] else repr(documents)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    draw = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big') / 2 ** 64
+    split = SPLITS.index(stage.split or ('val' if draw < s.val_fraction else 'train'))
+    return (int.from_bytes(digest, 'big'), split, part, sum(len(ids) for ids, _ in encoded), sum(len(text.encode()) for text in texts),
+            record.last if part else len(documents)), encoded
+
+
+def end_of(encoder):
+    """What ends a document: its end-of-text token, or nothing."""
+    return np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.uint32)
 
 
 def _encoded(encoder, document):
@@ -78,13 +101,13 @@ def texts_of(document):
     return [document] if isinstance(document, str) else [p['content'] if isinstance(p, dict) else p[0] for p in document]
 
 
-def documents_of(stage, record, notes, place):
-    """The documents of a record, in valid Unicode; Skip where it has none."""
+def documents_of(stage, record, notes):
+    """The documents of a record, in valid Unicode; Skip where it has none. What was repaired is added to notes: (why, line)."""
     if isinstance(record, Skip):
         raise record
     if isinstance(record, Text):
         if record.broken:
-            notes.append((REPAIRED, (place[0], record.broken)))
+            notes.append((REPAIRED, record.broken))
         if record.key:
             return [record.text]
         record = record.text
@@ -93,7 +116,7 @@ def documents_of(stage, record, notes, place):
             try:
                 record = json.loads(record)
             except UnicodeDecodeError:
-                notes.append((REPAIRED, place))
+                notes.append((REPAIRED, 0))
                 record = json.loads(record.decode(errors='replace'))
     except (ValueError, RecursionError):
         raise Skip('no JSON') from None
@@ -103,7 +126,7 @@ def documents_of(stage, record, notes, place):
             ''.join(texts_of(document)).encode()
         return documents
     except UnicodeEncodeError:  # JSON can spell half a character
-        notes.append((REPAIRED, place))
+        notes.append((REPAIRED, 0))
         return _valid(documents)
 
 

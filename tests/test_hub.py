@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from conftest import fails, run, shared
+from conftest import fails, run, start
 from hub import Hub, parquet_bytes
 from test_prepare import contents, learned_of, texts_of
 
@@ -32,8 +32,9 @@ def hub():
         hub.add('roneneldan/TinyStories', {f'data/train-{i:05d}-of-00002.parquet': parquet_bytes(stories(600)[i::2], row_group_size=100) for i in range(2)}
                 | {'data/validation-00000-of-00001.parquet': parquet_bytes(stories(60, 'tale'))})
         hub.add('Skylion007/openwebtext', {'openwebtext.py': '# a loading script', 'README.md': '---\npretty_name: x\n---\n'})
-        hub.add('Skylion007/openwebtext', {'plain_text/partial-train/0000.parquet': parquet_bytes(stories(300, 'page')), 'README.md': readme(plain_text={'train': 'plain_text/partial-train/*.parquet'})},
-                revision='refs/convert/parquet')
+        hub.add('Skylion007/openwebtext', {'data/train-00000-of-00093.parquet': parquet_bytes(stories(300, 'page')), 'README.md': '---\npretty_name: x\n---\n'}, revision='refs/pr/18')
+        hub.add('someone/scripted', {'scripted.py': '# a loading script'})
+        hub.add('someone/scripted', {'default/train/0000.parquet': parquet_bytes(stories(40))}, revision='refs/convert/parquet')
         web = [row | dict(id=f'<urn:{i}>', dump='CC-MAIN-2024-10', url=f'http://x/{i}', file_path='s3://x', language='en', language_score=0.9, token_count=9, score=3.1, int_score=3)
                for i, row in enumerate(stories(900, 'web'))]
         hub.add('HuggingFaceFW/fineweb-edu', {'README.md': readme(default={'train': 'data/*/*'}, sample_10BT={'train': 'sample/10BT/*'})}
@@ -70,7 +71,7 @@ def oasst(n):
 
 def article_lines(name, n):
     for i in range(n):
-        yield from ['', f' = {name.title()} {i} = \n', '', f' Text <unk> of it = {i} . \n', '', ' = = Section = = \n', '', f' More {i} @-@ text . \n']
+        yield from ['', f' = {name.title()} = {i} = \n', '', f' Text <unk> of it = {i} . \n', ' = 1 <unk> and <unk> C = \n', '', ' = = Section = = \n', '', f' More {i} @-@ text . \n']
 
 
 def prepared(hub, folder, script, *flags, name=None):
@@ -92,11 +93,29 @@ def test_text_arrives_whole(hub, tmp_path, script, flags, n_train, first):
         assert train[:50] != sorted(train[:50], key=lambda t: int(t.split()[1][:-1])) and not re.search('web (\\d): .*web (\\d)', ' '.join(train[:3]))
 
 
+def test_a_loading_script_is_not_run_and_its_conversion_is_read(hub, tmp_path):
+    process = start(tmp_path, 'prepare/hub.py', *FAST, '--repo=someone/scripted', '--name=x', '--val_fraction=0.2', env=hub.env)
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 0 and 'is a loading script, which is not run; its revision refs/convert/parquet is read, of which the hub keeps the first 5 GB alone' in err
+    assert len(texts_of(str(tmp_path / 'data/x'), 'train') + texts_of(str(tmp_path / 'data/x'), 'val')) == 40
+
+
+def test_val_is_read_first_and_keeps_what_is_in_train_too(hub, tmp_path):
+    hub.add('roneneldan/TinyStories', {'data/train-00000-of-00001.parquet': parquet_bytes(stories(50)), 'data/validation-00000-of-00001.parquet': parquet_bytes(stories(20))}, revision='both')
+    both = hub.repos['roneneldan/TinyStories'].pop('both')
+    main, hub.repos['roneneldan/TinyStories']['main'] = hub.repos['roneneldan/TinyStories']['main'], both
+    try:
+        folder, out = prepared(hub, tmp_path, 'tinystories')
+    finally:
+        hub.repos['roneneldan/TinyStories']['main'] = main
+    assert [len(texts_of(folder, s)) for s in ('train', 'val')] == [30, 20] and '20 x a duplicate' in out
+
+
 @pytest.mark.parametrize('version', [2, 103])
 def test_wikitexts_articles_and_its_own_splits(hub, tmp_path, version):
     folder, _ = prepared(hub, tmp_path, 'wikitext', f'--version={version}')
     assert [len(texts_of(folder, s)) for s in ('train', 'val', 'test')] == [40 if version == 2 else 80, 5, 6]
-    assert texts_of(folder, 'val')[1] == ' = Validation 1 = \n\n Text <unk> of it = 1 . \n\n = = Section = = \n\n More 1 @-@ text . \n' + '\n'
+    assert texts_of(folder, 'val')[1] == ' = Validation = 1 = \n\n Text <unk> of it = 1 . \n = 1 <unk> and <unk> C = \n\n = = Section = = \n\n More 1 @-@ text . \n' + '\n'
 
 
 def test_dolma_is_read_from_its_lists_of_files(hub, tmp_path):
@@ -127,7 +146,7 @@ def test_dolma_is_read_from_its_lists_of_files(hub, tmp_path):
 def test_c4_takes_the_place_of_a_dolma_that_is_not_there(hub, tmp_path):
     folder, out = prepared(hub, tmp_path, 'dolma', '--target_tokens=9000', '--val_fraction=0.05')
     assert all(t.startswith('crawl ') for t in texts_of(folder, 'train')) and read_meta(folder)['splits']['train']['tokens'] >= 9000
-    assert 'allenai/c4, en, train took the place of allenai/dolma' in out and '0' in read_meta(folder)['instead']
+    assert 'allenai/c4, en, train took the place of allenai/dolma' in out and 'cannot be opened' in read_meta(folder)['instead'][0]
 
 
 def test_alpaca(hub, tmp_path):
@@ -162,7 +181,7 @@ def test_mini_chat_mixes_its_sources_up_to_a_cap(hub, tmp_path):
     assert not any('question 3<' in text or 'second best' in text or 'unanswered' in text for text in got)  # Spanish, not ranked first, without an answer
     assert sum('####' in text for text in got) == sum('print(' in text for text in got) == 30
     articles = [text for text, learned in got.items() if text == learned]  # all of it is learned
-    assert len(articles) == 30 and all(' = Train ' in text for text in articles)
+    assert len(articles) == 30 and all(' = Train = ' in text for text in articles)
     del hub.repos['openai/gsm8k'], hub.repos['OpenAssistant/oasst1']
     folder, out = prepared(hub, tmp_path, 'mini_chat', '--cap=30', '--val_fraction=0.1', '--name=filled', name='filled')
     got = learned_of(folder, 'train') + learned_of(folder, 'val')

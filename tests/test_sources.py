@@ -79,7 +79,7 @@ from prepare import sources
 sources.SHUFFLED = sources.WINDOW = 50
 ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
 makes = [lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
-         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row: row['text'].startswith(' = T')),
+         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
          lambda: sources.Hub('allenai/c4', 'en', columns=['text']), lambda: sources.Hub('yahma/alpaca-cleaned')]
 if len(sys.argv) == 2:
     out = []
