@@ -328,6 +328,7 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path, kind):
     run(tmp_path, command[0], *command[1:], '--name=x', '--seed=5')  # an older dataset of the same name
     whole, n = contents(tmp_path / 'data/whole'), 0
     while crash(tmp_path, n, *command, '--name=x'):
+        assert n < 90
         folder = tmp_path / 'data/x'
         if (folder / 'train.bin').exists() or (folder / 'train_000000.bin').exists():  # it looks prepared: then it is, the old one or the new
             Tokens(str(folder), 'train', 8, 300)
@@ -348,6 +349,7 @@ def test_a_merge_killed_at_any_step_ends_the_same(tmp_path):
     run(tmp_path, 'prepare/merge.py', '--name=whole')
     whole, n, more = contents(tmp_path / 'data/whole'), 0, True
     while more:
+        assert n < 90
         shutil.rmtree(tmp_path / 'data/x', ignore_errors=True)
         shutil.copytree(tmp_path / 'data/shards', tmp_path / 'data/x')
         more = crash(tmp_path, n, 'prepare/merge.py', '--name=x')
