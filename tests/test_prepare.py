@@ -272,7 +272,7 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
         if states():
             assert 'goes on behind the' in process.stderr.readline()
             time.sleep(0.5)
-        while end and not states():
+        while end and not states() and process.poll() is None:
             time.sleep(0.02)
         if end:
             process.send_signal(end)
