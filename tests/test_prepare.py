@@ -268,10 +268,10 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
     assert contents(tmp_path / 'data/three') == whole
     states, kept = lambda: list((tmp_path / 'data/killed').glob('partial-*/state.json')), 0
     for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
-        process = start(tmp_path, *command, '--name=killed', '--num_proc=2')
+        process = start(tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}')
         if states():
             assert 'goes on behind the' in process.stderr.readline()
-            time.sleep(0.5)
+            time.sleep(0.3)
         while end and not states() and process.poll() is None:
             time.sleep(0.02)
         if end:

@@ -54,6 +54,7 @@ def test_readmes_commands_run(tmp_path):
     (tmp_path / 'notes' / 'a.md').write_text('some words of my own. ' * 500)
     (tmp_path / 'talk.txt').write_text('more of them, and others. ' * 500)
     (tmp_path / 'notes' / 'b.txt').write_text('a second file, longer than the first one is. ' * 500)
+    (tmp_path / 'notes' / 'many.jsonl').write_text(''.join(f'{{"text": "note {i}"}}\n' for i in range(900)))
     (tmp_path / 'talks.jsonl').write_text('{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]}\n')
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
