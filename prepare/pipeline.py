@@ -2,7 +2,7 @@
 
 One process reads, num_proc workers tokenize, and what they return is written in the order it was read, so the same
 command gives the same bytes for any num_proc. Every few seconds what is written is made safe together with the place
-it was read from (data/NAME/partial/): killed at any moment, the same command goes on from there.
+it was read from (data/NAME/partial-*/): killed at any moment, the same command goes on from there.
 """
 import collections
 import glob
@@ -70,12 +70,17 @@ def prepare(stages, source, settings, masked=False):
     """
     s = SimpleNamespace(**settings)
     sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
+    below_data = not os.path.isabs(s.name) and os.path.normpath(s.name).partition(os.sep)[0] not in ('.', '..')
     for setting, good, why in (('name', s.name, 'is needed: the folder under data/'),
-                               ('name', not os.path.isabs(s.name) and os.path.normpath(s.name).partition(os.sep)[0] not in ('.', '..'), 'is no folder under data/'), ('val_fraction', 0 < s.val_fraction < 1, 'is not between 0 and 1'),
-                               ('num_proc', s.num_proc >= 0, 'is negative'), ('num_shards', s.num_shards > 0, 'is not positive'),
+                               ('name', below_data, 'is no folder under data/'),
+                               ('val_fraction', 0 < s.val_fraction < 1, 'is not between 0 and 1'),
+                               ('train_bytes', s.train_bytes > 0, 'is too few'),
+                               ('target_tokens', s.target_tokens >= 0, 'is negative'),
+                               ('shard_tokens', 1 < s.shard_tokens < 2 ** 31, 'is not between 2 and 2^31'),
+                               ('num_proc', s.num_proc >= 0, 'is negative'),
+                               ('num_shards', s.num_shards > 0, 'is not positive'),
                                ('shard', 0 <= s.shard < s.num_shards, f'is none of the {s.num_shards} shards, which count from 0'),
-                               ('shard_tokens', 1 < s.shard_tokens < 2 ** 31, 'is not between 2 and 2^31'), ('train_bytes', s.train_bytes > 0, 'is too few'),
-                               ('target_tokens', s.target_tokens >= 0, 'is negative'), ('retries', s.retries >= 0, 'is negative')):
+                               ('retries', s.retries >= 0, 'is negative')):
         if not good:
             raise UserError(f'{setting}={settings[setting]} {why}')
     if s.tokenizer in ('train', 'chars') and s.num_shards > 1:

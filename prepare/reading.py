@@ -40,6 +40,7 @@ def records(s, stages, index, state, position, shard, num_shards):
         except (Lost, Unavailable) as e:
             if isinstance(e, Unavailable) or failures == s.retries:
                 raise UserError(str(e)) from None
+            print(f'{e}; again in {2 ** failures} s', file=sys.stderr)
             time.sleep(2 ** failures)
             failures += 1
 

@@ -264,9 +264,10 @@ class Made:
             yield self.record(i), (self.identity, i + 1), i + 1
 
 
-def fetch(url, path):
-    """The file at path, fetched from url first where it is not there."""
-    if not os.path.exists(path):
+def tiny_shakespeare(path, val_fraction):
+    """Its address, and a source for each split: the text at path (under data/ it is fetched where it is missing), its end being val."""
+    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    if not os.path.exists(path) and path.startswith('data/'):
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
@@ -275,7 +276,10 @@ def fetch(url, path):
                 f.write(content)
         except Exception as e:  # no network, no such page, a broken answer, nowhere to write
             raise UserError(f'cannot fetch {url} ({e}); put the text at {path} or name it with --input') from None
-    return path
+    with open(path, 'rb') as f:
+        text = f.read().decode(errors='replace')
+    cut = int(len(text) * (1 - val_fraction))
+    return url, {split: Made(f'{path}, {split}', 1, lambda _, part=part: part) for split, part in (('train', text[:cut]), ('val', text[cut:]))}
 
 
 def _lines(path, size, start, stop, offset, number):
