@@ -9,13 +9,13 @@ import sys
 
 import torch
 
-from fledge import UserError, checkpoint, int8
+from fledge import UserError, checkpoint, int8, pretrained
 from fledge.configurator import configure
 from fledge.device import choose_device, choose_dtype, keep_memory
 from fledge.tokenizer import find_tokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'        # resume (out_dir's ckpt.pt) or a checkpoint file
+init_from = 'resume'        # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
 out_dir = 'out'             # a run's folder
 start = '\n'                # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
 num_samples = 10            # drawn together
@@ -48,10 +48,10 @@ if seed >= 2 ** 63:
 device = choose_device(device)
 keep_memory()
 path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-state = checkpoint.load(path)
+state = checkpoint.load(path) if init_from == 'resume' else pretrained.load(init_from)
 model = checkpoint.load_model(state, path).to(device, choose_dtype(dtype, device)).eval()
 dataset = state.get('config', {}).get('dataset')
-tokenizer = find_tokenizer(os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else [])) or load_tokenizer('gpt2')
+tokenizer = find_tokenizer(state.get('folder') or os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else [])) or load_tokenizer('gpt2')
 
 if start.startswith('FILE:'):
     try:

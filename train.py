@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fledge import UserError, checkpoint, optimizers, replacing
+from fledge import UserError, checkpoint, optimizers, pretrained, replacing
 from fledge.configurator import configure, one_line
 from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops
 from fledge.runlog import RunLog
@@ -30,7 +30,7 @@ from model import GPT, GPTConfig
 # The settings. As they stand they are the default run: see config/stdlib.py.
 # where the run lives
 out_dir = 'out'                 # checkpoints, metrics.jsonl, train.log, settings.json, samples, loss.png
-init_from = 'scratch'           # scratch, resume (goes on with out_dir's ckpt.pt) or a checkpoint file to start from
+init_from = 'scratch'           # scratch, resume (goes on with out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
 auto_resume = False             # resume where out_dir has a checkpoint, else start: for jobs that are started again
 seed = 1337                     # of the weights, the order of the data, dropout and samples
 # evaluation, checkpoints, logs
@@ -101,7 +101,7 @@ ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if auto_resume and os.path.exists(ckpt_path):
     init_from = 'resume'
 resuming = init_from == 'resume'
-start = None if init_from == 'scratch' else checkpoint.load(ckpt_path if resuming else init_from)
+start = None if init_from == 'scratch' else checkpoint.load(ckpt_path) if resuming else pretrained.load(init_from, block_size)
 if resuming:  # the run's own settings hold, but for those given now
     once = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
     saved = start.get('config', {})

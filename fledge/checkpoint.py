@@ -9,7 +9,7 @@ import re
 import torch
 
 from fledge import UserError, replacing
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rope_tables
 
 
 def save(path, checkpoint):
@@ -61,8 +61,13 @@ def load_model(checkpoint, path, dropout=None):
     """The GPT of a loaded checkpoint, on the CPU; dropout overrides the saved one. path is for error messages."""
     try:
         config = GPTConfig(**checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout}))
-        model = GPT(config)
-        model.load_state_dict(checkpoint['model'])
+        with torch.device('meta'):  # the checkpoint's tensors become the model's, so there is one of each
+            model = GPT(config)
+        model.load_state_dict({name: tensor.float() for name, tensor in checkpoint['model'].items()}, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        if config.position == 'rope':
+            model.rope_cos, model.rope_sin = rope_tables(config)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
     return model

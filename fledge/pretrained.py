@@ -1,0 +1,200 @@
+"""Hugging Face weights to ours: GPT-2, Llama, Qwen2 and Qwen3, by one table of names.
+
+Tensors are read one at a time, so loading takes the memory of one model and one tensor. Nothing loaded is executed.
+Sources: the modeling and configuration files of the four families in huggingface/transformers.
+"""
+import json
+import os
+import re
+
+import torch
+
+from fledge import UserError, checkpoint
+from model import GPT, GPTConfig
+
+# Our name: theirs. Several of theirs lie in one of ours, one below the other. {} is the layer.
+LLAMA = {
+    'transformer.wte.weight': ['model.embed_tokens.weight'],
+    'transformer.h.{}.ln_1.weight': ['model.layers.{}.input_layernorm.weight'],
+    'transformer.h.{}.attn.c_attn.weight': [f'model.layers.{{}}.self_attn.{p}_proj.weight' for p in 'qkv'],
+    'transformer.h.{}.attn.c_attn.bias': [f'model.layers.{{}}.self_attn.{p}_proj.bias' for p in 'qkv'],
+    'transformer.h.{}.attn.q_norm.weight': ['model.layers.{}.self_attn.q_norm.weight'],
+    'transformer.h.{}.attn.k_norm.weight': ['model.layers.{}.self_attn.k_norm.weight'],
+    'transformer.h.{}.attn.c_proj.weight': ['model.layers.{}.self_attn.o_proj.weight'],
+    'transformer.h.{}.ln_2.weight': ['model.layers.{}.post_attention_layernorm.weight'],
+    'transformer.h.{}.mlp.c_fc.weight': ['model.layers.{}.mlp.gate_proj.weight', 'model.layers.{}.mlp.up_proj.weight'],
+    'transformer.h.{}.mlp.c_proj.weight': ['model.layers.{}.mlp.down_proj.weight'],
+    'transformer.ln_f.weight': ['model.norm.weight'],
+    'lm_head.weight': ['lm_head.weight'],
+}
+GPT2 = {name: [name] for name in (
+    'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight',
+    *(f'transformer.h.{{}}.{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj') for kind in ('weight', 'bias')))}
+NAMES = {'gpt2': GPT2, 'llama': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA}
+TRANSPOSED = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')  # in GPT-2's files, whose layers are Conv1D
+IGNORED = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')  # buffers that older versions saved
+
+# What a config.json may say of things that GPT cannot do: the one value it has to have
+REQUIRED = {
+    'gpt2': dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False),
+    'qwen2': dict(hidden_act='silu', use_sliding_window=False),
+    'qwen3': dict(hidden_act='silu', use_sliding_window=False, attention_bias=False),
+}
+ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+
+
+def their_names(model_type, name):
+    """The names in a Hugging Face file of our tensor `name`."""
+    layer = re.search(r'\.h\.(\d+)\.', name)
+    found = NAMES[model_type][re.sub(r'\.h\.\d+\.', '.h.{}.', name)]
+    return [their.format(layer[1]) if layer else their for their in found]
+
+
+def read_config(config, where, block_size=0):
+    """GPTConfig of a parsed config.json, as a dict; block_size: fewer positions than it has, or with RoPE more. where names it in errors."""
+    kind = config.get('model_type')
+    if kind not in NAMES:
+        raise UserError(f'{where}: model_type {kind!r} is none of {", ".join(NAMES)}')
+    for field, value in REQUIRED[kind].items():
+        if config.get(field, value) != value:
+            raise UserError(f'{where}: {field}={config[field]!r} is not supported')
+    if 'sliding_attention' in (config.get('layer_types') or []):
+        raise UserError(f'{where}: layer_types has sliding_attention, which is not supported')
+    try:
+        if kind == 'gpt2':
+            activation = ACTIVATIONS.get(config.get('activation_function', 'gelu_new'))
+            if not activation:
+                raise UserError(f'{where}: activation_function={config["activation_function"]!r} is not supported')
+            if block_size > config['n_positions']:
+                raise UserError(f'{where} has {config["n_positions"]} learned positions; block_size={block_size} is more')
+            return dict(block_size=block_size or config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'], n_head=config['n_head'],
+                        n_embd=config['n_embd'], n_inner=config.get('n_inner') or 0, bias=True, activation=activation,
+                        norm_eps=config.get('layer_norm_epsilon', 1e-5), tie_embeddings=config.get('tie_word_embeddings', True))
+        rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # the newer and the older spelling
+        theta = rope.pop('rope_theta', None) or config.get('rope_theta', 10000.0)
+        rope_type = rope.get('rope_type', rope.get('type', 'default'))
+        if rope_type not in ('default', 'linear', 'llama3'):
+            raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported')
+        if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
+            raise UserError(f'{where}: partial_rotary_factor is not supported')
+        return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],
+                    n_head=config['num_attention_heads'], n_kv_head=config.get('num_key_value_heads') or 0, head_dim=config.get('head_dim') or 0,
+                    n_embd=config['hidden_size'], n_inner=config['intermediate_size'], bias=False, position='rope', rope_theta=float(theta),
+                    rope_scaling=None if rope_type == 'default' else rope, norm='rmsnorm', norm_eps=config.get('rms_norm_eps', 1e-6), activation='swiglu',
+                    qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3', tie_embeddings=config.get('tie_word_embeddings', False))
+    except KeyError as e:
+        raise UserError(f'{where} lacks {e}') from None
+
+
+class Weights:
+    """The tensors of a folder's .safetensors files, or of a pickle of plain tensors, by name; each is read when asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.open, self.plain = folder, {}, None
+        index, single, pickled = (os.path.join(folder, n) for n in ('model.safetensors.index.json', 'model.safetensors', 'pytorch_model.bin'))
+        if os.path.exists(index):
+            self.files = read_json(index).get('weight_map', {})
+        elif os.path.exists(single):
+            self.files = dict.fromkeys(self._file('model.safetensors').keys(), 'model.safetensors')
+        elif os.path.exists(pickled):
+            try:
+                self.plain = torch.load(pickled, map_location='cpu', weights_only=True, mmap=True)
+            except Exception as e:
+                raise UserError(f'{pickled} holds more than plain tensors, or is broken, and is not run ({type(e).__name__})') from None
+            self.files = dict.fromkeys(self.plain, 'pytorch_model.bin')
+        else:
+            raise UserError(f'{folder} has no model.safetensors')
+
+    def _file(self, name):
+        import safetensors
+        path = os.path.join(self.folder, name)
+        if name not in self.open:
+            try:
+                self.open[name] = safetensors.safe_open(path, 'pt')
+            except (OSError, safetensors.SafetensorError) as e:
+                raise UserError(f'{path} cannot be read: {str(e).splitlines()[0]}') from None
+        return self.open[name]
+
+    def names(self):
+        return self.files.keys()
+
+    def read(self, name):
+        """One tensor; name may lack or have the prefix of the body, as GPT-2's own files do. UserError where it is missing."""
+        found = next((n for n in (name, name.partition('.')[2]) if n in self.files), None)
+        if found is None:
+            raise UserError(f'{self.folder} has no tensor {name}')
+        if self.plain is not None:
+            return self.plain[found]
+        try:
+            return self._file(self.files[found]).get_tensor(found)
+        except Exception as e:  # a file that does not hold what the index promises
+            raise UserError(f'{self.folder}: tensor {found} cannot be read: {str(e).splitlines()[0]}') from None
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from None
+    except ValueError as e:
+        raise UserError(f'{path} is no valid JSON: {e}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds no object')
+    return content
+
+
+def load(source, block_size=0):
+    """A model to start from as a checkpoint: a dict of model (float32 tensors), model_args, and folder, where its tokenizer is.
+
+    source: a checkpoint file, a folder with config.json and the weights, or a name on the Hugging Face hub (OWNER/NAME).
+    block_size: see read_config.
+    """
+    if source.endswith('.pt') or os.path.isfile(source):
+        return checkpoint.load(source)
+    folder = source if os.path.isdir(source) else download(source)
+    where = os.path.join(folder, 'config.json')
+    config = read_json(where)
+    args = read_config(config, where, block_size)
+    try:
+        with torch.device('meta'):
+            wanted = GPT(GPTConfig(**args)).state_dict()
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f'{where} describes no model: {e}') from None
+    weights, kind, state, used = Weights(folder), config['model_type'], {}, set()
+    for name, shape in {n: t.shape for n, t in wanted.items()}.items():
+        if name == 'lm_head.weight' and args['tie_embeddings']:
+            continue
+        parts = []
+        for their in their_names(kind, name):
+            part = weights.read(their)
+            used |= {their, their.partition('.')[2]}
+            parts.append(part.t() if kind == 'gpt2' and TRANSPOSED.search(their) else part)
+        if name == 'transformer.wpe.weight':
+            parts[0] = parts[0][:shape[0]]
+        if any(part.shape[1:] != shape[1:] for part in parts) or sum(len(part) for part in parts) != shape[0]:
+            raise UserError(f'{folder}: {" and ".join(their_names(kind, name))} have the shapes {", ".join(str(tuple(p.shape)) for p in parts)}; {tuple(shape)} is expected')
+        state[name] = torch.cat(parts).float() if len(parts) > 1 else parts[0].float().contiguous()
+        del part, parts
+    if args['tie_embeddings']:
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    unknown = [n for n in weights.names() if n not in used and not IGNORED.search(n) and not (n == 'lm_head.weight' and args['tie_embeddings'])]
+    if unknown:
+        raise UserError(f'{folder}: tensor {unknown[0]} is none of a {kind} model')
+    return dict(model=state, model_args=GPTConfig(**args).model_args(), folder=folder)
+
+
+def download(name):
+    """The folder of a model of the Hugging Face hub: its weights, config.json and tokenizer, fetched where they are not in the cache."""
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
+        raise UserError(f'{name} is neither a checkpoint file, nor a folder, nor a name on the Hugging Face hub')
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    import huggingface_hub
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=['config.json', 'generation_config.json', '*.safetensors', 'model.safetensors.index.json', 'tokenizer*'])
+        if not any(n.endswith('.safetensors') for n in os.listdir(folder)):
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=['config.json', 'generation_config.json', 'pytorch_model.bin', 'tokenizer*'])
+        return folder
+    except Exception as e:  # no such name, no access, no network
+        raise UserError(f'{name} is no file or folder, and cannot be had from the Hugging Face hub ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]})') from None

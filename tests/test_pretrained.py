@@ -1,0 +1,154 @@
+"""Models of the four families, made at random by transformers in odd sizes, are the same models here."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import fails, run, write_tiny
+from safetensors.torch import load_file, save_file
+
+from fledge import UserError, pretrained
+from fledge.checkpoint import load_model
+
+transformers = pytest.importorskip('transformers')
+SHARED = dict(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=96)
+LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    'gpt2': lambda: transformers.GPT2Config(vocab_size=64, n_positions=96, n_embd=24, n_layer=2, n_head=3, n_inner=56),
+    'gpt2 gelu untied': lambda: transformers.GPT2Config(vocab_size=64, n_positions=96, n_embd=24, n_layer=2, n_head=3, activation_function='gelu', tie_word_embeddings=False),
+    'llama': lambda: transformers.LlamaConfig(**SHARED, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=5000.0)),
+    'llama tied': lambda: transformers.LlamaConfig(**SHARED, tie_word_embeddings=True),
+    'llama 3': lambda: transformers.LlamaConfig(**SHARED, head_dim=10, rope_parameters=LLAMA3 | dict(rope_theta=500000.0)),
+    'llama linear': lambda: transformers.LlamaConfig(**SHARED, rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=10000.0)),
+    'qwen2': lambda: transformers.Qwen2Config(**SHARED, tie_word_embeddings=True),
+    'qwen3': lambda: transformers.Qwen3Config(**SHARED, head_dim=10, rms_norm_eps=1e-5),
+    'qwen3 one kv head': lambda: transformers.Qwen3Config(**SHARED | dict(num_key_value_heads=1), head_dim=16, tie_word_embeddings=True),
+}
+
+
+def make(name, folder, **saved):
+    """A random model of a family, its biases and norms moved off their initial values, saved in folder."""
+    torch.manual_seed(0)
+    config = FAMILIES[name]()
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').float().eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(folder, **saved)
+    return theirs
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_logits_and_greedy_text_are_theirs(name, tmp_path):
+    theirs = make(name, tmp_path)
+    ours = load_model(pretrained.load(str(tmp_path)), str(tmp_path)).eval()
+    ids = torch.randint(0, 64, (2, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        logits = torch.stack([ours(ids[:, :n])[0][:, -1] for n in (1, 40, 90)], 1)  # ours gives the last position's
+    assert (logits - expected[:, [0, 39, 89]]).abs().max() < 1e-4
+    start = ids[:1, :20]
+    greedy = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 20:]
+    assert ours.generate(start, 64, temperature=0)[0, 20:].tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'qwen3', 'llama'])
+def test_several_shards_and_plain_pickles_are_read(name, tmp_path):
+    make(name, tmp_path / 'whole')
+    make(name, tmp_path / 'shards', max_shard_size='20kB')
+    assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 1
+    whole, shards = pretrained.load(str(tmp_path / 'whole')), pretrained.load(str(tmp_path / 'shards'))
+    assert whole['model_args'] == shards['model_args'] and all(torch.equal(t, shards['model'][n]) for n, t in whole['model'].items())
+    tensors = load_file(tmp_path / 'whole/model.safetensors')
+    os.remove(tmp_path / 'whole/model.safetensors')
+    torch.save(tensors, tmp_path / 'whole/pytorch_model.bin')
+    again = pretrained.load(str(tmp_path / 'whole'))
+    assert all(torch.equal(t, again['model'][n]) for n, t in whole['model'].items())
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    torch.save({'x': Payload()}, tmp_path / 'whole/pytorch_model.bin')
+    with pytest.raises(UserError, match='holds more than plain tensors'):
+        pretrained.load(str(tmp_path / 'whole'))
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_both_spellings_of_rope_are_the_same(tmp_path):
+    make('llama 3', tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    new = pretrained.read_config(config, 'x')
+    rope = config.pop('rope_parameters')
+    old = pretrained.read_config(config | dict(rope_theta=rope.pop('rope_theta'), rope_scaling=rope), 'x')
+    assert old == new and new['rope_scaling']['rope_type'] == 'llama3' and new['rope_theta'] == 500000.0
+
+
+def test_old_files_without_a_prefix_and_with_buffers(tmp_path):
+    make('gpt2', tmp_path)
+    before = pretrained.load(str(tmp_path))
+    tensors = {n.removeprefix('transformer.'): t.clone() for n, t in load_file(tmp_path / 'model.safetensors').items()}
+    tensors |= {'h.0.attn.bias': torch.ones(1, 1, 4, 4), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    save_file(tensors, tmp_path / 'model.safetensors')
+    after = pretrained.load(str(tmp_path))
+    assert all(torch.equal(t, after['model'][n]) for n, t in before['model'].items())
+
+
+def test_fewer_positions_and_with_rope_more(tmp_path):
+    make('gpt2', tmp_path / 'gpt2')
+    make('qwen3', tmp_path / 'qwen3')
+    assert pretrained.load(str(tmp_path / 'gpt2'), 32)['model']['transformer.wpe.weight'].shape == (32, 24)
+    with pytest.raises(UserError, match='has 96 learned positions; block_size=200 is more'):
+        pretrained.load(str(tmp_path / 'gpt2'), 200)
+    assert pretrained.load(str(tmp_path / 'qwen3'), 200)['model_args']['block_size'] == 200
+
+
+@pytest.mark.parametrize('name, change, message', [
+    ('llama', dict(model_type='mixtral'), "model_type 'mixtral' is none of gpt2, llama, qwen2, qwen3"),
+    ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True is not supported'),
+    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu' is not supported"),
+    ('llama', dict(attention_bias=True), 'attention_bias=True is not supported'),
+    ('gpt2', dict(activation_function='relu'), "activation_function='relu' is not supported"),
+    ('llama', dict(rope_parameters=dict(rope_type='yarn', factor=2.0, rope_theta=1e4)), "RoPE of type 'yarn' is not supported"),
+    ('llama', dict(num_attention_heads=5), 'n_head=5 is not divisible by n_kv_head=2'),
+    ('llama', dict(hidden_size=30), 'is expected'),
+    ('llama', dict(num_hidden_layers=3), 'has no tensor model.layers.2.input_layernorm.weight'),
+    ('llama', dict(num_hidden_layers=1), r'tensor model.layers.1\S+ is none of a llama model')])
+def test_what_does_not_fit_is_one_line_that_names_it(name, change, message, tmp_path):
+    make(name, tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        pretrained.load(str(tmp_path))
+
+
+def test_broken_folders_and_names(tmp_path):
+    with pytest.raises(UserError, match='config.json: No such file'):
+        pretrained.load(str(tmp_path))
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(UserError, match='no valid JSON'):
+        pretrained.load(str(tmp_path))
+    make('llama', tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes(b'\x08\x00\x00\x00\x00\x00\x00\x00{}      ')
+    with pytest.raises(UserError, match='has no tensor model.embed_tokens.weight'):
+        pretrained.load(str(tmp_path))
+    (tmp_path / 'model.safetensors').write_bytes(b'no')
+    with pytest.raises(UserError, match='model.safetensors cannot be read'):
+        pretrained.load(str(tmp_path))
+    (tmp_path / 'model.safetensors').unlink()
+    with pytest.raises(UserError, match='has no model.safetensors'):
+        pretrained.load(str(tmp_path))
+    with pytest.raises(UserError, match='is neither a checkpoint file, nor a folder'):
+        pretrained.load('no/such/place')
+
+
+def test_training_begins_with_it(tmp_path):
+    write_tiny(tmp_path / 'data' / 'tiny')
+    make('qwen3', tmp_path / 'base')
+    flags = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--max_iters=3', '--eval_interval=3', '--eval_iters=1', '--log_interval=1', '--device=cpu', '--dtype=float32',
+             '--sample_interval=0', '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1']
+    out = run(tmp_path, 'train.py', '--init_from=base', *flags)
+    assert 'step 3' in out
+    assert 'step 3' in run(tmp_path, 'train.py', '--init_from=out/ckpt.pt', '--out_dir=again', *flags)
+    (tmp_path / 'base' / 'tokenizer.json').write_bytes((tmp_path / 'data' / 'tiny' / 'tokenizer.json').read_bytes())  # it comes along
+    assert run(tmp_path, 'sample.py', '--init_from=base', '--start=((', '--max_new_tokens=5', '--device=cpu').startswith('((')
+    assert 'is neither a checkpoint file, nor a folder' in fails(tmp_path, 'train.py', '--init_from=no such', *flags)
