@@ -153,6 +153,8 @@ def load(source, block_size=0):
     """
     if source.endswith('.pt') or os.path.isfile(source):
         return checkpoint.load(source)
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
+        raise UserError(f'{source} is a folder without a config.json; name the checkpoint file in it, or the folder of a Hugging Face model')
     folder = source if os.path.isdir(source) else download(source)
     where = os.path.join(folder, 'config.json')
     config = read_json(where)

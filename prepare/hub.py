@@ -11,7 +11,7 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
-from prepare.sources import Hub
+from prepare.streams import Hub
 
 name = ''           # folder under data/
 repo = ''           # OWNER/NAME on huggingface.co

@@ -10,7 +10,8 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
-from prepare.sources import Hub, Skip
+from prepare.sources import Skip
+from prepare.streams import Hub
 
 name = 'imdb'           # folder under data/
 repo = 'stanfordnlp/imdb'

@@ -11,7 +11,8 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import article, conversation, exchange, is_title, text_of
-from prepare.sources import Hub, Made, Skip
+from prepare.sources import Made, Skip
+from prepare.streams import Hub
 
 name = 'mini_chat'      # folder under data/
 cap = 20000             # examples of each source

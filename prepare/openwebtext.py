@@ -10,7 +10,7 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
-from prepare.sources import Hub
+from prepare.streams import Hub
 
 name = 'openwebtext'    # folder under data/
 repo = 'Skylion007/openwebtext'

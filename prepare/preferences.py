@@ -12,7 +12,8 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import preference
-from prepare.sources import Files, Hub
+from prepare.sources import Files
+from prepare.streams import Hub
 
 name = ''           # folder under data/
 input = ''          # a file or a folder; several, separated by commas

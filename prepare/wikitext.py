@@ -10,7 +10,7 @@ from fledge.configurator import configure
 from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.records import article, is_title
-from prepare.sources import Hub
+from prepare.streams import Hub
 
 name = 'wikitext'       # folder under data/
 repo = 'Salesforce/wikitext'

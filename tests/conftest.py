@@ -20,6 +20,10 @@ TINY = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_kv_head=1', '--head_
         '--max_minutes=0', '--warmup_iters=5', '--learning_rate=0.006', '--sample_tokens=8', '--log_interval=1', '--eval_interval=30', '--eval_iters=2', '--sample_interval=30']
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.get_closest_marker('slow'))  # first, so that no process waits for the other's at the end
+
+
 def shared(*parts):
     """The path of a real data file; the test is skipped where it is not at hand."""
     path = os.path.join(SHARED, *parts)

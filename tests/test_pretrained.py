@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_one_line_that_names_it(name, change, message, tmp_
 
 
 def test_broken_folders_and_names(tmp_path):
-    with pytest.raises(UserError, match='config.json: No such file'):
+    with pytest.raises(UserError, match='is a folder without a config.json'):
         pretrained.load(str(tmp_path))
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(UserError, match='no valid JSON'):

@@ -75,12 +75,12 @@ def test_the_hub_goes_on_from_a_position_in_another_process(hub: Hub):  # noqa: 
     code = '''
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from prepare import sources
-sources.SHUFFLED = sources.WINDOW = 50
+from prepare import streams
+streams.SHUFFLED = streams.WINDOW = 50
 ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
-makes = [lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
-         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
-         lambda: sources.Hub('allenai/c4', 'en', columns=['text']), lambda: sources.Hub('yahma/alpaca-cleaned')]
+makes = [lambda: streams.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
+         lambda: streams.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
+         lambda: streams.Hub('allenai/c4', 'en', columns=['text']), lambda: streams.Hub('yahma/alpaca-cleaned')]
 if len(sys.argv) == 2:
     out = []
     for make in makes:
