@@ -447,4 +447,5 @@ if main:
     log.say(f'{"stopped" if stopping else "done"} at step {step} after {(time.monotonic() - began) / 60:.1f} minutes ({beside:.1f} s went to evaluations, checkpoints and samples); best val loss {best_val_loss:.4f}. ' +
             (f'To go on: python train.py --init_from=resume --out_dir={out_dir}' if stopping else f'Try it: python sample.py --out_dir={out_dir}'))
 if world > 1:
+    dist.barrier()  # nobody hangs up while another still speaks
     dist.destroy_process_group()

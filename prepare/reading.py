@@ -93,11 +93,10 @@ def texts(s, stages, state, budget):
     chosen = [i for i, stage in enumerate(stages) if not (budget and stage.split in ('val', 'test'))]
     for index in chosen:
         stage, share = stage_of(stages, state, index), budget // len(chosen)
-        pieces = 64 if isinstance(stage.source, Files) and stage.source.size > share > 0 else 1
-        slices = stage.source.size * pieces // share if pieces > 1 else 1
+        pieces = 64 if isinstance(stage.source, Files) and stage.source.size > share > 0 else 1  # and the beginning of each
         size = count = 0
         for piece in range(pieces):
-            for record, _, _ in records(s, stages, index, state, None, piece * slices // pieces, slices):
+            for record, _, _ in records(s, stages, index, state, None, piece, pieces):
                 with suppress(Skip):
                     for text in [text for document in documents_of(stage, record, []) for text in texts_of(document)]:
                         yield text
