@@ -1,10 +1,25 @@
 """What fledge's scripts stand on, one subject a file."""
+import json
 import os
 from contextlib import contextmanager
 
 
 class UserError(Exception):
     """What a user can get wrong: shown as one line, with exit code 2 (fledge.configurator sees to it)."""
+
+
+def read_json(path, what='object'):
+    """The JSON object at path, a dict; UserError where it is missing, broken or holds no such thing as `what`."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from None
+    except ValueError as e:
+        raise UserError(f'{path} is no valid JSON: {e}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds no {what}')
+    return content
 
 
 def lock_folder(folder, wait):

@@ -6,13 +6,12 @@ prints them all for --help. A mistake costs one line and exit code 2.
 """
 import ast
 import difflib
-import json
 import math
 import os
 import sys
 import traceback
 
-from fledge import UserError
+from fledge import UserError, read_json
 
 
 def configure(settings, argv=None, saved=None, also=None):
@@ -40,7 +39,7 @@ def configure(settings, argv=None, saved=None, also=None):
             _known(name, defaults, arg)
             given[name] = _parse(text, defaults[name], arg) if equals else _checked(True, defaults[name], arg)
         elif arg.endswith('.json'):
-            overrides = _read_json(arg)
+            overrides = read_json(arg, 'object of settings')
             for name, value in overrides.items():
                 _known(name, defaults, arg)
                 given[name] = _checked(value, defaults[name], f'{arg}: {name}')
@@ -110,19 +109,6 @@ def _parse(text, default, where):
     return _checked(value, default, where)
 
 
-def _read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            overrides = json.load(f)
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}') from None
-    except ValueError as e:
-        raise UserError(f'{path} is no valid JSON: {e}') from None
-    if not isinstance(overrides, dict):
-        raise UserError(f'{path} holds no object of settings')
-    return overrides
-
-
 class _Assigned(dict):
     """What a config file assigns, shown to its own functions as well."""
 
@@ -159,13 +145,12 @@ def _run(path, values):
 
 def _help(path, but=()):
     """Print every setting of a script with its default and its comment; returns their names."""
-    names = [name for name, _, _ in _assignments(path)]
-    for name, node, comment in _assignments(path):
-        if name in but:
-            continue
-        if not (isinstance(node.value, ast.Constant) and node.value.value is None):  # a hook is no setting
+    assignments = list(_assignments(path))
+    for name, node, comment in assignments:
+        hook = isinstance(node.value, ast.Constant) and node.value.value is None  # no setting
+        if name not in but and not hook:
             print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
-    return names
+    return [name for name, _, _ in assignments]
 
 
 def one_line(kind, error, trace):

@@ -3,13 +3,12 @@
 Tensors are read one at a time, so loading takes the memory of one model and one tensor. Nothing loaded is executed.
 Sources: the modeling and configuration files of the four families in huggingface/transformers.
 """
-import json
 import os
 import re
 
 import torch
 
-from fledge import UserError, checkpoint
+from fledge import UserError, checkpoint, read_json
 from model import GPT, GPTConfig
 
 # Our name: theirs. Several of theirs lie in one of ours, one below the other. {} is the layer.
@@ -130,19 +129,6 @@ class Weights:
             return self._file(self.files[found]).get_tensor(found)
         except Exception as e:  # a file that does not hold what the index promises
             raise UserError(f'{self.folder}: tensor {found} cannot be read: {str(e).splitlines()[0]}') from None
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            content = json.load(f)
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}') from None
-    except ValueError as e:
-        raise UserError(f'{path} is no valid JSON: {e}') from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path} holds no object')
-    return content
 
 
 def load(source, block_size=0):

@@ -17,12 +17,24 @@ HEADER_BYTES = 256 * 4
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in the blink of an eye
 
 
+def format_of(vocab_size):
+    """(magic, version) and token type of a .bin for a vocabulary of this size."""
+    return next((key, dtype) for key, dtype in FORMATS.items() if vocab_size <= 2 ** (8 * dtype.itemsize))
+
+
+def _write_header(file, key, count):
+    header = np.zeros(256, '<i4')
+    header[:3] = *key, count
+    file.seek(0)
+    file.write(header.tobytes())
+
+
 class BinWriter:
     """Writes one .bin as tokens arrive. The file takes its name when the `with` block ends well, and not before."""
 
     def __init__(self, path, vocab_size):
         self.path, self.temporary, self.count = path, f'{path}.tmp', 0
-        self.key = next(k for k, t in FORMATS.items() if vocab_size <= 2 ** (8 * t.itemsize))
+        self.key, self.dtype = format_of(vocab_size)
 
     def __enter__(self):
         self.file = open(self.temporary, 'wb')
@@ -34,15 +46,12 @@ class BinWriter:
         self.count += len(ids)
         if self.count >= 2 ** 31:
             raise UserError(f'{self.path} would hold over 2^31 tokens, more than its header can count')
-        self.file.write(np.asarray(ids).astype(FORMATS[self.key]).tobytes())
+        self.file.write(np.asarray(ids).astype(self.dtype).tobytes())
 
     def __exit__(self, error, *_):
         try:
             with self.file:
-                header = np.zeros(256, '<i4')
-                header[:3] = *self.key, self.count
-                self.file.seek(0)
-                self.file.write(header.tobytes())
+                _write_header(self.file, self.key, self.count)
             if error is None:
                 os.replace(self.temporary, self.path)
         finally:
@@ -58,8 +67,8 @@ class SplitWriter:
     """
 
     def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
-        self.prefix, self.vocab_size, self.shard_tokens, self.masked = os.path.join(folder, split), vocab_size, shard_tokens, masked
-        self.key, self.dtype = next((k, t) for k, t in FORMATS.items() if vocab_size <= 2 ** (8 * t.itemsize))
+        self.prefix, self.shard_tokens, self.masked = os.path.join(folder, split), shard_tokens, masked
+        self.key, self.dtype = format_of(vocab_size)
         self.shards, self.files = list(shards), []
         if self.shards:
             self._open()
@@ -125,10 +134,7 @@ class SplitWriter:
     def close(self):
         """Write the header of the last shard, and close it."""
         if self.files:
-            header = np.zeros(256, '<i4')
-            header[:3] = *self.key, self.shards[-1]
-            self.files[0].seek(0)
-            self.files[0].write(header.tobytes())
+            _write_header(self.files[0], self.key, self.shards[-1])
             self.sync()
         for file in self.files:
             file.close()

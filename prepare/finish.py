@@ -10,7 +10,7 @@ import sys
 from fledge import UserError, replacing
 from fledge.tokens import split_files
 from prepare.sources import REPAIRED
-from prepare.worker import SPLITS
+from prepare.worker import SPLITS, end_of
 
 
 def share(s, state, writers, encoder, masked, source):
@@ -20,7 +20,7 @@ def share(s, state, writers, encoder, masked, source):
         return
     full, empty = sides[0], {'train': 'val', 'val': 'train'}[sides[0]]
     ids, learned = writers[full].last_shard()
-    end = [] if encoder.end_of_text is None or masked else [encoder.end_of_text]
+    end = [] if masked else end_of(encoder).tolist()
     tokens, size, documents = state['splits'][full]['last']
     moved = tokens
     if not masked:

@@ -11,7 +11,7 @@ from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.sources import tiny_shakespeare
 
-name = 'shakespeare'      # folder under data/
+name = 'shakespeare'    # folder under data/
 input = ''              # the text, if it is here already; else data/NAME/input.txt, fetched where it is missing
 tokenizer = 'gpt2'      # as below
 val_fraction = 0.1      # the end of the text

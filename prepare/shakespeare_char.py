@@ -11,9 +11,9 @@ from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.sources import tiny_shakespeare
 
-name = 'shakespeare_char'      # folder under data/
+name = 'shakespeare_char'   # folder under data/
 input = ''              # the text, if it is here already; else data/NAME/input.txt, fetched where it is missing
-tokenizer = 'chars'      # as below
+tokenizer = 'chars'     # as below
 val_fraction = 0.1      # the end of the text
 settings = configure(globals(), also=pipeline.__file__)
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from fledge import UserError
+from fledge.tokens import format_of
 from prepare.sources import REPAIRED, Skip, Text
 
 SPLITS = ('train', 'val', 'test')
@@ -52,7 +53,7 @@ def tokenize(index, instead, batch):
         notes += [(why, (place[0], line or place[1]), before) for why, line in noted]
     columns = zip(*examples) if examples else [()] * len(COLUMNS)
     return {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns)} | dict(
-        notes=notes, ids=np.concatenate(ids).astype(np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32),
+        notes=notes, ids=np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
         learned=np.concatenate(learned).astype(np.uint8) if masked else None)
 
 
