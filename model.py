@@ -107,8 +107,8 @@ def norm(config):
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(config):
-    """RoPE's angles (Su et al. 2021, arXiv:2104.09864): cosines and signed sines, two (block_size, head_dim) float32."""
+def rope_frequencies(config):
+    """By which angle RoPE (Su et al. 2021, arXiv:2104.09864) turns each pair from one position to the next, (head_dim / 2,) float32."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     scaling = config.rope_scaling or {}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
@@ -121,7 +121,13 @@ def rope_tables(config):
         frequency = frequency * (keep + (1 - keep) / scaling['factor'])
     elif kind != 'default':
         raise ValueError(f'rope_scaling {kind!r} is none of linear, llama3')
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)
+    return frequency
+
+
+def rope_tables(config, frequencies=None):
+    """RoPE's angles: cosines and signed sines, two (block_size, head_dim) float32. frequencies: others than the config's own."""
+    frequencies = rope_frequencies(config) if frequencies is None else frequencies
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequencies)
     return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 

@@ -4,7 +4,6 @@ python sample.py --start="def main(" --num_samples=3 --top_p=0.9
 python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
 """
 import json as json_
-import os
 import sys
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from fledge import UserError, checkpoint, int8, pretrained
 from fledge.configurator import configure
 from fledge.device import choose_device, choose_dtype, keep_memory
-from fledge.tokenizer import find_tokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'        # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
@@ -41,17 +39,12 @@ if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
     raise UserError(f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0')
 if quantize not in ('none', 'int8'):
     raise UserError(f'quantize={quantize!r} is none of none, int8')
-if compile and quantize == 'int8':
-    raise UserError('quantize=int8 runs on kernels of its own: leave out --compile')
 if seed >= 2 ** 63:
     raise UserError(f'seed={seed} must be below 2^63')
 device = choose_device(device)
 keep_memory()
-path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-state = checkpoint.load(path) if init_from == 'resume' else pretrained.load(init_from)
+state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).to(device, choose_dtype(dtype, device)).eval()
-dataset = state.get('config', {}).get('dataset')
-tokenizer = find_tokenizer(state.get('folder') or os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else [])) or load_tokenizer('gpt2')
 
 if start.startswith('FILE:'):
     try:
@@ -59,11 +52,13 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read the prompt: {e}') from None
-prompt = tokenizer.encode(start, allow_special=True) or [tokenizer.end_of_text or 0]
+prompt = tokenizer.begin + tokenizer.encode(start, allow_special=True) or [tokenizer.end_of_text or 0]
 if max(prompt) >= model.config.vocab_size:
     raise UserError(f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer')
 if quantize == 'int8':
     int8.quantize(model)
+if compile and int8.is_quantized(model):
+    raise UserError('8-bit weights run on kernels of their own: leave out --compile')
 if compile:
     model.compile(dynamic=True)
 end = tokenizer.special.get(stop)

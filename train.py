@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fledge import UserError, checkpoint, optimizers, pretrained, replacing
+from fledge import UserError, checkpoint, int8, optimizers, pretrained, replacing
 from fledge.configurator import configure, one_line
 from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops
 from fledge.runlog import RunLog
@@ -153,6 +153,12 @@ if main and not split_files(data_dir, 'train'):
 if world > 1:
     dist.barrier()
 tokenizer = find_tokenizer(data_dir)
+if start and not resuming:  # the tokenizer comes along with the weights, and the data has to be in it
+    folder = start.get('folder') or os.path.dirname(init_from) or '.'
+    theirs = find_tokenizer(folder)
+    if tokenizer and theirs and any(tokenizer.token_bytes.get(i, token) != token for i, token in theirs.token_bytes.items()):
+        raise UserError(f'{data_dir} was prepared with another tokenizer than the one of {init_from}: prepare it with --tokenizer={folder}')
+    tokenizer = tokenizer or theirs
 
 # ---- model
 torch.manual_seed(seed)
@@ -166,6 +172,8 @@ if start is None:
         raise UserError(str(e)) from None
 else:
     model = checkpoint.load_model(start, ckpt_path if resuming else init_from, dropout=dropout)
+    if int8.is_quantized(model) and not eval_only:
+        raise UserError(f'{ckpt_path if resuming else init_from} has 8-bit weights, which cannot be trained: start from what it was made of')
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
     for k in config:
@@ -191,7 +199,7 @@ for i, token in (tokenizer.token_bytes if tokenizer else {}).items():
         bytes_of[i] = len(token)
 
 # ---- optimizers, and what else a resumed run goes on with
-opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+opts = [] if eval_only else optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 first_step, elapsed, best_val_loss, evaluations_since_best, last_evaluation = 0, 0.0, math.inf, 0, None
 total_steps = max_iters
 if resuming:
@@ -200,7 +208,7 @@ if resuming:
     if 'iter_num' not in start or 'best_val_loss' not in start:
         raise UserError(f'{ckpt_path} is no checkpoint of a run: start from it with --init_from={ckpt_path} and another --out_dir')
     first_step, best_val_loss = start['iter_num'], float(start['best_val_loss'])
-    if 'optimizer' in start:
+    if 'optimizer' in start and opts:
         optimizers.load_state_dict(opts, start['optimizer'])
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])

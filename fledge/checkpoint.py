@@ -7,9 +7,10 @@ import pickle
 import re
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from fledge import UserError, replacing
-from model import GPT, GPTConfig, rope_tables
+from fledge import UserError, adapters, int8, replacing
+from model import GPT, GPTConfig
 
 
 def save(path, checkpoint):
@@ -57,17 +58,34 @@ def load(path):
     return checkpoint
 
 
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs['tensor'] if getattr(function, '__module__', '') == 'torch.nn.init' else function(*args, **kwargs or {})
+
+
+def empty_model(config):
+    """A GPT whose weights are not filled in, and so take no memory yet: shapes, and a place to assign tensors to.
+
+    The meta device would do the same, and import torch's compiler for it, which takes half a second or more.
+    """
+    with _NothingDrawn():
+        return GPT(config)
+
+
 def load_model(checkpoint, path, dropout=None):
-    """The GPT of a loaded checkpoint, on the CPU; dropout overrides the saved one. path is for error messages."""
+    """The GPT of a loaded checkpoint, on the CPU, its adapters merged; dropout overrides the saved one. path is for error messages."""
+    state = adapters.merge(checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path)
+    quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
     try:
         config = GPTConfig(**checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout}))
-        with torch.device('meta'):  # the checkpoint's tensors become the model's, so there is one of each
-            model = GPT(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in checkpoint['model'].items()}, assign=True)
-        if config.tie_embeddings:
+        model = empty_model(config)  # the checkpoint's tensors become the model's, so there is one of each
+        if quantized:
+            for layer in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+                layer.to('meta')  # nothing is there to be rounded yet
+            int8.quantize(model)
+        model.load_state_dict({name: tensor if tensor.dtype == torch.int8 else tensor.float() for name, tensor in state.items()}, assign=True)
+        if config.tie_embeddings and not quantized:
             model.lm_head.weight = model.transformer.wte.weight
-        if config.position == 'rope':
-            model.rope_cos, model.rope_sin = rope_tables(config)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
     return model

@@ -34,6 +34,12 @@ class Int8Linear(nn.Module):
         y = y if widest is None else y * widest
         return (y if self.bias is None else y + self.bias).to(dtype)
 
+    def _apply(self, fn, recurse=True):
+        scale = self.scale  # stays float32 when a model is turned to bfloat16
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.weight.device)
+        return self
+
     def pack(self):
         """The weight as torch's integer kernel reads it, made once."""
         key = self.weight.data_ptr(), self.weight._version, self.scale.data_ptr(), self.scale._version
@@ -42,6 +48,10 @@ class Int8Linear(nn.Module):
             weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), torch.zeros(len(self.scale), dtype=torch.long), 0)
             self.packed = key, torch.ops.quantized.linear_prepack(weight, None)
         return self.packed[1]
+
+
+def is_quantized(model):
+    return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def quantize(model):

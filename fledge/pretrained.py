@@ -1,4 +1,4 @@
-"""Hugging Face weights to ours: GPT-2, Llama, Qwen2 and Qwen3, by one table of names.
+"""Hugging Face weights to ours and back: GPT-2, Llama, Qwen2 and Qwen3, by one table of names.
 
 Tensors are read one at a time, so loading takes the memory of one model and one tensor. Nothing loaded is executed.
 Sources: the modeling and configuration files of the four families in huggingface/transformers.
@@ -8,8 +8,9 @@ import re
 
 import torch
 
-from fledge import UserError, checkpoint, read_json
-from model import GPT, GPTConfig
+from fledge import UserError, checkpoint, hub, read_json
+from fledge.tokenizer import find_tokenizer, load_tokenizer
+from model import GPTConfig
 
 # Our name: theirs. Several of theirs lie in one of ours, one below the other. {} is the layer.
 LLAMA = {
@@ -30,6 +31,7 @@ GPT2 = {name: [name] for name in (
     'transformer.wte.weight', 'transformer.wpe.weight', 'transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight',
     *(f'transformer.h.{{}}.{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj') for kind in ('weight', 'bias')))}
 NAMES = {'gpt2': GPT2, 'llama': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA}
+LAYER = r'\.h\.\d+\.', '.h.{}.'  # as in re.sub: a name without its layer
 TRANSPOSED = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')  # in GPT-2's files, whose layers are Conv1D
 IGNORED = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')  # buffers that older versions saved
 
@@ -40,13 +42,14 @@ REQUIRED = {
     'qwen2': dict(hidden_act='silu', use_sliding_window=False),
     'qwen3': dict(hidden_act='silu', use_sliding_window=False, attention_bias=False),
 }
+FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']  # what is fetched beside the weights
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
 def their_names(model_type, name):
     """The names in a Hugging Face file of our tensor `name`."""
     layer = re.search(r'\.h\.(\d+)\.', name)
-    found = NAMES[model_type][re.sub(r'\.h\.\d+\.', '.h.{}.', name)]
+    found = NAMES[model_type][re.sub(*LAYER, name)]
     return [their.format(layer[1]) if layer else their for their in found]
 
 
@@ -55,6 +58,8 @@ def read_config(config, where, block_size=0):
     kind = config.get('model_type')
     if kind not in NAMES:
         raise UserError(f'{where}: model_type {kind!r} is none of {", ".join(NAMES)}')
+    if config.get('quantization_config'):
+        raise UserError(f'{where}: its weights are quantized ({config["quantization_config"].get("quant_method")}); start from the model that they were made of')
     for field, value in REQUIRED[kind].items():
         if config.get(field, value) != value:
             raise UserError(f'{where}: {field}={config[field]!r} is not supported')
@@ -75,6 +80,7 @@ def read_config(config, where, block_size=0):
         rope_type = rope.get('rope_type', rope.get('type', 'default'))
         if rope_type not in ('default', 'linear', 'llama3'):
             raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported')
+        rope = {key: value for key, value in rope.items() if key != 'type'} | dict(rope_type=rope_type)
         if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
             raise UserError(f'{where}: partial_rotary_factor is not supported')
         return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],
@@ -131,6 +137,45 @@ class Weights:
             raise UserError(f'{self.folder}: tensor {found} cannot be read: {str(e).splitlines()[0]}') from None
 
 
+def part_rows(c, count, rows):
+    """How many rows each of their `count` tensors has that lie in one of ours, of a GPTConfig c."""
+    key_rows = c.n_kv_head * c.head_dim
+    return {1: [rows], 2: [c.n_inner, c.n_inner], 3: [c.n_head * c.head_dim, key_rows, key_rows]}[count]
+
+
+def our_tensors(weights, kind, args, where):
+    """The state_dict, float32, of the GPT that args describe, out of weights with Hugging Face's names for a model_type kind.
+
+    weights: names() gives all of them, read(name) one tensor. Raises UserError, which names where, for what is missing, misshaped or unknown.
+    """
+    try:
+        model = checkpoint.empty_model(GPTConfig(**args))
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f'{where} describes no model: {e}') from None
+    state, used = {}, set()
+    for name, wanted in model.state_dict().items():
+        if name == 'lm_head.weight' and args['tie_embeddings']:
+            continue
+        parts = []
+        for their in their_names(kind, name):
+            part = weights.read(their)
+            used |= {their, their.partition('.')[2]}
+            parts.append(part.t() if kind == 'gpt2' and TRANSPOSED.search(their) else part)
+        if name == 'transformer.wpe.weight':
+            parts[0] = parts[0][:len(wanted)]
+        for their, part, rows in zip(their_names(kind, name), parts, part_rows(model.config, len(parts), len(wanted))):
+            if part.shape != (rows, *wanted.shape[1:]):
+                raise UserError(f'{where}: tensor {their} has the shape {tuple(part.shape)}, and {(rows, *wanted.shape[1:])} is expected')
+        state[name] = torch.cat(parts).float() if len(parts) > 1 else parts[0].float().contiguous()
+        del part, parts
+    if args['tie_embeddings']:
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    unknown = [n for n in weights.names() if n not in used and not IGNORED.search(n) and not (n == 'lm_head.weight' and args['tie_embeddings'])]
+    if unknown:
+        raise UserError(f'{where}: tensor {unknown[0]} is none of a {kind} model')
+    return state
+
+
 def load(source, block_size=0):
     """A model to start from as a checkpoint: a dict of model (float32 tensors), model_args, and folder, where its tokenizer is.
 
@@ -141,48 +186,57 @@ def load(source, block_size=0):
         return checkpoint.load(source)
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, 'config.json')):
         raise UserError(f'{source} is a folder without a config.json; name the checkpoint file in it, or the folder of a Hugging Face model')
-    folder = source if os.path.isdir(source) else download(source)
+    folder = source if os.path.isdir(source) else hub.download(source, [*FILES, 'model*.safetensors', 'model.safetensors.index.json'])
+    if folder != source and not any(n.endswith('.safetensors') for n in os.listdir(folder)):
+        folder = hub.download(source, [*FILES, 'pytorch_model.bin'])
     where = os.path.join(folder, 'config.json')
     config = read_json(where)
     args = read_config(config, where, block_size)
-    try:
-        with torch.device('meta'):
-            wanted = GPT(GPTConfig(**args)).state_dict()
-    except (TypeError, ValueError, KeyError) as e:
-        raise UserError(f'{where} describes no model: {e}') from None
-    weights, kind, state, used = Weights(folder), config['model_type'], {}, set()
-    for name, shape in {n: t.shape for n, t in wanted.items()}.items():
-        if name == 'lm_head.weight' and args['tie_embeddings']:
-            continue
-        parts = []
-        for their in their_names(kind, name):
-            part = weights.read(their)
-            used |= {their, their.partition('.')[2]}
-            parts.append(part.t() if kind == 'gpt2' and TRANSPOSED.search(their) else part)
-        if name == 'transformer.wpe.weight':
-            parts[0] = parts[0][:shape[0]]
-        if any(part.shape[1:] != shape[1:] for part in parts) or sum(len(part) for part in parts) != shape[0]:
-            raise UserError(f'{folder}: {" and ".join(their_names(kind, name))} have the shapes {", ".join(str(tuple(p.shape)) for p in parts)}; {tuple(shape)} is expected')
-        state[name] = torch.cat(parts).float() if len(parts) > 1 else parts[0].float().contiguous()
-        del part, parts
-    if args['tie_embeddings']:
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    unknown = [n for n in weights.names() if n not in used and not IGNORED.search(n) and not (n == 'lm_head.weight' and args['tie_embeddings'])]
-    if unknown:
-        raise UserError(f'{folder}: tensor {unknown[0]} is none of a {kind} model')
+    state = our_tensors(Weights(folder), config['model_type'], args, folder)
     return dict(model=state, model_args=GPTConfig(**args).model_args(), folder=folder)
 
 
-def download(name):
-    """The folder of a model of the Hugging Face hub: its weights, config.json and tokenizer, fetched where they are not in the cache."""
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-        raise UserError(f'{name} is neither a checkpoint file, nor a folder, nor a name on the Hugging Face hub')
-    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    import huggingface_hub
-    try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=['config.json', 'generation_config.json', '*.safetensors', 'model.safetensors.index.json', 'tokenizer*'])
-        if not any(n.endswith('.safetensors') for n in os.listdir(folder)):
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=['config.json', 'generation_config.json', 'pytorch_model.bin', 'tokenizer*'])
-        return folder
-    except Exception as e:  # no such name, no access, no network
-        raise UserError(f'{name} is no file or folder, and cannot be had from the Hugging Face hub ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]})') from None
+def load_with_tokenizer(init_from, out_dir):
+    """What the scripts that use a model begin with: a checkpoint (see load), the path it is from, and its tokenizer.
+
+    init_from: resume (out_dir's ckpt.pt), or a source as of load. The tokenizer lies beside the weights or, in an older run, beside the data.
+    """
+    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+    state = checkpoint.load(path) if init_from == 'resume' else load(init_from)
+    dataset = state.get('config', {}).get('dataset')
+    tokenizer = find_tokenizer(state.get('folder') or os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else []))
+    if tokenizer is None and state['model_args'].get('vocab_size') not in (50257, 50304):
+        raise UserError(f'{path} has no tokenizer.json beside it, and its vocabulary of {state["model_args"].get("vocab_size")} is not GPT-2\'s')
+    return state, path, tokenizer or load_tokenizer('gpt2')
+
+
+def write_config(c):
+    """The config.json, a dict, of the family that a GPTConfig belongs to; UserError where it belongs to none."""
+    even = c.head_dim * c.n_head == c.n_embd
+    if c.position == 'learned' and c.norm == 'layernorm' and c.activation in ('gelu', 'gelu_tanh') and c.n_kv_head == c.n_head and even and not c.qk_norm:
+        return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                    n_head=c.n_head, n_inner=c.n_inner, activation_function={'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[c.activation], layer_norm_epsilon=c.norm_eps,
+                    resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tie_embeddings)
+    if c.position != 'rope' or c.norm != 'rmsnorm' or c.activation != 'swiglu' or c.bias or (c.qkv_bias and c.qk_norm):
+        odd = f'position={c.position} norm={c.norm} activation={c.activation} bias={c.bias} qkv_bias={c.qkv_bias} qk_norm={c.qk_norm} n_kv_head={c.n_kv_head} head_dim={c.head_dim}'
+        raise UserError(f'none of {", ".join(NAMES)} has this model\'s {odd} together, so nothing else could load it')
+    kind, name = ('qwen3', 'Qwen3') if c.qk_norm else ('qwen2', 'Qwen2') if c.qkv_bias else ('llama', 'Llama')
+    biases = {} if kind == 'qwen2' else dict(attention_bias=False)
+    return dict(architectures=[f'{name}ForCausalLM'], model_type=kind, vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
+                intermediate_size=c.n_inner, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+                hidden_act='silu', rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling, tie_word_embeddings=c.tie_embeddings, **biases)
+
+
+def their_tensors(model, kind):
+    """(name in a Hugging Face file of model_type kind, tensor) of a GPT's weights, one at a time. What is tied is left out."""
+    c, state = model.config, model.state_dict()
+    for name, tensor in state.items():
+        if name == 'lm_head.weight' and c.tie_embeddings:
+            continue
+        their = their_names(kind, name)
+        parts = tensor.split(part_rows(c, len(their), len(tensor)))
+        for n, part in zip(their, parts, strict=True):
+            yield n, part.t() if kind == 'gpt2' and TRANSPOSED.search(n) else part
+        bias = name.removesuffix('weight') + 'bias'
+        if kind == 'gpt2' and re.sub(*LAYER, bias) in GPT2 and bias not in state:  # GPT-2 has biases throughout; a model here may do without
+            yield their_names(kind, bias)[0], torch.zeros(len(tensor))

@@ -4,6 +4,7 @@ Byte-level BPE of any origin (GPT-2's, one trained here, Qwen's) runs on tiktoke
 anything else on the `tokenizers` package.
 """
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -11,9 +12,11 @@ import re
 
 import numpy as np
 
-from fledge import UserError, replacing
+from fledge import UserError, hub, replacing
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # the last two are ChatML's
+CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # encode_chat's form, as transformers and llama.cpp take it
 # How text is split before merging. llama.cpp knows both by name, so a model that uses them exports to GGUF.
 PATTERNS = {
     'qwen2': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -35,7 +38,8 @@ class Tokenizer:
     """One interface over the backends.
 
     spec: the parsed tokenizer.json. `vocab_size` counts every id, special tokens included; `special` maps the
-    text of each special token to its id; `end_of_text` is the id that ends a document, or None.
+    text of each special token to its id; `end_of_text` is the id that ends a document, or None; `begin` are the ids
+    that its model wants in front of a text (Llama's <|begin_of_text|>), mostly none.
     """
 
     def __init__(self, spec):
@@ -43,6 +47,10 @@ class Tokenizer:
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
         self.end_of_text = next((self.special[t] for t in (END_OF_TEXT, '<|end_of_text|>', '</s>') if t in self.special), None)
+        post = spec.get('post_processor') or {}
+        template = next((p for p in (post, *post.get('processors', [])) if p.get('type') == 'TemplateProcessing'), {})
+        first = itertools.takewhile(lambda piece: 'SpecialToken' in piece, template.get('single', []))
+        self.begin = [i for piece in first for i in template['special_tokens'][piece['SpecialToken']['id']]['ids']]
         vocab = model.get('vocab')
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids = set(ids) | {t['id'] for t in added}
@@ -220,11 +228,13 @@ class _NoCode(pickle.Unpickler):
 
 
 def load_tokenizer(source):
-    """A tokenizer by name (gpt2, bytes), from a tokenizer.json, or from a folder that holds one or nanoGPT's meta.pkl."""
+    """A tokenizer by name (gpt2, bytes), from a tokenizer.json, a folder that holds one or nanoGPT's meta.pkl, or the Hugging Face hub (OWNER/NAME)."""
     if source == 'gpt2':
         return gpt2_tokenizer()
     if source == 'bytes':
         return byte_tokenizer()
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', source) and not os.path.isdir(os.path.dirname(source)):
+        source = hub.download(source, ['tokenizer.json'])
     path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
     legacy = os.path.join(source, 'meta.pkl')
     try:
@@ -235,7 +245,7 @@ def load_tokenizer(source):
         with open(path, encoding='utf-8') as f:
             return Tokenizer(json.load(f))
     except FileNotFoundError:
-        raise UserError(f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json or a folder that holds one') from None
+        raise UserError(f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json, a folder that holds one, or OWNER/NAME on the Hugging Face hub') from None
     except UserError:
         raise
     except Exception as e:  # broken bytes fail in any way

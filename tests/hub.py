@@ -6,7 +6,7 @@
         hub.fail('train-00000', after_bytes=5000, times=2)
         subprocess.run([...], env=os.environ | hub.env)                # HF_ENDPOINT is read when datasets is imported
 
-It stands in for what huggingface_hub 1 and 2 and datasets ask of huggingface.co when a public data set is streamed or one of its files is downloaded:
+It stands in for what huggingface_hub 1 and 2 and datasets ask of huggingface.co when a public data set is streamed or files of it or of a model are downloaded:
 a repo's commit, its list of files, and the files, whole or by range. There is no git, no Xet storage, no redirect to another host and no login.
 """
 import contextlib
@@ -60,7 +60,7 @@ class Hub:
                 'HF_HUB_DISABLE_TELEMETRY': '1', 'http_proxy': self.endpoint, 'https_proxy': self.endpoint, 'no_proxy': '127.0.0.1,localhost'}
 
     def add(self, repo, files, revision='main'):
-        """Put a data set repo there: {path: bytes or str}. Each revision is added for itself; a later call replaces it."""
+        """Put the repo of a data set or a model there: {path: bytes or str}. Each revision is added for itself; a later call replaces it."""
         files = {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
         commit = hashlib.sha1(repr((repo, revision, sorted(files.items()))).encode()).hexdigest()
         self.repos.setdefault(repo, {})[revision] = (commit, files)
@@ -90,10 +90,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.startswith('/files/'):
             data = hub.files.get(unquote(path[len('/files/'):]))
             return self.answer(404, b'') if data is None else self.send_file(data)
-        match = re.fullmatch(r'/(api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?', path)
-        if not match or match[2] not in hub.repos:
+        match = re.fullmatch(r'/(?:api/datasets/|datasets/|api/models/)?([^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?', path)
+        if not match or match[1] not in hub.repos:
             return self.answer(404, b'', {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'})
-        repo, what, revision, name = match[2], match[3], unquote(match[4] or 'main'), unquote(match[5] or '')
+        repo, what, revision, name = match[1], match[2], unquote(match[3] or 'main'), unquote(match[4] or '')
         commit, files = next(((commit, files) for branch, (commit, files) in hub.repos[repo].items() if revision in (branch, commit)), (None, None))
         if commit is None:
             return self.answer(404, b'', {'X-Error-Code': 'RevisionNotFound', 'X-Error-Message': f'Invalid rev id: {revision}'})

@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 from conftest import fails, run, write_tiny
+from hub import Hub
 from safetensors.torch import load_file, save_file
 
 from fledge import UserError, pretrained
-from fledge.checkpoint import load_model
+from fledge.checkpoint import load, load_model
+from fledge.tokenizer import byte_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip('transformers')
 SHARED = dict(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=96)
@@ -26,10 +28,11 @@ FAMILIES = {
 }
 
 
-def make(name, folder, **saved):
+def make(name, folder, vocab_size=64, **saved):
     """A random model of a family, its biases and norms moved off their initial values, saved in folder."""
     torch.manual_seed(0)
     config = FAMILIES[name]()
+    config.vocab_size = vocab_size
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').float().eval()
     with torch.no_grad():
         for p in theirs.parameters():
@@ -137,18 +140,62 @@ def test_broken_folders_and_names(tmp_path):
     (tmp_path / 'model.safetensors').unlink()
     with pytest.raises(UserError, match='has no model.safetensors'):
         pretrained.load(str(tmp_path))
-    with pytest.raises(UserError, match='is neither a checkpoint file, nor a folder'):
+    with pytest.raises(UserError, match='is no file or folder, and no name on the Hugging Face hub'):
         pretrained.load('no/such/place')
 
 
-def test_training_begins_with_it(tmp_path):
+FLAGS = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--max_iters=3', '--eval_interval=3', '--eval_iters=1', '--log_interval=1', '--device=cpu', '--dtype=float32',
+         '--sample_interval=0', '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1']
+
+
+def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
     write_tiny(tmp_path / 'data' / 'tiny')
     make('qwen3', tmp_path / 'base')
-    flags = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--max_iters=3', '--eval_interval=3', '--eval_iters=1', '--log_interval=1', '--device=cpu', '--dtype=float32',
-             '--sample_interval=0', '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1']
-    out = run(tmp_path, 'train.py', '--init_from=base', *flags)
-    assert 'step 3' in out
-    assert 'step 3' in run(tmp_path, 'train.py', '--init_from=out/ckpt.pt', '--out_dir=again', *flags)
-    (tmp_path / 'base' / 'tokenizer.json').write_bytes((tmp_path / 'data' / 'tiny' / 'tokenizer.json').read_bytes())  # it comes along
+    assert 'step 3' in run(tmp_path, 'train.py', '--init_from=base', '--dropout=0.25', *FLAGS)
+    assert load(str(tmp_path / 'out/ckpt.pt'))['model_args']['dropout'] == 0.25
+    assert 'step 3' in run(tmp_path, 'train.py', '--init_from=out/ckpt.pt', '--out_dir=again', *FLAGS)
+    (tmp_path / 'base/tokenizer.json').write_bytes((tmp_path / 'data/tiny/tokenizer.json').read_bytes())
     assert run(tmp_path, 'sample.py', '--init_from=base', '--start=((', '--max_new_tokens=5', '--device=cpu').startswith('((')
-    assert 'is neither a checkpoint file, nor a folder' in fails(tmp_path, 'train.py', '--init_from=no such', *flags)
+    (tmp_path / 'data/tiny/tokenizer.json').unlink()  # the data says nothing: then it is the model's
+    run(tmp_path, 'train.py', '--init_from=base', '--out_dir=with', *FLAGS)
+    assert load_tokenizer(str(tmp_path / 'with')).chars == load_tokenizer(str(tmp_path / 'base')).chars
+    byte_tokenizer().save(str(tmp_path / 'data/tiny/tokenizer.json'))
+    assert 'was prepared with another tokenizer than the one of base: prepare it with --tokenizer=base' in fails(tmp_path, 'train.py', '--init_from=base', '--out_dir=no', *FLAGS)
+    assert 'is no file or folder, and no name on the Hugging Face hub' in fails(tmp_path, 'train.py', '--init_from=no such', *FLAGS)
+    (tmp_path / 'base/tokenizer.json').unlink()
+    assert 'has no tokenizer.json beside it' in fails(tmp_path, 'sample.py', '--init_from=base')
+
+
+def test_by_a_name_on_the_hub(tmp_path):
+    make('llama', tmp_path / 'model', vocab_size=259, max_shard_size='20kB')
+    spec = byte_tokenizer().spec
+    begin = dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<|im_start|>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))], pair=[],
+                 special_tokens={'<|im_start|>': dict(id='<|im_start|>', ids=[257], tokens=['<|im_start|>'])})
+    (tmp_path / 'model/tokenizer.json').write_text(json.dumps(spec | dict(post_processor=begin)))
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'model').iterdir()}
+    (tmp_path / 'notes.txt').write_text('some words. ' * 4000)
+    (tmp_path / 'many.jsonl').write_text(''.join(f'{{"text": "note {i}, of some words"}}\n' for i in range(400)))
+    with Hub() as hub:
+        hub.add('someone/model', files | {'unwanted.bin': b'x' * 1000})
+        hub.add('someone/pickled', {'config.json': files['config.json'], 'tokenizer.json': files['tokenizer.json'], 'pytorch_model.bin': b'no pickle'})
+        hub.add('someone/gated', files)
+        hub.gated.add('someone/gated')
+        greedy = ['--max_new_tokens=12', '--num_samples=1', '--temperature=0', '--start=some', '--device=cpu']
+        text = run(tmp_path, 'sample.py', '--init_from=someone/model', *greedy, env=hub.env)
+        assert not [path for _, path in hub.requests if 'unwanted' in path and '/resolve/' in path]
+        theirs, model = ['--init_from=model', *greedy], load_model(pretrained.load(str(tmp_path / 'model')), 'model').eval()
+        ids = model.generate([[257, *b'some']], 12, temperature=0)[0]  # with what the tokenizer puts in front
+        assert text == run(tmp_path, 'sample.py', *theirs) and text.startswith('some' + load_tokenizer(str(tmp_path / 'model')).decode(ids[5:]))
+        run(tmp_path, 'prepare/text.py', '--input=many.jsonl', '--name=tiny', '--tokenizer=someone/model', '--val_fraction=0.1', env=hub.env)
+        assert load_tokenizer(str(tmp_path / 'data/tiny')).spec['post_processor']
+        assert 'step 3' in run(tmp_path, 'train.py', '--init_from=someone/model', *FLAGS, env=hub.env)
+        for name, message in (('someone/none', 'the Hugging Face hub has no such model'), ('someone/gated', 'is gated on the Hugging Face hub: accept its terms'),
+                              ('someone/pickled', 'holds more than plain tensors, or is broken')):
+            assert message in fails(tmp_path, 'sample.py', f'--init_from={name}', env=hub.env)
+        hub.down = True
+        assert text == run(tmp_path, 'sample.py', '--init_from=someone/model', *greedy, env=hub.env)  # from the cache
+        assert 'cannot be had from the Hugging Face hub' in fails(tmp_path, 'sample.py', '--init_from=someone/other', env=hub.env)
+    for script, flag in (('sample.py', '--init_from=someone/none'), ('prepare/text.py', '--tokenizer=someone/none')):  # and no network at all
+        error = fails(tmp_path, script, flag, *(['--input=notes.txt', '--name=x'] if 'text' in script else []), env=hub.env)
+        assert 'cannot be had from the Hugging Face hub' in error
+    assert 'no tokenizer at data/none' in fails(tmp_path, 'prepare/text.py', '--tokenizer=data/none', '--input=notes.txt', '--name=x', env=hub.env)
