@@ -46,7 +46,7 @@ def test_readmes_map_is_true():
 def test_readmes_commands_run(tmp_path):
     if not os.path.isdir(SHARED):
         pytest.skip('the real data is not at hand')
-    for name in ('model.py', 'train.py', 'sample.py', 'bench.py'):
+    for name in ('model.py', 'train.py', 'sample.py', 'export.py', 'bench.py'):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
     for name in ('fledge', 'prepare', 'config'):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name)

@@ -1,0 +1,399 @@
+"""Models that leave: to transformers, GGUF and ONNX, and in 8 bits; each read back by what will read it."""
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, fails, run, shared, start, write_tiny
+from safetensors.torch import load_file, save_file
+from test_pretrained import FAMILIES, make
+from test_tokenizer import random_texts
+
+from fledge import UserError, adapters, checkpoint, gguf_file, int8, onnx_file, pretrained
+from fledge.tokenizer import CHAT_TEMPLATE, byte_tokenizer, char_tokenizer, find_tokenizer, load_tokenizer, train_bpe
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip('transformers')
+TEXT = 'the quick brown fox, jumps over 12 lazy dogs. It\'s\n\n  a "test" of <tokens> and naïve cafés; 東京 too! def main(x):\n\treturn x + 1\n'
+
+
+def model_of(name, folder, vocab_size=64):
+    """Ours, of a family of transformers' at random, and theirs."""
+    theirs = make(name, folder, vocab_size=vocab_size)
+    return checkpoint.load_model(pretrained.load(str(folder)), str(folder)).eval(), theirs
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, ids)[0]
+
+
+FLAGS = {'hf': [], 'f32': ['--format=gguf', '--dtype=f32', '--output=f32.gguf'], 'q8_0': ['--format=gguf', '--dtype=q8_0', '--output=q8_0.gguf'], 'gguf': ['--format=gguf'],
+         'onnx': ['--format=onnx', '--kv_cache'], 'int8': ['--quantize=int8'], 'ckpt': ['--format=ckpt', '--output=plain/model.pt']}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a run of the default settings, but few steps, on text in a tokenizer of its own, and what export.py makes of it by each of FLAGS."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'exported'  # one test process makes it, for all
+    with open(f'{made}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / 'said.json').exists():
+            made.mkdir()
+            (made / 'notes.jsonl').write_text(''.join(json.dumps(dict(text=f'{i} {TEXT}{i * i}')) + '\n' for i in range(300)))
+            run(made, 'prepare/text.py', '--input=notes.jsonl', '--name=notes', '--tokenizer=train', '--vocab_size=400', '--val_fraction=0.1', '--num_proc=1')
+            run(made, 'train.py', '--dataset=notes', '--max_iters=12', '--eval_iters=1', '--sample_interval=0', '--device=cpu', '--block_size=128')
+            said = {name: json.loads(run(made, 'export.py', '--json', *flags).splitlines()[-1]) for name, flags in FLAGS.items()}
+            (made / 'said.json').write_text(json.dumps(said))
+    own = tmp_path_factory.mktemp('trained') / 'copy'
+    shutil.copytree(made, own)
+    return own
+
+
+@pytest.fixture(scope='module')
+def exported(trained):
+    """What export.py said of each, as JSON."""
+    return json.loads((trained / 'said.json').read_text())
+
+
+def test_every_export_says_how_far_off_it_is(trained, exported):
+    for name, said in exported.items():
+        assert (trained / said['output']).exists() and 0 <= said['difference'] <= said['tolerance'], name
+    assert exported['hf']['checked_with'] == f'transformers {transformers.__version__}' and exported['onnx']['checked_with'].startswith('onnxruntime')
+    assert exported['f32']['difference'] == 0 and exported['q8_0']['difference'] > exported['gguf']['difference'] > 0
+    assert exported['int8']['bytes'] < exported['ckpt']['bytes'] / 1.9
+    assert not [name for name in os.listdir(trained / 'out') + os.listdir(trained) if name.endswith('.tmp')]
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_family_goes_back_to_transformers_as_it_came(name, tmp_path):
+    model, theirs = model_of(name, tmp_path / 'in')
+    config = pretrained.write_config(model.config)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/config.json').write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in pretrained.their_tensors(model, config['model_type'])}, tmp_path / 'out/model.safetensors', {'format': 'pt'})
+    original = load_file(tmp_path / 'in/model.safetensors')
+    assert {n.removeprefix('transformer.'): t.shape for n, t in load_file(tmp_path / 'out/model.safetensors').items()} == {
+        n.removeprefix('transformer.'): t.shape for n, t in original.items()}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=torch.float32).eval()
+    ids = torch.randint(0, 64, (2, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (again(ids).logits - theirs(ids).logits).abs().max() < 1e-5
+        assert (again(ids).logits - logits(model, ids)).abs().max() < 1e-4
+    assert type(again) is type(theirs) and pretrained.load(str(tmp_path / 'out'))['model_args'] == model.config.model_args()
+
+
+def test_gpt2_without_biases_gets_zeros(tmp_path):
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=False)).eval()
+    config = pretrained.write_config(model.config)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in pretrained.their_tensors(model, 'gpt2')}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), torch.arange(20)[None]
+    assert (theirs(ids).logits - logits(model, ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('change', [dict(activation='relu2'), dict(norm='layernorm'), dict(bias=True), dict(position='learned'), dict(qkv_bias=True)])
+def test_a_model_of_no_family_is_refused(change):
+    args = dict(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=16, bias=False, position='rope', norm='rmsnorm', activation='swiglu', qk_norm=True) | change
+    with pytest.raises(UserError, match='none of gpt2, llama, qwen2, qwen3 has this model'):
+        pretrained.write_config(GPTConfig(**args))
+
+
+def test_transformers_reads_the_same_model_tokens_and_chat(trained, exported):
+    folder = trained / 'out/hf'
+    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(trained / 'out'))
+    model = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == 'Qwen3ForCausalLM' and theirs.dtype == torch.float32
+    ids = torch.tensor([ours.encode(TEXT)])[:, :100]
+    with torch.no_grad():
+        assert (theirs(ids).logits - logits(model, ids)).abs().max() < 1e-4
+    for text in random_texts(1000):
+        assert tokenizer(text)['input_ids'] == ours.encode(text, allow_special=True), repr(text)
+        assert tokenizer.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    talk = [dict(role='system', content='Be brief.'), dict(role='user', content='Zwei?\n\n 2 '), dict(role='assistant', content='二'), dict(role='user', content='')]
+    rendered = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert rendered == ours.encode_chat(talk)[0].tolist()
+    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).endswith('<|im_end|>\n<|im_start|>assistant\n')
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == ours.end_of_text and theirs.generation_config.eos_token_id == [ours.end_of_text, ours.special['<|im_end|>']]
+    greedy = theirs.generate(ids[:, :20], attention_mask=torch.ones(1, 20), max_new_tokens=64, do_sample=False, eos_token_id=None)[0, 20:]
+    assert greedy.tolist() == model.generate(ids[:, :20], 64, temperature=0)[0, 20:].tolist()
+    assert tokenizer.model_max_length == 128 and (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
+
+
+def test_the_model_card_tells_what_is_known(trained, exported):
+    card = (trained / 'out/hf/README.md').read_text()
+    assert 'Qwen3ForCausalLM' in card and '| data | notes (notes.jsonl) |' in card and '| steps | 12 |' in card and f'{12 * 4 * 128:,}' in card and 'nats a token' in card
+    code = card.partition('```python\n')[2].partition('```')[0].replace("'.'", repr(str(trained / 'out/hf')))
+    done = subprocess.run([sys.executable, '-c', code.replace('=100', '=3')], capture_output=True, text=True)
+    assert done.returncode == 0 and 'Once upon a time' in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not os.environ.get('TIKTOKEN_CACHE_DIR'), reason='the GPT-2 vocabulary is not at hand')
+def test_gpt2s_tokenizer_is_the_same_there(tmp_path):
+    ours = load_tokenizer('gpt2')
+    ours.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert all(theirs(text)['input_ids'] == ours.encode(text, allow_special=True) for text in random_texts(300))
+
+
+def test_in_trained_out_and_in_again_the_losses_are_the_same(tmp_path):
+    write_tiny(tmp_path / 'data/tiny')
+    make('llama', tmp_path / 'base')
+    (tmp_path / 'base/tokenizer.json').write_bytes((tmp_path / 'data/tiny/tokenizer.json').read_bytes())
+    flags = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--eval_interval=10', '--eval_iters=3', '--log_interval=1', '--device=cpu', '--dtype=float32', '--sample_interval=0',
+             '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1', '--dropout=0.1']
+    run(tmp_path, 'train.py', '--init_from=base', '--max_iters=20', '--out_dir=first', *flags)
+    run(tmp_path, 'export.py', '--out_dir=first', '--output=exported')
+    losses = []
+    for source in ('first/ckpt.pt', 'exported'):  # both go on from the same weights with the same rows
+        run(tmp_path, 'train.py', f'--init_from={source}', '--max_iters=20', f'--out_dir=out-{source[:2]}', *flags)
+        lines = [json.loads(line) for line in (tmp_path / f'out-{source[:2]}' / 'metrics.jsonl').read_text().splitlines()]
+        losses.append([(line.get('train_loss'), line.get('val_loss')) for line in lines])
+    assert losses[0] == losses[1] and len(losses[0]) == 21 and losses[0][-1][1] < losses[0][0][1]
+    first = [json.loads(line) for line in (tmp_path / 'first/metrics.jsonl').read_text().splitlines()]
+    assert abs(first[-1]['val_loss'] - losses[1][0][1]) < 1e-6
+    card = (tmp_path / 'exported/README.md').read_text()
+    assert '| began from | base |' in card and 'LlamaForCausalLM' in card
+
+
+REQUIRED = ('context_length', 'embedding_length', 'block_count', 'feed_forward_length', 'attention.head_count')  # by llama.cpp, of every family
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_gguf_holds_every_tensor_and_what_llama_cpp_asks_for(name, tmp_path):
+    import gguf
+    model, theirs = model_of(name, tmp_path / 'in', vocab_size=300)
+    kind, path, tokenizer = theirs.config.model_type, str(tmp_path / 'm.gguf'), byte_tokenizer()
+    ids = torch.randint(0, 259, (1, 60), generator=torch.Generator().manual_seed(0))
+    for dtype, most in (('float32', 1e-6), ('float16', 4e-3), ('bfloat16', 4e-2), ('q8_0', 8e-2)):
+        gguf_file.write(path, model, tokenizer, dtype, 'a name')
+        expected = logits(model, ids)
+        assert (logits(gguf_file.read(path).eval(), ids) - expected).abs().max() < (1e-3 if name == 'gpt2 gelu untied' and most < 1e-3 else most)
+    gguf_file.write(path, model, tokenizer, 'float32', 'a name')
+    reader = gguf.GGUFReader(path)
+    value = {key: field.contents() for key, field in reader.fields.items() if not key.startswith('GGUF.')}
+    assert value['general.architecture'] == kind and value['general.name'] == 'a name' and value['general.file_type'] == 0
+    for key in REQUIRED + (('attention.layer_norm_epsilon',) if kind == 'gpt2' else ('attention.layer_norm_rms_epsilon', 'attention.head_count_kv', 'rope.freq_base', 'rope.dimension_count')):
+        assert f'{kind}.{key}' in value, key
+    assert len(value['tokenizer.ggml.tokens']) == len(value['tokenizer.ggml.token_type']) == 300 and value['tokenizer.ggml.tokens'][299] == '[PAD299]'
+    assert value['tokenizer.ggml.model'] == 'gpt2' and value['tokenizer.ggml.pre'] == 'qwen2' and value['tokenizer.ggml.eos_token_id'] == 256
+    assert value['tokenizer.chat_template'] == CHAT_TEMPLATE and not value['tokenizer.ggml.add_bos_token']
+    arch = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == kind)
+    names = gguf.get_tensor_name_map(arch, 2)
+    state = {n: t for n, t in theirs.state_dict().items() if not (n == 'lm_head.weight' and model.config.tie_embeddings)}
+    expected = {names.get_name(n, try_suffixes=('.weight', '.bias')): t for n, t in state.items()}
+    held = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    assert None not in expected and held.keys() - {'rope_freqs.weight'} == expected.keys()
+    for n, tensor in expected.items():
+        if kind == 'llama' and n.endswith(('attn_q.weight', 'attn_k.weight')):  # pairs side by side: row 2i is i, row 2i + 1 is head_dim / 2 + i
+            d = model.config.head_dim
+            rows = [h * d + half * d // 2 + i for h in range(len(tensor) // d) for i in range(d // 2) for half in (0, 1)]
+            tensor = tensor[rows]
+        if kind == 'gpt2' and n.endswith(('attn_qkv.weight', 'attn_output.weight', 'ffn_up.weight', 'ffn_down.weight')):
+            tensor = tensor.T
+        assert np.array_equal(held[n], tensor.numpy()), n
+    if name == 'llama 3':
+        inv_freq = theirs.model.rotary_emb.inv_freq
+        plain = 500000.0 ** -(torch.arange(0, 10, 2) / 10)
+        assert np.allclose(plain.numpy() / held['rope_freqs.weight'], inv_freq.numpy()) and held['rope_freqs.weight'].max() == 8
+
+
+def test_q8_0_is_within_its_rounding_and_what_does_not_fit_a_block_is_float16(tmp_path):
+    import gguf
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=2, n_embd=64, n_inner=80, bias=False, position='rope', norm='rmsnorm', activation='swiglu')).eval()
+    gguf_file.write(str(tmp_path / 'm.gguf'), model, byte_tokenizer(), 'q8_0', 'x')
+    held = {t.name: t for t in gguf.GGUFReader(str(tmp_path / 'm.gguf')).tensors}
+    kinds = {n: t.tensor_type.name for n, t in held.items()}
+    assert kinds['token_embd.weight'] == kinds['blk.0.ffn_gate.weight'] == 'Q8_0' and kinds['blk.0.ffn_down.weight'] == 'F16' and kinds['output_norm.weight'] == 'F32'
+    weight = model.transformer.h[0].mlp.c_fc.weight[:80].detach().numpy()
+    blocks = np.abs(weight.reshape(-1, 32)).max(axis=1, keepdims=True)
+    off = np.abs(gguf.quants.dequantize(held['blk.0.ffn_gate.weight'].data, gguf.GGMLQuantizationType.Q8_0) - weight).reshape(-1, 32)
+    assert (off <= blocks / 127 * 0.51 + blocks * 2 ** -11).all() and off.max() > 0  # half a step, and the scale's own float16
+
+
+def test_gguf_of_other_tokenizers(tmp_path):
+    import gguf
+    model = GPT(GPTConfig(block_size=32, vocab_size=400, n_layer=1, n_head=2, n_embd=16, bias=False, position='rope', norm='rmsnorm', activation='swiglu'))
+
+    def pre(tokenizer):
+        gguf_file.write(str(tmp_path / 'm.gguf'), model, tokenizer, 'float32', 'x')
+        return {key: field.contents() for key, field in gguf.GGUFReader(str(tmp_path / 'm.gguf')).fields.items() if key.startswith('tokenizer')}
+    trained = train_bpe([TEXT] * 20, 300)
+    assert pre(train_bpe([TEXT] * 20, 300, split='gpt2'))['tokenizer.ggml.pre'] == 'gpt-2'
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
+    digits = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), byte_level])
+    assert pre(type(trained)(trained.spec | dict(pre_tokenizer=digits)))['tokenizer.ggml.pre'] == 'smollm'  # SmolLM2's
+    begin = dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<|im_start|>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))], pair=[],
+                 special_tokens={'<|im_start|>': dict(id='<|im_start|>', ids=[298], tokens=['<|im_start|>'])})
+    said = pre(type(trained)(trained.spec | dict(post_processor=begin)))
+    assert said['tokenizer.ggml.add_bos_token'] and said['tokenizer.ggml.bos_token_id'] == 298
+    with pytest.raises(UserError, match='no tokenizer like this one .characters.'):
+        pre(char_tokenizer('abc'))
+    with pytest.raises(UserError, match='no name for the way this tokenizer splits text'):
+        pre(type(trained)(trained.spec | dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Split', pattern=dict(Regex='x'), behavior='Isolated', invert=False), byte_level | dict(use_regex=False)]))))
+    vocab = {'<unk>': 0, '<s>': 1, '</s>': 2} | {f'<0x{b:02X}>': 3 + b for b in range(256)} | {c: 259 + i for i, c in enumerate(['▁', 'a', 'b', '▁a', 'ab', '▁ab'])}
+    spec = dict(version='1.0', added_tokens=[dict(id=i, content=t, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False) for i, t in enumerate(['<unk>', '<s>', '</s>'])],
+                normalizer=dict(type='Sequence', normalizers=[dict(type='Prepend', prepend='▁'), dict(type='Replace', pattern=dict(String=' '), content='▁')]), pre_tokenizer=None, post_processor=None,
+                decoder=None, model=dict(type='BPE', unk_token='<unk>', byte_fallback=True, fuse_unk=True, vocab=vocab, merges=['▁ a', 'a b', '▁a b']))
+    said = pre(type(trained)(spec))  # as TinyLlama's
+    assert said['tokenizer.ggml.model'] == 'llama' and said['tokenizer.ggml.add_space_prefix'] and said['tokenizer.ggml.scores'][262] > said['tokenizer.ggml.scores'][264]
+    assert said['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6] and said['tokenizer.ggml.tokens'][264] == '▁ab'
+    spec['model']['merges'] = ['a b', '▁ a', '▁a b']
+    with pytest.raises(UserError, match='merges in the order of the ids'):
+        pre(type(trained)(spec))
+
+
+def test_modelfile(trained, exported):
+    lines = (trained / 'out/Modelfile').read_text().splitlines()
+    assert lines[1:3] == ['FROM ./model.gguf', 'PARAMETER num_ctx 128'] and 'PARAMETER stop "<|im_end|>"' in lines and lines[-1] == 'TEMPLATE """{{ .Prompt }}"""'  # it learned text
+    (trained / 'mine').mkdir()
+    (trained / 'mine/Modelfile').write_text('FROM x\n')
+    assert 'stays as it is' in run(trained, 'export.py', '--format=gguf', '--output=mine/a.gguf') and (trained / 'mine/Modelfile').read_text() == 'FROM x\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, kv_cache', [('gpt2', False), ('gpt2 gelu untied', True), ('llama 3', True), ('qwen2', False), ('qwen3', True)])
+def test_onnx_for_any_batch_and_length(name, kv_cache, tmp_path):
+    model, _ = model_of(name, tmp_path / 'in')
+    path = str(tmp_path / 'm.onnx')
+    onnx_file.write(path, model, kv_cache)
+    for batch, length in ((1, 2), (1, 17), (3, 17), (2, 96)):
+        ids = torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(length))
+        assert (onnx_file.run(path, ids, kv_cache) - logits(model, ids)).abs().max() < 1e-4
+    if kv_cache:  # token after token, as a runtime generates
+        import onnxruntime
+        session, row, fed = onnxruntime.InferenceSession(path), [1, 2, 3], [1, 2, 3]
+        past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[1:]}
+        for _ in range(12):
+            out = session.run(None, {'input_ids': np.array([fed]), **past})
+            past, fed = dict(zip(past, out[1:])), [int(out[0][0, -1].argmax())]
+            row += fed
+        assert row == model.generate(torch.tensor([[1, 2, 3]]), 12, temperature=0)[0].tolist() and [o.name for o in session.get_outputs()[:2]] == ['logits', 'present.0.key']
+
+
+def test_int8_checkpoint_samples_like_the_flag_and_is_not_trained(trained, exported):
+    args = ['--start=the quick', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--device=cpu', '--dtype=bfloat16']
+    text = run(trained, 'sample.py', '--init_from=out/int8.pt', *args)
+    assert text == run(trained, 'sample.py', '--quantize=int8', *args)
+    saved, model = checkpoint.load(str(trained / 'out/int8.pt')), checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'x').eval()
+    assert saved['model']['lm_head.weight'].dtype == torch.int8 and saved['model']['transformer.wte.weight'].dtype == torch.bfloat16
+    quantized, ids = checkpoint.load_model(saved, 'x').to(torch.bfloat16).eval(), torch.arange(40)[None]
+    assert quantized.lm_head.scale.dtype == torch.float32
+    expected = logits(int8.quantize(model), ids)
+    assert (logits(quantized.float(), ids) - expected).abs().max() < 0.02 * expected.abs().max()
+    assert '8-bit weights, which cannot be trained' in fails(trained, 'train.py', '--init_from=out/int8.pt', '--dataset=notes', '--out_dir=no', '--device=cpu')
+    assert 'val loss' in run(trained, 'train.py', '--init_from=out/int8.pt', '--dataset=notes', '--out_dir=no', '--device=cpu', '--eval_only', '--eval_iters=1')
+    assert 'export what it was made of' in fails(trained, 'export.py', '--init_from=out/int8.pt')
+
+
+def test_adapters_are_merged_on_the_way_out(trained, exported):
+    saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    torch.manual_seed(0)
+    weight, expected = 'transformer.h.1.attn.c_attn.weight', {}
+    for base in (weight, 'transformer.h.0.mlp.c_proj.weight'):
+        rows, columns = saved['model'][base].shape
+        a, b = torch.randn(4, columns), torch.randn(rows, 4)
+        expected[base] = saved['model'][base] + 16 / 4 * b @ a
+        saved['model'] |= {base.replace('weight', 'lora_A'): a, base.replace('weight', 'lora_B'): b}
+    saved['config']['lora_alpha'] = 16
+    (trained / 'lora').mkdir()
+    (trained / 'lora/tokenizer.json').write_bytes((trained / 'out/tokenizer.json').read_bytes())
+    checkpoint.save(str(trained / 'lora/ckpt.pt'), saved)
+    run(trained, 'export.py', '--out_dir=lora', '--format=ckpt')
+    merged = checkpoint.load(str(trained / 'lora/model.pt'))
+    assert merged['model'].keys() == checkpoint.load(str(trained / 'out/ckpt.pt'))['model'].keys() and 'optimizer' not in merged
+    assert all(torch.allclose(merged['model'][n], t, atol=1e-5) for n, t in expected.items())
+    run(trained, 'export.py', '--out_dir=lora')
+    query = load_file(trained / 'lora/hf/model.safetensors')['model.layers.1.self_attn.q_proj.weight']
+    assert torch.allclose(query, expected[weight][:len(query)], atol=1e-5)
+    for broken in (dict(lora_A=torch.zeros(4, 5)), dict(lora_B=torch.zeros(7, 4))):
+        state = saved['model'] | {f'transformer.h.1.attn.c_attn.{n}': t for n, t in broken.items()}
+        with pytest.raises(UserError, match='c_attn does not fit'):
+            adapters.merge(state, 16, 'x')
+    with pytest.raises(UserError, match='lacks lora_alpha'):
+        adapters.merge(saved['model'], None, 'x')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--format=pickle'], "format='pickle' is none of hf, gguf, onnx, ckpt"),
+    (['--dtype=q8_0'], "dtype='q8_0' is none of float32, float16, bfloat16"),
+    (['--format=gguf', '--quantize=int8'], '8 bits in GGUF are --dtype=q8_0'),
+    (['--kv_cache'], '--kv_cache is of --format=onnx'),
+    (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
+    (['--output=occupied'], 'occupied holds other files'),
+    (['--output=out/hf', '--init_from=out/hf'], 'the very model that is exported'),
+    (['--format=gguf', '--output=occupied'], 'occupied is a folder; --format=gguf writes a file'),
+    (['--format=ckpt', '--output=out/ckpt.pt'], 'out/ckpt.pt is the checkpoint itself'),
+    (['--format=onnx', '--output=occupied/m.onnx'], 'occupied/tokenizer.json is another tokenizer'),
+    (['--output=notes.jsonl'], 'notes.jsonl is a file')])
+def test_mistakes_cost_a_line(flags, message, trained, exported):
+    (trained / 'occupied').mkdir(exist_ok=True)
+    byte_tokenizer().save(str(trained / 'occupied/tokenizer.json'))
+    (trained / 'occupied/thesis.txt').write_text('mine')
+    before = {n: (trained / n).stat().st_mtime_ns for n in ('out/ckpt.pt', 'occupied/tokenizer.json', 'occupied/thesis.txt', 'notes.jsonl')}
+    error = fails(trained, 'export.py', *flags)
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert before == {n: (trained / n).stat().st_mtime_ns for n in before}
+
+
+def test_a_model_of_characters(tmp_path):
+    write_tiny(tmp_path / 'data/tiny')
+    run(tmp_path, 'train.py', *TINY, '--max_iters=2', '--sample_interval=0', '--position=learned', '--norm=layernorm', '--activation=gelu', '--qk_norm=False', '--n_kv_head=0', '--bias=True')
+    assert 'transformers' in run(tmp_path, 'export.py')
+    text = '(' + chr(70) + chr(80)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out/hf')(text)['input_ids'] == find_tokenizer(str(tmp_path / 'out')).encode(text)
+    assert 'llama.cpp has no tokenizer like this one' in fails(tmp_path, 'export.py', '--format=gguf') and not (tmp_path / 'out/model.gguf').exists()
+    assert not [n for n in os.listdir(tmp_path / 'out') if n.endswith('.tmp')]
+
+
+def test_what_came_out_wrong_is_not_left_behind(trained, exported, tmp_path):
+    """A broken table of names: k and v trade places. The export of before stays."""
+    before = (trained / 'out/hf/model.safetensors').read_bytes()
+    broken = tmp_path / 'broken.py'
+    broken.write_text(f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from fledge import pretrained
+whole = pretrained.their_tensors
+def wrong(model, kind):
+    for name, tensor in whole(model, kind):
+        yield name.replace('k_proj', 'X').replace('v_proj', 'k_proj').replace('X', 'v_proj'), tensor
+pretrained.their_tensors = wrong
+sys.argv[0] = {os.path.join(ROOT, 'export.py')!r}
+import runpy
+runpy.run_path(sys.argv[0], run_name='__main__')
+""")
+    for flags in ([], ['--dtype=bfloat16'], ['--format=gguf', '--dtype=q8_0']):
+        done = subprocess.run([sys.executable, str(broken), *flags], cwd=trained, capture_output=True, text=True)
+        assert done.returncode == 2 and 'nothing is left of the export' in done.stderr, done.stderr
+    assert (trained / 'out/hf/model.safetensors').read_bytes() == before and not [n for n in os.listdir(trained / 'out') if n.endswith('.tmp')]
+
+
+def test_a_full_disk_and_a_kill_leave_what_was_there(trained, exported):
+    before = (trained / 'out/model.gguf').read_bytes()
+    for flags in (['--format=gguf', '--dtype=f32'], [], ['--format=ckpt']):
+        process = start(trained, 'export.py', *flags, preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))))
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and len(err.strip().splitlines()) == 1 and not [n for n in os.listdir(trained / 'out') if n.endswith('.tmp')], err
+    process = start(trained, 'export.py', '--format=gguf', '--dtype=f32')
+    while not (trained / 'out/model.gguf.tmp').exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert (trained / 'out/model.gguf').read_bytes() == before
+    run(trained, 'export.py', '--format=gguf')
+    assert (trained / 'out/model.gguf').read_bytes() == before and not [n for n in os.listdir(trained / 'out') if n.endswith('.tmp')]
