@@ -64,6 +64,8 @@ class GPTConfig:
         names = [f.name for f in fields(GPTConfig)]
         nano = {n: getattr(self, n) for n in names[:7]}
         plain = asdict(GPTConfig(**nano)) if self.n_embd % self.n_head == 0 else {}
+        if self.activation == 'swiglu':
+            plain.pop('n_inner', None)  # 4 n_embd goes without saying for GPT-2 alone
         return {n: getattr(self, n) for n in names if n in nano or n not in plain or getattr(self, n) != plain[n]}
 
 

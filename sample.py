@@ -52,7 +52,13 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read the prompt: {e}') from None
-prompt = tokenizer.begin + tokenizer.encode(start, allow_special=True) or [tokenizer.end_of_text or 0]
+try:
+    prompt = tokenizer.encode(start, allow_special=True)
+except (UnicodeEncodeError, TypeError):
+    raise UserError('--start is no valid UTF-8') from None
+if prompt[:len(tokenizer.begin)] != tokenizer.begin:
+    prompt = tokenizer.begin + prompt
+prompt = prompt or [tokenizer.end_of_text or 0]
 if max(prompt) >= model.config.vocab_size:
     raise UserError(f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer')
 if quantize == 'int8':
@@ -61,7 +67,7 @@ if compile and int8.is_quantized(model):
     raise UserError('8-bit weights run on kernels of their own: leave out --compile')
 if compile:
     model.compile(dynamic=True)
-end = tokenizer.special.get(stop)
+end = tokenizer.special.get(stop, tokenizer.end_of_text if stop == '<|endoftext|>' else None)  # other families spell it otherwise
 try:
     rows = model.generate([prompt] * num_samples, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
                           repetition_penalty=repetition_penalty, stop=end, seed=seed)

@@ -370,6 +370,8 @@ def test_a_config_that_cannot_be_says_why(wrong, words):
 def test_model_args_make_the_same_config_and_gpt2s_are_nanogpts(switches):
     config = tiny(switches).config
     assert GPTConfig(**config.model_args()) == config
+    config = tiny(switches, n_embd=96, n_inner=4 * 96).config  # Llama 3.2's width, and not what swiglu has by itself
+    assert GPTConfig(**config.model_args()) == config
     if switches in ({}, dict(bias=False)):
         assert list(config.model_args()) == ['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias']
 

@@ -15,7 +15,7 @@ def read_json(path, what='object'):
             content = json.load(f)
     except OSError as e:
         raise UserError(f'{path}: {e.strerror}') from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f'{path} is no valid JSON: {e}') from None
     if not isinstance(content, dict):
         raise UserError(f'{path} holds no {what}')

@@ -59,12 +59,16 @@ def load(path):
 
 
 class _NothingDrawn(TorchFunctionMode):
+    """Turns torch.nn.init's functions, which all ask a mode first, into nothing."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs['tensor'] if getattr(function, '__module__', '') == 'torch.nn.init' else function(*args, **kwargs or {})
+        if getattr(function, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **kwargs or {})
 
 
 def empty_model(config):
-    """A GPT whose weights are not filled in, and so take no memory yet: shapes, and a place to assign tensors to.
+    """A GPT whose matrices are not filled in, and so take no memory yet: shapes, and a place to assign tensors to.
 
     The meta device would do the same, and import torch's compiler for it, which takes half a second or more.
     """

@@ -10,7 +10,7 @@ import torch
 
 from fledge import UserError, pretrained
 from fledge.checkpoint import empty_model, load_model
-from fledge.tokenizer import CHAT_TEMPLATE, IM_END, PATTERNS
+from fledge.tokenizer import IM_END, PATTERNS
 from model import GPTConfig, rope_frequencies, rope_tables
 
 TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}  # ours: GGUF's
@@ -21,21 +21,36 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of t
 
 def split_name(spec):
     """llama.cpp's name for how a tokenizer.json splits text; UserError where it has none."""
-    pre = spec.get('pre_tokenizer') or {}
+    pre, normalizer = spec.get('pre_tokenizer') or {}, spec.get('normalizer') or {}
+    if normalizer and normalizer.get('type') != 'NFC':  # which llama.cpp leaves out, for Qwen as well
+        raise UserError(f'llama.cpp has no normalizer like this tokenizer\'s ({normalizer.get("type")}); --format=hf can hold it')
     steps = pre.get('pretokenizers', [pre])
     kinds = [step.get('type') for step in steps]
-    if kinds == ['ByteLevel'] and steps[0].get('use_regex', True):
+    whole = steps[-1].get('use_regex', True) and not steps[-1].get('add_prefix_space')
+    if kinds == ['ByteLevel'] and whole:
         return 'gpt-2'
-    if kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and steps[1].get('use_regex', True):
+    if kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and whole:
         return 'smollm'
     pattern = steps[0].get('pattern', {}).get('Regex') if kinds == ['Split', 'ByteLevel'] else None
-    if pattern not in SPLITS:
+    if pattern not in SPLITS or steps[-1].get('add_prefix_space'):
         raise UserError(f'llama.cpp has no name for the way this tokenizer splits text ({pattern or pre.get("type")}); --format=hf can hold it')
     return SPLITS[pattern]
 
 
-def add_tokenizer(writer, tokenizer, vocab_size):
-    """The tokenizer's part of the metadata. UserError for what llama.cpp does not do: characters, WordPiece, splits that it does not know."""
+def begins_with_a_space(spec):
+    """Whether a SentencePiece tokenizer.json puts a space in front of a text, in either of its spellings."""
+    normalizer, pre = spec.get('normalizer') or {}, spec.get('pre_tokenizer') or {}
+    steps = [s for s in (*normalizer.get('normalizers', [normalizer]), *pre.get('pretokenizers', [pre])) if s]
+    if any(s.get('type') not in ('Prepend', 'Replace', 'Metaspace') for s in steps):
+        raise UserError(f'llama.cpp has no tokenizer with {", ".join(str(s.get("type")) for s in steps)}; --format=hf can hold it')
+    return any(s.get('type') == 'Prepend' or (s.get('type') == 'Metaspace' and s.get('prepend_scheme', 'always') != 'never') for s in steps)
+
+
+def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
+    """The tokenizer's part of the metadata, padded to the vocab_size of the model's embedding.
+
+    Raises UserError for what llama.cpp does not do: characters, WordPiece, splits that it does not know.
+    """
     model, added = tokenizer.spec['model'], tokenizer.spec.get('added_tokens') or []
     if model['type'] != 'BPE':
         raise UserError(f'llama.cpp has no tokenizer like this one ({"characters" if tokenizer.chars else model["type"]}); --format=hf can hold it')
@@ -48,14 +63,14 @@ def add_tokenizer(writer, tokenizer, vocab_size):
         writer.add_tokenizer_model('llama')
         writer.add_tokenizer_pre('default')
         writer.add_token_scores([-float(i) for i in range(vocab_size)])
-        steps = (tokenizer.spec.get('normalizer') or {}).get('normalizers', [])
-        writer.add_add_space_prefix(any(step.get('type') == 'Prepend' for step in steps))
+        writer.add_add_space_prefix(begins_with_a_space(tokenizer.spec))
         tokens |= {i: (token, BYTE) for i, (token, _) in tokens.items() if re.fullmatch('<0x[0-9A-F]{2}>', token)}
         tokens |= {i: (token, UNKNOWN) for i, (token, _) in tokens.items() if token == model.get('unk_token')}
     else:
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre(split_name(tokenizer.spec))
-        writer.add_token_merges([merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']])
+        merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
+        writer.add_token_merges(merges or ['no merge'])  # of words that no text begins with: llama.cpp wants one
     # the embedding may have rows beyond the vocabulary
     every = [tokens.get(i, (f'[PAD{i}]', UNUSED)) for i in range(vocab_size)]
     writer.add_token_list([token for token, _ in every])
@@ -67,12 +82,34 @@ def add_tokenizer(writer, tokenizer, vocab_size):
     writer.add_add_bos_token(bool(tokenizer.begin))
     if IM_END in tokenizer.special:
         writer.add_eot_token_id(tokenizer.special[IM_END])
-        writer.add_chat_template(CHAT_TEMPLATE)
+    if chat_template:
+        writer.add_chat_template(chat_template)
 
 
-def interleave(tensor, heads):
+def interleave(tensor, heads, back=False):
     """The rows of llama.cpp's 'llama', whose RoPE turns neighbours: where ours are (all firsts, all seconds) in each head, its are pair after pair."""
-    return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    shape = (heads, -1, 2) if back else (heads, 2, -1)
+    return tensor.reshape(*shape, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def type_of(tensor, dtype, positions=False):
+    """GGUF's type of a tensor in a file of dtype (see TYPES): vectors and learned positions stay float32, and q8_0 goes in blocks of 32."""
+    import gguf
+    if tensor.dim() < 2 or positions:
+        return gguf.GGMLQuantizationType.F32
+    return gguf.GGMLQuantizationType[TYPES['float16' if dtype == 'q8_0' and tensor.shape[1] % 32 else dtype]]
+
+
+@torch.no_grad()
+def round_weights(model, dtype):
+    """Give model the weights, in place, and the GELU that llama.cpp will compute with."""
+    import gguf
+    for name, p in model.named_parameters():
+        kind = type_of(p, dtype, positions='.wpe.' in name)
+        p.copy_(torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(p.detach().numpy(), kind), kind).astype(np.float32)))
+    for block in model.transformer.h:
+        if block.mlp.activation == 'gelu':
+            block.mlp.activation = 'gelu_tanh'
 
 
 def tensors(model, kind):
@@ -91,14 +128,18 @@ def tensors(model, kind):
         yield 'rope_freqs.weight', None, rope_frequencies(replace(c, rope_scaling=None)) / rope_frequencies(c)
 
 
-def write(path, model, tokenizer, dtype, name):
-    """Write path: model's weights in dtype (see TYPES; vectors and positions stay float32), its tokenizer, the chat template. name is for people."""
+def write(path, model, tokenizer, dtype, name, chat_template=None):
+    """Write path: model's weights in dtype (see type_of), its tokenizer, the chat template. name is for people.
+
+    Raises UserError for a model or a tokenizer that llama.cpp has no name for.
+    """
     import gguf
     c, config = model.config, pretrained.write_config(model.config)
     kind, scaling = config['model_type'], (c.rope_scaling or {}).get('rope_type')
     if scaling == 'llama3' and kind != 'llama':
         raise UserError(f'llama.cpp reads rope_scaling of type llama3 for llama alone, and this is a {kind} model')
-    wanted = gguf.GGMLQuantizationType[TYPES[dtype]]
+    if kind == 'qwen2' and c.n_head * c.head_dim != c.n_embd:
+        raise UserError(f'llama.cpp reads no qwen2 model whose heads ({c.n_head} of {c.head_dim}) are not as wide as the model ({c.n_embd})')
     writer = gguf.GGUFWriter(path, kind)
     writer.add_type('model')
     writer.add_name(name)
@@ -122,20 +163,17 @@ def write(path, model, tokenizer, dtype, name):
         if scaling == 'linear':
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(c.rope_scaling['factor'])
-    add_tokenizer(writer, tokenizer, c.vocab_size)
-
-    def type_of(name, tensor):
-        if tensor.dim() < 2 or name.startswith('position_embd'):
-            return gguf.GGMLQuantizationType.F32
-        return gguf.GGMLQuantizationType.F16 if dtype == 'q8_0' and tensor.shape[1] % 32 else wanted  # q8_0 goes in blocks of 32
+    add_tokenizer(writer, tokenizer, c.vocab_size, chat_template)
     for tensor_name, _, tensor in tensors(model, kind):
-        block, size = gguf.GGML_QUANT_SIZES[type_of(tensor_name, tensor)]
-        writer.add_tensor_info(tensor_name, tensor.shape, np.float32, tensor.numel() // block * size, type_of(tensor_name, tensor))
+        stored = type_of(tensor, dtype, positions=tensor_name.startswith('position'))
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        writer.add_tensor_info(tensor_name, tensor.shape, np.float32, tensor.numel() // block * size, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor_name, _, tensor in tensors(model, kind):
-        writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), type_of(tensor_name, tensor)))
+        stored = type_of(tensor, dtype, positions=tensor_name.startswith('position'))
+        writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), stored))
     writer.close()
 
 
@@ -157,13 +195,12 @@ class Weights:
             raise UserError(f'no tensor {self.name_of[their]}')
         tensor = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).astype(np.float32))
         if self.kind == 'llama' and re.search(r'\.[qk]_proj\.', their):
-            heads = self.config.n_head if '.q_proj.' in their else self.config.n_kv_head
-            tensor = tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+            tensor = interleave(tensor, self.config.n_head if '.q_proj.' in their else self.config.n_kv_head, back=True)
         return tensor.t() if self.kind == 'gpt2' and pretrained.TRANSPOSED.search(their) else tensor
 
 
 def read(path):
-    """The GPT of a GGUF file, out of its metadata and tensors alone, as llama.cpp computes it: in float32, with GELU's tanh form."""
+    """The GPT of a GGUF file that write made, out of its metadata and tensors alone; with GELU's tanh form, which is llama.cpp's only one."""
     import gguf
     reader = gguf.GGUFReader(path)
     kind = reader.get_field('general.architecture').contents()

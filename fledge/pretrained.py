@@ -3,8 +3,10 @@
 Tensors are read one at a time, so loading takes the memory of one model and one tensor. Nothing loaded is executed.
 Sources: the modeling and configuration files of the four families in huggingface/transformers.
 """
+import math
 import os
 import re
+from dataclasses import fields
 
 import torch
 
@@ -35,14 +37,17 @@ LAYER = r'\.h\.\d+\.', '.h.{}.'  # as in re.sub: a name without its layer
 TRANSPOSED = re.compile(r'(c_attn|c_proj|c_fc)\.weight$')  # in GPT-2's files, whose layers are Conv1D
 IGNORED = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')  # buffers that older versions saved
 
-# What a config.json may say of things that GPT cannot do: the one value it has to have
+# What a config.json may say of things that GPT cannot do: the one value it has to have, and words for what has to be off
 REQUIRED = {
     'gpt2': dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False),
-    'qwen2': dict(hidden_act='silu', use_sliding_window=False),
-    'qwen3': dict(hidden_act='silu', use_sliding_window=False, attention_bias=False),
+    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, sliding_window=None),
+    'qwen2': dict(hidden_act='silu', mlp_bias=False, use_sliding_window=False),
+    'qwen3': dict(hidden_act='silu', mlp_bias=False, use_sliding_window=False, attention_bias=False),
 }
-FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json']  # what is fetched beside the weights
+FOREIGN = re.compile('expert|moe|multiplier|softcap|logit_scale|logits_scaling|alibi|auto_map|quantization_config')
+FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']  # what is fetched beside the weights
+TYPES = {field.name: field.type for field in fields(GPTConfig)} | dict(qkv_bias=bool, rope_scaling=object)
+ROPE = dict(default=(), linear=('factor',), llama3=('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
@@ -56,40 +61,58 @@ def their_names(model_type, name):
 def read_config(config, where, block_size=0):
     """GPTConfig of a parsed config.json, as a dict; block_size: fewer positions than it has, or with RoPE more. where names it in errors."""
     kind = config.get('model_type')
-    if kind not in NAMES:
+    if not isinstance(kind, str) or kind not in NAMES:
         raise UserError(f'{where}: model_type {kind!r} is none of {", ".join(NAMES)}')
-    if config.get('quantization_config'):
-        raise UserError(f'{where}: its weights are quantized ({config["quantization_config"].get("quant_method")}); start from the model that they were made of')
     for field, value in REQUIRED[kind].items():
         if config.get(field, value) != value:
             raise UserError(f'{where}: {field}={config[field]!r} is not supported')
-    if 'sliding_attention' in (config.get('layer_types') or []):
-        raise UserError(f'{where}: layer_types has sliding_attention, which is not supported')
+    for field, value in config.items():
+        if FOREIGN.search(field) and value not in (None, False, 0, {}, []) and (value is True or value != 1):  # once, one expert: as if it were not there
+            raise UserError(f'{where}: {field}={str(value)[:60]} is not supported')
     try:
-        if kind == 'gpt2':
-            activation = ACTIVATIONS.get(config.get('activation_function', 'gelu_new'))
-            if not activation:
-                raise UserError(f'{where}: activation_function={config["activation_function"]!r} is not supported')
-            if block_size > config['n_positions']:
-                raise UserError(f'{where} has {config["n_positions"]} learned positions; block_size={block_size} is more')
-            return dict(block_size=block_size or config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'], n_head=config['n_head'],
-                        n_embd=config['n_embd'], n_inner=config.get('n_inner') or 0, bias=True, activation=activation,
-                        norm_eps=config.get('layer_norm_epsilon', 1e-5), tie_embeddings=config.get('tie_word_embeddings', True))
-        rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # the newer and the older spelling
-        theta = rope.pop('rope_theta', None) or config.get('rope_theta', 10000.0)
-        rope_type = rope.get('rope_type', rope.get('type', 'default'))
-        if rope_type not in ('default', 'linear', 'llama3'):
-            raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported')
-        rope = {key: value for key, value in rope.items() if key != 'type'} | dict(rope_type=rope_type)
-        if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
-            raise UserError(f'{where}: partial_rotary_factor is not supported')
-        return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],
-                    n_head=config['num_attention_heads'], n_kv_head=config.get('num_key_value_heads') or 0, head_dim=config.get('head_dim') or 0,
-                    n_embd=config['hidden_size'], n_inner=config['intermediate_size'], bias=False, position='rope', rope_theta=float(theta),
-                    rope_scaling=None if rope_type == 'default' else rope, norm='rmsnorm', norm_eps=config.get('rms_norm_eps', 1e-6), activation='swiglu',
-                    qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3', tie_embeddings=config.get('tie_word_embeddings', False))
+        other = set(config.get('layer_types') or ()) - {'full_attention'}
+        if other:
+            raise UserError(f'{where}: layer_types has {min(other)}, which is not supported')
+        args = gpt2_args(config, where, block_size) if kind == 'gpt2' else llama_args(config, kind, where, block_size)
+        for name, value in (args | (args.get('rope_scaling') or {})).items():
+            wanted = TYPES.get(name, str if name == 'rope_type' else float)
+            if not (type(value) is wanted if wanted in (bool, str) else type(value) is int and 0 <= value < 2 ** 31 if wanted is int else
+                    type(value) in (int, float) and 0 < value < math.inf if wanted is float else True):
+                raise UserError(f'{where}: {name}={value!r} is no {wanted.__name__} that a model can have')
+        return args
     except KeyError as e:
         raise UserError(f'{where} lacks {e}') from None
+    except (TypeError, ValueError, AttributeError) as e:
+        raise UserError(f'{where} describes no model: {e}') from None
+
+
+def gpt2_args(config, where, block_size):
+    activation = ACTIVATIONS.get(config.get('activation_function', 'gelu_new'))
+    if not activation:
+        raise UserError(f'{where}: activation_function={config["activation_function"]!r} is not supported')
+    if block_size > config['n_positions']:
+        raise UserError(f'{where} has {config["n_positions"]} learned positions; block_size={block_size} is more')
+    return dict(block_size=block_size or config['n_positions'], vocab_size=config['vocab_size'], n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'],
+                n_inner=config.get('n_inner') or 0, bias=True, activation=activation, norm_eps=config.get('layer_norm_epsilon', 1e-5), tie_embeddings=config.get('tie_word_embeddings', True))
+
+
+def llama_args(config, kind, where, block_size):
+    newer = dict(config.get('rope_parameters') or {})
+    rope = dict(config.get('rope_scaling') or newer)  # where both are there, transformers takes the older
+    rope_type = rope.get('rope_type', rope.get('type', 'default'))
+    if rope_type not in ROPE or any(isinstance(value, dict) for value in rope.values()):  # another one, or one for each kind of layer
+        raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported' if rope_type not in ROPE else f'{where}: RoPE of several kinds ({", ".join(rope)}) is not supported')
+    if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
+        raise UserError(f'{where}: partial_rotary_factor is not supported')
+    theta = rope.get('rope_theta') or config.get('rope_theta') or newer.get('rope_theta') or 10000.0
+    scaling = dict(rope_type=rope_type) | {name: rope[name] for name in ROPE[rope_type]} if ROPE[rope_type] else None
+    if rope_type == 'llama3' and scaling['low_freq_factor'] == scaling['high_freq_factor']:
+        raise UserError(f'{where}: RoPE with low_freq_factor = high_freq_factor has nothing between them')
+    return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],
+                n_head=config['num_attention_heads'], n_kv_head=config.get('num_key_value_heads') or 0, head_dim=config.get('head_dim', 128 if kind == 'qwen3' else 0) or 0,
+                n_embd=config['hidden_size'], n_inner=config['intermediate_size'] or -1, bias=False, position='rope', rope_theta=float(theta), rope_scaling=scaling,
+                norm='rmsnorm', norm_eps=config.get('rms_norm_eps', 1e-6), activation='swiglu', qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3',
+                tie_embeddings=config.get('tie_word_embeddings', False))
 
 
 class Weights:
@@ -99,12 +122,19 @@ class Weights:
         self.folder, self.open, self.plain = folder, {}, None
         index, single, pickled = (os.path.join(folder, n) for n in ('model.safetensors.index.json', 'model.safetensors', 'pytorch_model.bin'))
         if os.path.exists(index):
-            self.files = read_json(index).get('weight_map', {})
+            self.files = read_json(index).get('weight_map')
+            if not isinstance(self.files, dict) or any(not isinstance(n, str) or n != os.path.basename(n) for n in self.files.values()):
+                raise UserError(f'{index} has no weight_map of files beside it')
         elif os.path.exists(single):
             self.files = dict.fromkeys(self._file('model.safetensors').keys(), 'model.safetensors')
         elif os.path.exists(pickled):
             try:
-                self.plain = torch.load(pickled, map_location='cpu', weights_only=True, mmap=True)
+                try:
+                    self.plain = torch.load(pickled, map_location='cpu', weights_only=True, mmap=True)
+                except RuntimeError:  # a file of before torch 1.6 is read at once
+                    self.plain = torch.load(pickled, map_location='cpu', weights_only=True)
+                if not isinstance(self.plain, dict) or not all(torch.is_tensor(t) for t in self.plain.values()):
+                    raise TypeError
             except Exception as e:
                 raise UserError(f'{pickled} holds more than plain tensors, or is broken, and is not run ({type(e).__name__})') from None
             self.files = dict.fromkeys(self.plain, 'pytorch_model.bin')
@@ -159,6 +189,8 @@ def our_tensors(weights, kind, args, where):
         parts = []
         for their in their_names(kind, name):
             part = weights.read(their)
+            if part.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                raise UserError(f'{where}: tensor {their} is {str(part.dtype)[6:]}; only weights that are not quantized are read')
             used |= {their, their.partition('.')[2]}
             parts.append(part.t() if kind == 'gpt2' and TRANSPOSED.search(their) else part)
         if name == 'transformer.wpe.weight':
@@ -180,7 +212,7 @@ def load(source, block_size=0):
     """A model to start from as a checkpoint: a dict of model (float32 tensors), model_args, and folder, where its tokenizer is.
 
     source: a checkpoint file, a folder with config.json and the weights, or a name on the Hugging Face hub (OWNER/NAME).
-    block_size: see read_config.
+    block_size: see read_config; a checkpoint keeps its own. Raises UserError for what is missing, broken or not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
         return checkpoint.load(source)

@@ -1,10 +1,12 @@
 """Models of the four families, made at random by transformers in odd sizes, are the same models here."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import fails, run, write_tiny
+from conftest import ROOT, fails, run, write_tiny
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +23,7 @@ FAMILIES = {
     'llama': lambda: transformers.LlamaConfig(**SHARED, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=5000.0)),
     'llama tied': lambda: transformers.LlamaConfig(**SHARED, tie_word_embeddings=True),
     'llama 3': lambda: transformers.LlamaConfig(**SHARED, head_dim=10, rope_parameters=LLAMA3 | dict(rope_theta=500000.0)),
-    'llama linear': lambda: transformers.LlamaConfig(**SHARED, rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=10000.0)),
+    'llama linear': lambda: transformers.LlamaConfig(**SHARED | dict(intermediate_size=96), rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=10000.0)),
     'qwen2': lambda: transformers.Qwen2Config(**SHARED, tie_word_embeddings=True),
     'qwen3': lambda: transformers.Qwen3Config(**SHARED, head_dim=10, rms_norm_eps=1e-5),
     'qwen3 one kv head': lambda: transformers.Qwen3Config(**SHARED | dict(num_key_value_heads=1), head_dim=16, tie_word_embeddings=True),
@@ -65,6 +67,10 @@ def test_several_shards_and_plain_pickles_are_read(name, tmp_path):
     tensors = load_file(tmp_path / 'whole/model.safetensors')
     os.remove(tmp_path / 'whole/model.safetensors')
     torch.save(tensors, tmp_path / 'whole/pytorch_model.bin')
+    again = pretrained.load(str(tmp_path / 'whole'))
+    assert all(torch.equal(t, again['model'][n]) for n, t in whole['model'].items())
+
+    torch.save(tensors, tmp_path / 'whole/pytorch_model.bin', _use_new_zipfile_serialization=False)  # as before torch 1.6
     again = pretrained.load(str(tmp_path / 'whole'))
     assert all(torch.equal(t, again['model'][n]) for n, t in whole['model'].items())
 
@@ -114,6 +120,23 @@ def test_fewer_positions_and_with_rope_more(tmp_path):
     ('llama', dict(rope_parameters=dict(rope_type='yarn', factor=2.0, rope_theta=1e4)), "RoPE of type 'yarn' is not supported"),
     ('llama', dict(num_attention_heads=5), 'n_head=5 is not divisible by n_kv_head=2'),
     ('llama', dict(hidden_size=30), 'is expected'),
+    ('llama', dict(num_local_experts=8), 'num_local_experts=8 is not supported'),
+    ('llama', dict(residual_multiplier=0.2), 'residual_multiplier=0.2 is not supported'),
+    ('llama', dict(quantization_config=dict(quant_method='fp8')), 'quantization_config=.*fp8.* is not supported'),
+    ('qwen2', dict(layer_types=['full_attention', 'chunked_attention']), 'layer_types has chunked_attention'),
+    ('qwen2', dict(layer_types=5), 'describes no model'),
+    ('llama', dict(rope_parameters=dict(full_attention=dict(rope_type='default'))), 'RoPE of several kinds'),
+    ('llama', dict(rope_parameters='x'), 'describes no model'),
+    ('llama', dict(rope_scaling=[1]), 'describes no model'),
+    ('llama', dict(rope_scaling=dict(rope_type='linear', factor=0)), 'factor=0 is no float that a model can have'),
+    ('llama', dict(rope_scaling=dict(rope_type='linear')), "lacks 'factor'"),
+    ('llama', dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)), 'low_freq_factor = high_freq_factor'),
+    ('llama', dict(rope_parameters=None, rope_theta=float('nan')), 'rope_theta=nan is no float'),
+    ('qwen3', dict(rms_norm_eps='x'), "norm_eps='x' is no float"),
+    ('qwen3', dict(max_position_embeddings=1.5), 'block_size=1.5 is no int'),
+    ('qwen3', dict(intermediate_size=0), 'n_inner=-1 is no int'),
+    ('qwen3', dict(num_key_value_heads=True), 'n_kv_head=True is no int'),
+    ('llama', dict(model_type=['llama']), "model_type .'llama'. is none of"),
     ('llama', dict(num_hidden_layers=3), 'has no tensor model.layers.2.input_layernorm.weight'),
     ('llama', dict(num_hidden_layers=1), r'tensor model.layers.1\S+ is none of a llama model')])
 def test_what_does_not_fit_is_one_line_that_names_it(name, change, message, tmp_path):
@@ -131,6 +154,20 @@ def test_broken_folders_and_names(tmp_path):
     with pytest.raises(UserError, match='no valid JSON'):
         pretrained.load(str(tmp_path))
     make('llama', tmp_path)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    save_file(tensors | {'model.norm.weight': torch.ones(24, dtype=torch.int8)}, tmp_path / 'model.safetensors')
+    with pytest.raises(UserError, match='tensor model.norm.weight is int8; only weights that are not quantized'):
+        pretrained.load(str(tmp_path))
+    for weight_map in ({'model.norm.weight': '../outside.safetensors'}, ['a'], None):
+        (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=weight_map)))
+        with pytest.raises(UserError, match='has no weight_map of files beside it'):
+            pretrained.load(str(tmp_path))
+    (tmp_path / 'model.safetensors.index.json').unlink()
+    (tmp_path / 'config.json').rename(tmp_path / 'kept')
+    (tmp_path / 'config.json').write_text('[' * 100000)
+    with pytest.raises(UserError, match='no valid JSON'):
+        pretrained.load(str(tmp_path))
+    (tmp_path / 'kept').rename(tmp_path / 'config.json')
     (tmp_path / 'model.safetensors').write_bytes(b'\x08\x00\x00\x00\x00\x00\x00\x00{}      ')
     with pytest.raises(UserError, match='has no tensor model.embed_tokens.weight'):
         pretrained.load(str(tmp_path))
@@ -199,3 +236,19 @@ def test_by_a_name_on_the_hub(tmp_path):
         error = fails(tmp_path, script, flag, *(['--input=notes.txt', '--name=x'] if 'text' in script else []), env=hub.env)
         assert 'cannot be had from the Hugging Face hub' in error
     assert 'no tokenizer at data/none' in fails(tmp_path, 'prepare/text.py', '--tokenizer=data/none', '--input=notes.txt', '--name=x', env=hub.env)
+
+
+@pytest.mark.slow
+def test_loading_takes_one_model_and_one_tensor(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).float()
+    size = sum(p.numel() for p in theirs.parameters()) * 4
+    theirs.save_pretrained(tmp_path)
+    script = """import re, sys
+from fledge import checkpoint, pretrained
+peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) * 1024
+before = peak()
+model = checkpoint.load_model(pretrained.load(sys.argv[1]), 'x')
+print(peak() - before)"""
+    done = subprocess.run([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.9 * size < int(done.stdout) < size + 20000 * 512 * 4 * 2.5 < 1.5 * size  # what is mapped of the file counts as well
