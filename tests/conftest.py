@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -38,14 +39,61 @@ def start(cwd, script, *args, env=None, **options):
                             env=os.environ | (env or {}), **options)
 
 
+# Most of a short script's time is torch's import. A process that has done it forks one child a script, which then runs as by itself.
+FORKS = """
+import atexit, json, os, runpy, signal, sys
+import torch
+for job in map(json.loads, sys.stdin):
+    child = os.fork()
+    if not child:
+        signal.alarm(300)  # one that hangs does not stay
+        os.chdir(job['cwd'])
+        os.environ.clear()
+        os.environ.update(job['env'])
+        for number, path in enumerate((os.devnull, job['out'], job['err'])):
+            os.dup2(os.open(path, os.O_RDWR), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
+        sys.argv, sys.path[0], code = job['argv'], os.path.dirname(job['argv'][0]), 0
+        try:
+            try:
+                runpy.run_path(sys.argv[0], run_name='__main__')
+            except SystemExit:
+                raise
+            except BaseException:
+                code = 1
+                sys.excepthook(*sys.exc_info())
+        except SystemExit as e:
+            code = e.code or 0
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+forks = None
+
+
+def forked(cwd, path, *args, env=None):
+    """Run a script in cwd to its end; returns its exit code, stdout and stderr."""
+    global forks
+    forks = forks or subprocess.Popen([sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        job = dict(cwd=str(cwd), argv=[path, *args], env=os.environ | (env or {}), out=out.name, err=err.name)
+        print(json.dumps(job), file=forks.stdin, flush=True)
+        return int(forks.stdout.readline()), out.read().decode(), err.read().decode()
+
+
 def run(cwd, script, *args, code=0, env=None):
     """Run a script of ours in cwd to its end, which must be exit code `code`; returns its stdout, or stderr for a failure."""
-    process = start(cwd, script, *args, env=env)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()  # one that hangs does not stay
-    assert process.returncode == code, f'exit code {process.returncode}\n{out}\n{err}'
+    if script.startswith('prepare/'):  # which import no torch
+        process = start(cwd, script, *args, env=env)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:
+            process.kill()  # one that hangs does not stay
+        returned = process.returncode
+    else:
+        returned, out, err = forked(cwd, os.path.join(ROOT, script), *args, env=env)
+    assert returned == code, f'exit code {returned}\n{out}\n{err}'
     return out if code == 0 else err
 
 
