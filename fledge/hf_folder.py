@@ -21,12 +21,19 @@ def ends(tokenizer):
     return [i for i in found if i is not None]
 
 
+def read_if_there(source, name):
+    """The JSON object in the folder source, which may be '', or {}."""
+    path = os.path.join(source, name)
+    return read_json(path) if source and os.path.exists(path) else {}
+
+
 def chat_template(tokenizer, source=''):
     """The template of the folder that a model came from, else ChatML's where the tokenizer has its tokens, else None."""
-    if source and os.path.exists(os.path.join(source, 'chat_template.jinja')):
-        with open(os.path.join(source, 'chat_template.jinja'), encoding='utf-8') as f:
+    path = os.path.join(source, 'chat_template.jinja')
+    if source and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
             return f.read()
-    template = read_json(os.path.join(source, 'tokenizer_config.json')).get('chat_template') if source and os.path.exists(os.path.join(source, 'tokenizer_config.json')) else None
+    template = read_if_there(source, 'tokenizer_config.json').get('chat_template')
     return template if isinstance(template, str) else CHAT_TEMPLATE if {IM_START, IM_END} <= tokenizer.special.keys() else None
 
 
@@ -38,18 +45,15 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config = pretrained.write_config(model.config)
-    spec = tokenizer.spec
-    if config['model_type'] == 'qwen2' and not (PATTERNS['qwen2'] in json.dumps(spec.get('pre_tokenizer'), ensure_ascii=False).replace('\\\\', '\\')
-                                                and (spec.get('normalizer') or {}).get('type') == 'NFC'):
+    splits, normalizer = (tokenizer.spec.get('pre_tokenizer') or {}).get('pretokenizers', [{}]), tokenizer.spec.get('normalizer') or {}
+    if config['model_type'] == 'qwen2' and (splits[0].get('pattern') != {'Regex': PATTERNS['qwen2']} or normalizer.get('type') != 'NFC'):
         raise UserError("transformers takes the tokenizer of every qwen2 model (qkv_bias without qk_norm) for Qwen2's own, which this one is not, and would read other tokens")
     text_of, stops = {i: token for token, i in tokenizer.special.items()}, ends(tokenizer)
     special = dict(bos_token_id=tokenizer.begin[0] if tokenizer.begin else None,  # None as well: transformers has ids of its own for what is not there
                    eos_token_id=(stops if len(stops) > 1 else stops[0]) if stops else None, pad_token_id=stops[0] if stops else None)
     names = dict(bos_token=text_of.get(tokenizer.begin[0])) if tokenizer.begin else {}
     names |= dict(eos_token=text_of[stops[0]], pad_token=text_of[stops[0]]) if stops else {}
-    generation = special | dict(do_sample=True, temperature=0.8, top_k=200)
-    if source and os.path.exists(os.path.join(source, 'generation_config.json')):
-        generation = read_json(os.path.join(source, 'generation_config.json'))
+    generation = read_if_there(source, 'generation_config.json') or special | dict(do_sample=True, temperature=0.8, top_k=200)
     template = chat_template(tokenizer, source)
     for name, content in (
             ('config.json', config | special | dict(torch_dtype=str(dtype).removeprefix('torch.'))), ('generation_config.json', generation),
