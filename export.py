@@ -70,9 +70,9 @@ if int8.is_quantized(model):
 if tokenizer.vocab_size > config.vocab_size:
     raise UserError(f'the tokenizer has {tokenizer.vocab_size} tokens, and the model of {path} {config.vocab_size}: it was trained with another tokenizer')
 try:
-    start.encode()
+    (start + name).encode()
 except UnicodeEncodeError:
-    raise UserError('--start is no valid UTF-8') from None
+    raise UserError('--start or --name is no valid UTF-8') from None
 start = start or (PROMPT if not tokenizer.chars else ''.join(c for c in PROMPT if c in tokenizer.chars) or ''.join(tokenizer.chars))
 ids = torch.tensor([tokenizer.encode(start)[:config.block_size]])
 meta = read_meta(os.path.join('data', run['dataset'])) if run.get('dataset') else {}
@@ -83,16 +83,18 @@ name = name or f'{run.get("dataset") or origin}-{size}'
 template = hf_folder.chat_template(tokenizer, source)
 
 
-
 def earlier_export(path):
-    """Whether a file may be replaced: no run's checkpoint, which has more than weights."""
-    return os.path.isfile(path) and (format != 'ckpt' or 'iter_num' not in checkpoint.load(path))
+    """Whether the file at path is one, and may be replaced: a checkpoint of weights alone, or a file with our name at its head."""
+    if format == 'ckpt':
+        return 'iter_num' not in checkpoint.load(path)
+    with open(path, 'rb') as f:
+        return b'fledge' in f.read(4096)
 
 
 def write_modelfile(path):
     """Ollama's: the file beside it, and how to prompt it. A model of plain text continues; where that is unknown, Ollama goes by the template in the file."""
     text_of = {i: token for token, i in tokenizer.special.items()}
-    lines = [MADE_HERE, f'FROM ./{file}', f'PARAMETER num_ctx {config.block_size}', 'PARAMETER temperature 0.8', 'PARAMETER top_k 200']
+    lines = [MADE_HERE, f'FROM ./{file}', f'PARAMETER num_ctx {min(config.block_size, 8192)}', 'PARAMETER temperature 0.8', 'PARAMETER top_k 200']
     lines += [f'PARAMETER stop "{text_of[i]}"' for i in hf_folder.ends(tokenizer)]
     if 'masked' in meta:
         lines += [f'TEMPLATE """{OLLAMA_CHAT if meta["masked"] and IM_END in tokenizer.special else "{{ .Prompt }}"}"""']
@@ -143,7 +145,10 @@ elif dtype != 'float32':
 
 # ---- write it into a folder that only this process has, read it back, compare, and then give it its name
 temporary, old = f'{folder}/.export-{file}', f'{folder}/.export-{file}-old'
-os.makedirs(temporary, exist_ok=True)
+try:
+    os.makedirs(temporary, exist_ok=True)
+except OSError as e:
+    raise UserError(f'cannot write {output}: {e.strerror}') from None
 lock = lock_folder(temporary, wait=False)
 for left in os.listdir(temporary):  # by a process that was killed
     os.remove(f'{temporary}/{left}')
@@ -196,6 +201,8 @@ except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
+    if os.path.exists(old) and not os.path.exists(output):
+        os.rename(old, output)
     shutil.rmtree(old, ignore_errors=True)
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})\n'
       f'logits of a prompt of {ids.shape[1]} tokens, up to {largest:.3g}: read back from {by} they are off by {difference:.2g} ({tolerance:.2g} would be too much)'

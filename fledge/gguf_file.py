@@ -142,6 +142,7 @@ def write(path, model, tokenizer, dtype, name, chat_template=None):
         raise UserError(f'llama.cpp reads no qwen2 model whose heads ({c.n_head} of {c.head_dim}) are not as wide as the model ({c.n_embd})')
     writer = gguf.GGUFWriter(path, kind)
     writer.add_type('model')
+    writer.add_description('made with fledge')  # export.py replaces no other file
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[('ALL_' if dtype == 'float32' else 'MOSTLY_') + TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -53,6 +53,12 @@ def write(folder, model, tokenizer, dtype, card, source=''):
                    eos_token_id=(stops if len(stops) > 1 else stops[0]) if stops else None, pad_token_id=stops[0] if stops else None)
     names = dict(bos_token=text_of.get(tokenizer.begin[0])) if tokenizer.begin else {}
     names |= dict(eos_token=text_of[stops[0]], pad_token=text_of[stops[0]]) if stops else {}
+    before = read_if_there(source, 'tokenizer_config.json')  # Qwen's instructed models end with a turn, for example
+    for key in ('bos_token', 'eos_token', 'pad_token'):
+        token = before.get(key)
+        token = token.get('content') if isinstance(token, dict) else token
+        names |= {key: token} if token in tokenizer.special else {}
+    special |= {key: value for key, value in read_if_there(source, 'config.json').items() if key in special}
     generation = read_if_there(source, 'generation_config.json') or special | dict(do_sample=True, temperature=0.8, top_k=200)
     template = chat_template(tokenizer, source)
     for name, content in (

@@ -71,6 +71,7 @@ def write(path, model, kv_cache):
         program = torch.onnx.export(
             Graph(model).eval(), tuple(inputs[:1 + kv_cache]), dynamo=True, verbose=False, dynamic_shapes=tuple(shapes[:1 + kv_cache]),
             input_names=['input_ids', *(f'past_key_values.{name}' for name in layers)], output_names=['logits', *(f'present.{name}' for name in layers)])
+        program.model.producer_name = 'fledge'  # export.py replaces no other file
         size = sum(t.numel() * 4 for t in (*model.parameters(), *model.buffers()))
         program.save(path, external_data=size > 1.9e9)
 

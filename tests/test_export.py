@@ -376,14 +376,17 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
     (['--format=ckpt', '--output=out/ckpt.pt'], 'out/ckpt.pt is there, and is no earlier export'),
     (['--quantize=int8', '--init_from=out/ckpt.pt', '--output=out/best.pt'], 'out/best.pt is there, and is no earlier export'),
     (['--format=gguf', '--output=out/tokenizer.json'], 'what --format=gguf writes is called *.gguf'),
+    (['--format=gguf', '--output=occupied/theirs.gguf'], 'theirs.gguf is there, and is no earlier export'),
+    (['--output=notes.jsonl/hf'], 'cannot write notes.jsonl/hf: Not a directory'),
     (['--format=onnx', '--output=/'], '/ is a folder'),
-    (['--start=\udcff'], '--start is no valid UTF-8'),
+    (['--start=\udcff'], '--start or --name is no valid UTF-8'),
     (['--format=onnx', '--output=occupied/m.onnx'], 'occupied/tokenizer.json is another tokenizer'),
     (['--output=notes.jsonl'], 'notes.jsonl is a file')])
 def test_mistakes_cost_a_line(flags, message, trained, exported):
     (trained / 'occupied').mkdir(exist_ok=True)
     byte_tokenizer().save(str(trained / 'occupied/tokenizer.json'))
     (trained / 'occupied/thesis.txt').write_text('mine')
+    (trained / 'occupied/theirs.gguf').write_bytes(b'GGUF' + bytes(5000))
     before = {n: (trained / n).stat().st_mtime_ns for n in ('out/ckpt.pt', 'out/best.pt', 'out/tokenizer.json', 'occupied/tokenizer.json', 'occupied/thesis.txt', 'notes.jsonl')}
     error = fails(trained, 'export.py', *flags)
     assert message in error and len(error.strip().splitlines()) == 1
@@ -434,6 +437,23 @@ def test_what_came_out_wrong_is_not_left_behind(error, trained, exported, tmp_pa
     assert (trained / 'out/hf/model.safetensors').read_bytes() == before and not debris(trained / 'out')
 
 
+def test_an_interruption_as_it_takes_its_name_leaves_the_old_one(trained, exported, tmp_path):
+    run(trained, 'export.py', '--output=kept')
+    before = (trained / 'kept/model.safetensors').read_bytes()
+    (tmp_path / 'cut.py').write_text(f"""import os, runpy, sys
+sys.path.insert(0, {ROOT!r})
+rename = os.rename
+def cut(a, b):
+    if '.export-kept' in a and not a.endswith('-old'):
+        raise KeyboardInterrupt
+    rename(a, b)
+os.rename, sys.argv[0] = cut, {os.path.join(ROOT, 'export.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')""")
+    done = subprocess.run([sys.executable, str(tmp_path / 'cut.py'), '--output=kept', '--dtype=bfloat16'], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
+
+
 def test_two_at_once(trained, exported):
     first = start(trained, 'export.py', '--output=both')
     while not (trained / '.export-both').exists():
@@ -469,11 +489,11 @@ def test_qwen2_has_qwens_tokenizer_or_none(tmp_path):
 def test_a_template_and_settings_of_its_own_go_along(tmp_path):
     make('llama', tmp_path / 'in', vocab_size=300)
     byte_tokenizer().save(str(tmp_path / 'in/tokenizer.json'))
-    (tmp_path / 'in/tokenizer_config.json').write_text('{"chat_template": "{{ messages[0].content }}!"}')
+    (tmp_path / 'in/tokenizer_config.json').write_text('{"chat_template": "{{ messages[0].content }}!", "eos_token": {"content": "<|im_end|>"}}')
     (tmp_path / 'in/generation_config.json').write_text('{"eos_token_id": [256, 7], "temperature": 0.1}')
     run(tmp_path, 'export.py', '--init_from=in', '--output=hf')
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    assert again.apply_chat_template([dict(role='user', content='hi')], tokenize=False) == 'hi!'
+    assert again.apply_chat_template([dict(role='user', content='hi')], tokenize=False) == 'hi!' and again.eos_token_id == 258
     assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['eos_token_id'] == [256, 7]
 
 
