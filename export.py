@@ -132,16 +132,24 @@ if format in ('onnx', 'ckpt') and os.path.exists(f'{folder}/tokenizer.json') and
 
 # ---- the model as it is meant to be written, in the types of the format
 written = 'int8' if quantize == 'int8' else dtype
-meant = copy.deepcopy(model)
+meant = model if written == 'float32' and format != 'gguf' else copy.deepcopy(model)
 if format == 'gguf':
     gguf_file.round_weights(meant, dtype)
 elif quantize == 'int8':  # the linear layers in 8 bits, embeddings in 16
     int8.quantize(meant)
     for embedding in [m for m in meant.modules() if isinstance(m, torch.nn.Embedding)]:
         embedding.weight = torch.nn.Parameter(embedding.weight.bfloat16().float(), requires_grad=False)
-elif dtype != 'float32':
+elif meant is not model:
     for p in meant.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
+
+
+def settle():
+    """Give the export of before its name back where an interruption took it away; behind a new one it is removed."""
+    if os.path.exists(old) and not os.path.exists(output):
+        os.rename(old, output)
+    shutil.rmtree(old, ignore_errors=True)
+
 
 # ---- write it into a folder that only this process has, read it back, compare, and then give it its name
 temporary, old = f'{folder}/.export-{file}', f'{folder}/.export-{file}-old'
@@ -152,8 +160,7 @@ except OSError as e:
 lock = lock_folder(temporary, wait=False)
 for left in os.listdir(temporary):  # by a process that was killed
     os.remove(f'{temporary}/{left}')
-if os.path.exists(old) and not os.path.exists(output):
-    os.rename(old, output)
+settle()
 try:
     if format == 'hf':
         began = run.get('init_from', 'scratch') if path.endswith('.pt') else init_from
@@ -172,7 +179,8 @@ try:
         logits, by = checkpoint.load_model(checkpoint.load(f'{temporary}/{file}'), file).eval()(ids, ids)[0], 'the checkpoint loaded again'
     if format in ('onnx', 'ckpt'):
         tokenizer.save(f'{temporary}/tokenizer.json')
-    expected, rounded = (m(ids, ids)[0].float() for m in (model, meant))
+    expected = model(ids, ids)[0]
+    rounded = expected if meant is model else meant(ids, ids)[0]
     largest = max(expected.abs().max().item(), 1e-3)
     difference, rounding = (logits - rounded).abs().max().item(), (rounded - expected).abs().max().item()
     tolerance = max(READ_BACK * largest, 1e-5)
@@ -201,9 +209,7 @@ except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
-    if os.path.exists(old) and not os.path.exists(output):
-        os.rename(old, output)
-    shutil.rmtree(old, ignore_errors=True)
+    settle()
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})\n'
       f'logits of a prompt of {ids.shape[1]} tokens, up to {largest:.3g}: read back from {by} they are off by {difference:.2g} ({tolerance:.2g} would be too much)'
       + (f'; {written} itself moved them by {rounding:.2g}' if rounding else ''))

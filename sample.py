@@ -53,9 +53,10 @@ if start.startswith('FILE:'):
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'cannot read the prompt: {e}') from None
 try:
-    prompt = tokenizer.encode(start, allow_special=True)
-except (UnicodeEncodeError, TypeError):
+    start.encode()
+except UnicodeEncodeError:
     raise UserError('--start is no valid UTF-8') from None
+prompt = tokenizer.encode(start, allow_special=True)
 if prompt[:len(tokenizer.begin)] != tokenizer.begin:
     prompt = tokenizer.begin + prompt
 prompt = prompt or [tokenizer.end_of_text or 0]

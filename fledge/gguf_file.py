@@ -92,10 +92,10 @@ def interleave(tensor, heads, back=False):
     return tensor.reshape(*shape, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def type_of(tensor, dtype, positions=False):
-    """GGUF's type of a tensor in a file of dtype (see TYPES): vectors and learned positions stay float32, and q8_0 goes in blocks of 32."""
+def type_of(name, tensor, dtype):
+    """GGUF's type of a tensor, by our name or GGUF's, in a file of dtype (see TYPES): vectors and learned positions stay float32, and q8_0 goes in blocks of 32."""
     import gguf
-    if tensor.dim() < 2 or positions:
+    if tensor.dim() < 2 or name in ('transformer.wpe.weight', 'position_embd.weight'):
         return gguf.GGMLQuantizationType.F32
     return gguf.GGMLQuantizationType[TYPES['float16' if dtype == 'q8_0' and tensor.shape[1] % 32 else dtype]]
 
@@ -105,7 +105,7 @@ def round_weights(model, dtype):
     """Give model the weights, in place, and the GELU that llama.cpp will compute with."""
     import gguf
     for name, p in model.named_parameters():
-        kind = type_of(p, dtype, positions='.wpe.' in name)
+        kind = type_of(name, p, dtype)
         p.copy_(torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(p.detach().numpy(), kind), kind).astype(np.float32)))
     for block in model.transformer.h:
         if block.mlp.activation == 'gelu':
@@ -166,15 +166,14 @@ def write(path, model, tokenizer, dtype, name, chat_template=None):
             writer.add_rope_scaling_factor(c.rope_scaling['factor'])
     add_tokenizer(writer, tokenizer, c.vocab_size, chat_template)
     for tensor_name, _, tensor in tensors(model, kind):
-        stored = type_of(tensor, dtype, positions=tensor_name.startswith('position'))
+        stored = type_of(tensor_name, tensor, dtype)
         block, size = gguf.GGML_QUANT_SIZES[stored]
         writer.add_tensor_info(tensor_name, tensor.shape, np.float32, tensor.numel() // block * size, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor_name, _, tensor in tensors(model, kind):
-        stored = type_of(tensor, dtype, positions=tensor_name.startswith('position'))
-        writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), stored))
+        writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), type_of(tensor_name, tensor, dtype)))
     writer.close()
 
 
@@ -206,9 +205,9 @@ def read(path):
     reader = gguf.GGUFReader(path)
     kind = reader.get_field('general.architecture').contents()
 
-    def value(key, otherwise=None):
+    def value(key):
         field = reader.get_field(f'{kind}.{key}')
-        return otherwise if field is None else field.contents()
+        return None if field is None else field.contents()
     names = {t.name for t in reader.tensors}
     args = dict(block_size=value('context_length'), vocab_size=len(reader.get_field('tokenizer.ggml.tokens').contents()), n_layer=value('block_count'),
                 n_head=value('attention.head_count'), n_embd=value('embedding_length'), n_inner=value('feed_forward_length'), tie_embeddings='output.weight' not in names)

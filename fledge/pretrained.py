@@ -46,7 +46,7 @@ REQUIRED = {
 }
 FOREIGN = re.compile('expert|moe|multiplier|softcap|logit_scale|logits_scaling|alibi|auto_map|quantization_config')
 FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']  # what is fetched beside the weights
-TYPES = {field.name: field.type for field in fields(GPTConfig)} | dict(qkv_bias=bool, rope_scaling=object)
+TYPES = {field.name: field.type for field in fields(GPTConfig)} | dict(qkv_bias=bool, rope_scaling=object, rope_type=str)
 ROPE = dict(default=(), linear=('factor',), llama3=('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
@@ -75,9 +75,14 @@ def read_config(config, where, block_size=0):
             raise UserError(f'{where}: layer_types has {min(other)}, which is not supported')
         args = gpt2_args(config, where, block_size) if kind == 'gpt2' else llama_args(config, kind, where, block_size)
         for name, value in (args | (args.get('rope_scaling') or {})).items():
-            wanted = TYPES.get(name, str if name == 'rope_type' else float)
-            if not (type(value) is wanted if wanted in (bool, str) else type(value) is int and 0 <= value < 2 ** 31 if wanted is int else
-                    type(value) in (int, float) and 0 < value < math.inf if wanted is float else True):
+            wanted = TYPES.get(name, float)  # what is no field is RoPE's
+            if wanted is int:
+                fits = type(value) is int and 0 <= value < 2 ** 31
+            elif wanted is float:
+                fits = type(value) in (int, float) and 0 < value < math.inf
+            else:
+                fits = wanted is object or type(value) is wanted
+            if not fits:
                 raise UserError(f'{where}: {name}={value!r} is no {wanted.__name__} that a model can have')
         return args
     except KeyError as e:

@@ -5,12 +5,11 @@ uint16 files are read as well. Which rows a step sees is a pure function of (dat
 no state to save, nothing replayed after a resume, the same global batch for any number of processes.
 """
 import glob
-import json
 import os
 
 import numpy as np
 
-from fledge import UserError
+from fledge import UserError, read_json
 
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}  # (magic, version): token type
 HEADER_BYTES = 256 * 4
@@ -207,16 +206,7 @@ def read_bin(path, headerless=False):
 def read_meta(folder):
     """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
     path = os.path.join(folder, 'meta.json')
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-    except ValueError as e:
-        raise UserError(f'{path} is not readable: {e}') from None
-    if not isinstance(meta, dict):
-        raise UserError(f'{path} holds no object')
-    return meta
+    return read_json(path) if os.path.exists(path) else {}
 
 
 def split_files(folder, split):

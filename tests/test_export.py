@@ -452,6 +452,9 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
     done = subprocess.run([sys.executable, str(tmp_path / 'cut.py'), '--output=kept', '--dtype=bfloat16'], cwd=trained, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
+    shutil.copytree(trained / 'kept', trained / '.export-kept-old')  # of a process that was killed as the new one had its name
+    run(trained, 'export.py', '--output=kept', '--dtype=bfloat16')
+    assert (trained / 'kept/model.safetensors').stat().st_size < 0.6 * len(before) and not debris(trained)
 
 
 def test_two_at_once(trained, exported):
