@@ -219,7 +219,7 @@ if resuming:
     if 'dataset' in changed:
         best_val_loss = math.inf
     if max_minutes and start.get('time_is_short'):  # the run does not fit its time: go on with the steps that do
-        total_steps = min(max_iters, int(start['total_steps'] * max_minutes / (saved.get('max_minutes') or max_minutes)))
+        total_steps = min(max_iters, int(start['total_steps'] * (max_minutes / (saved.get('max_minutes') or max_minutes))))
 del start
 log.open(config, first_step if resuming else None)
 if tokenizer and log.out_dir and not resuming:
