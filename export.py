@@ -3,7 +3,7 @@
 python export.py --out_dir=out                                                    a folder, out/hf
 python export.py --out_dir=out --format=gguf --output=model.gguf --dtype=q8_0
 python export.py --out_dir=out --format=onnx --kv_cache
-python export.py --out_dir=out --quantize=int8                                    out/int8.pt, for sample.py
+python export.py --out_dir=out --quantize=int8                                    out/int8.pt, for sample.py and evaluate.py
 
 What was written is loaded again before it gets its name, and its logits on a prompt compared: what differs too much is an error, and is not left behind.
 """

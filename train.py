@@ -156,7 +156,7 @@ tokenizer = find_tokenizer(data_dir)
 if start and not resuming:  # the tokenizer comes along with the weights, and the data has to be in it
     folder = start.get('folder') or os.path.dirname(init_from) or '.'
     theirs = find_tokenizer(folder)
-    if tokenizer and theirs and any(tokenizer.token_bytes.get(i, token) != token for i, token in theirs.token_bytes.items()):
+    if tokenizer and theirs and not theirs.agrees_with(tokenizer):
         raise UserError(f'{data_dir} was prepared with another tokenizer than the one of {init_from}: prepare it with --tokenizer={folder}')
     tokenizer = tokenizer or theirs
 
@@ -193,10 +193,7 @@ val_data = Tokens(data_dir, 'val', block_size, vocab_size)
 tokens_per_step = rows_per_step * block_size
 if target_tokens or target_epochs:
     max_iters = math.ceil((target_tokens or target_epochs * train_data.n_tokens) / tokens_per_step)
-bytes_of = np.zeros(vocab_size, np.int64)  # of text behind each token; special tokens have none
-for i, token in (tokenizer.token_bytes if tokenizer else {}).items():
-    if i < vocab_size and i not in tokenizer.special.values():
-        bytes_of[i] = len(token)
+bytes_of = tokenizer.text_bytes(vocab_size) if tokenizer else np.zeros(vocab_size, np.int64)
 
 # ---- optimizers, and what else a resumed run goes on with
 opts = [] if eval_only else optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))

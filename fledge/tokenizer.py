@@ -132,6 +132,18 @@ class Tokenizer:
             return self.hf.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=False)
         return b''.join(self.token_bytes.get(int(i), b'\xff') for i in ids).decode('utf-8', errors='replace')
 
+    def text_bytes(self, vocab_size):
+        """How many bytes of text are behind each id below vocab_size, int64 (vocab_size,); special tokens have none."""
+        sizes, special = np.zeros(vocab_size, np.int64), set(self.special.values())
+        for i, token in self.token_bytes.items():
+            if i < vocab_size and i not in special:
+                sizes[i] = len(token)
+        return sizes
+
+    def agrees_with(self, other):
+        """Whether each id that both have is the same text, so that data in one serves a model of the other."""
+        return all(other.token_bytes.get(i, token) == token for i, token in self.token_bytes.items())
+
     def save(self, path):
         """Write tokenizer.json at path, whole or not at all."""
         with replacing(path) as f:

@@ -46,7 +46,7 @@ def test_readmes_map_is_true():
 def test_readmes_commands_run(tmp_path):
     if not os.path.isdir(SHARED):
         pytest.skip('the real data is not at hand')
-    for name in ('model.py', 'train.py', 'sample.py', 'export.py', 'bench.py'):
+    for name in ('model.py', 'train.py', 'sample.py', 'evaluate.py', 'export.py', 'bench.py'):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
     for name in ('fledge', 'prepare', 'config'):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name)
@@ -80,7 +80,7 @@ def test_readmes_commands_run(tmp_path):
             words += ['--max_new_tokens=5']
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
-        if words[:2] in ([sys.executable, name] for name in ('train.py', 'sample.py', 'export.py')):
+        if words[:2] in ([sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')):
             code, out, err = forked(tmp_path, str(tmp_path / words[1]), *words[2:])
         else:
             done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
