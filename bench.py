@@ -12,14 +12,13 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
 
 from fledge import UserError, int8, optimizers
-from fledge.configurator import configure
-from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops, read_bandwidth
+from fledge.configurator import at_least, configure, one_of
+from fledge.device import autocast_to, choose_device, choose_dtype, keep_memory, peak_flops, read_bandwidth
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import BinWriter, Tokens, split_files
 from model import GPT, GPTConfig
@@ -75,7 +74,7 @@ def train_fledge():
     model.gradient_checkpointing = gradient_checkpointing
     opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     network = torch.compile(model) if compile is True or (compile == 'auto' and device_type == 'cuda') else model
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
+    autocast = autocast_to(dtype, device)
     folder = os.path.join('data', dataset)
     with tempfile.TemporaryDirectory() as made:
         if not split_files(folder, 'train'):  # random tokens are as fast as any
@@ -139,7 +138,7 @@ def train_nanogpt(path, compiled):
     model = nanogpt(path)
     opt = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     network = torch.compile(model) if compiled else model
-    autocast = nullcontext() if device_type == 'cpu' else torch.autocast(device_type, dtype)
+    autocast = autocast_to(torch.float32 if device_type == 'cpu' else dtype, device)
     x, y = torch.randint(model.config.vocab_size, (2, batch_size, block_size), device=device)
 
     def take_step():
@@ -298,12 +297,8 @@ def table(times, memory, sizes, amount, columns):
     return lines
 
 
-for name, value, known in (('compile', compile, ('auto', True, False)), ('only', only, ('train', 'generate', 'all')), ('quantize', quantize, ('none', 'int8'))):
-    if value not in known:
-        raise UserError(f'{name}={value!r} is none of {", ".join(map(str, known))}')
-for name, least in (('rounds', 1), ('streams', 1), ('prompt_tokens', 1), ('new_tokens', 2), ('long_prompt', 1), ('seconds', 0), ('batch_size', 1), ('block_size', 2)):
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} must be at least {least}')
+one_of(config, compile=('auto', True, False), only=('train', 'generate', 'all'), quantize=('none', 'int8'))
+at_least(config, rounds=1, streams=1, prompt_tokens=1, new_tokens=2, long_prompt=1, seconds=0, batch_size=1, block_size=2)
 if only != 'train' and prompt_tokens + new_tokens > block_size:
     raise UserError(f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than block_size={block_size}')
 if compare and compare != 'transformers' and not os.path.exists(os.path.join(compare, 'model.py')):

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fledge import UserError, checkpoint, int8, pretrained
-from fledge.configurator import configure
+from fledge.configurator import at_least, configure, one_of
 from fledge.device import choose_device, choose_dtype, keep_memory
 
 # -----------------------------------------------------------------------------
@@ -32,13 +32,10 @@ compile = False             # torch.compile the model, on a GPU; the first token
 json = False                # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
-for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
-    if globals()[name] < least:
-        raise UserError(f'{name}={globals()[name]} must be at least {least}')
+at_least(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
+one_of(globals(), quantize=('none', 'int8'))
 if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
     raise UserError(f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0')
-if quantize not in ('none', 'int8'):
-    raise UserError(f'quantize={quantize!r} is none of none, int8')
 if seed >= 2 ** 63:
     raise UserError(f'seed={seed} must be below 2^63')
 device = choose_device(device)

@@ -56,6 +56,20 @@ def configure(settings, argv=None, saved=None, also=None):
     return values
 
 
+def at_least(settings, **bounds):
+    """UserError for a setting, by name, that is below its bound."""
+    for name, least in bounds.items():
+        if settings[name] < least:
+            raise UserError(f'{name}={settings[name]} must be at least {least}')
+
+
+def one_of(settings, **known):
+    """UserError for a setting, by name, that is none of its known values."""
+    for name, values in known.items():
+        if settings[name] not in values:
+            raise UserError(f'{name}={settings[name]!r} is none of {", ".join(map(str, values))}')
+
+
 def read_settings(path):
     """The settings at the top of a script, {name: default}: its plain assignments before it calls configure() or defines anything."""
     return {name: ast.literal_eval(node.value) for name, node, _ in _assignments(path)}
@@ -160,8 +174,8 @@ def one_line(kind, error, trace):
     elif issubclass(kind, ModuleNotFoundError) and error.name:
         package = error.name.partition('.')[0]
         print(f'error: the package {package} is not installed: pip install {package}', file=sys.stderr)
-    elif kind.__name__ == 'OutOfMemoryError':
-        print('error: the device is out of memory; lower batch_size (and raise gradient_accumulation_steps), or set --gradient_checkpointing', file=sys.stderr)
+    elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):  # a GPU's, a CPU's
+        print('error: out of memory; take fewer rows at once (batch_size, num_samples), a shorter block_size or, to train, --gradient_checkpointing', file=sys.stderr)
     elif issubclass(kind, OSError):  # a full disk, a file that went away
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

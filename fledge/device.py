@@ -18,7 +18,7 @@ def choose_device(device, index=0):
         return f'cuda:{index}' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     device = f'cuda:{index}' if device == 'cuda' else device
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # which the meta device has not
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         raise UserError(f'device={device!r} cannot be used here ({str(e).partition(chr(10))[0]}); --device=cpu always can') from None
     return device
@@ -38,6 +38,11 @@ def choose_dtype(dtype, device):
     if kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def autocast_to(dtype, device):
+    """The context in which a forward pass computes in dtype; float32 is left as it is."""
+    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
 
 
 def keep_memory():

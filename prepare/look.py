@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from fledge import UserError
-from fledge.configurator import configure
+from fledge.configurator import at_least, configure, one_of
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import read_bin, read_meta, split_files
 from prepare.quality import assess, chunks, show_quality
@@ -249,11 +249,8 @@ def show_sizes(sizes):
 
 
 # -----------------------------------------------------------------------------
-for name in ('document', 'documents', 'max_tokens'):
-    if globals()[name] < 1:
-        raise UserError(f'{name}={globals()[name]} must be at least 1')
-if color not in (True, False, 'auto'):
-    raise UserError(f'color={color!r} is none of True, False, auto')
+at_least(globals(), document=1, documents=1, max_tokens=1)
+one_of(globals(), color=(True, False, 'auto'))
 if json and not (count or quality):
     raise UserError('--json goes with --count or --quality')
 places = [a for a in sys.argv[1:] if not a.startswith('-')]
