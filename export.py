@@ -13,11 +13,12 @@ import importlib.util
 import json as json_
 import os
 import shutil
+from contextlib import suppress
 
 import torch
 
 from fledge import UserError, checkpoint, gguf_file, hf_folder, int8, lock_folder, onnx_file, pretrained
-from fledge.configurator import configure
+from fledge.configurator import configure, one_of
 from fledge.tokenizer import IM_END, load_tokenizer
 from fledge.tokens import read_meta
 
@@ -37,18 +38,15 @@ configure(globals())
 FILES = {'hf': 'hf', 'gguf': 'model.gguf', 'onnx': 'model.onnx', 'ckpt': 'int8.pt' if quantize == 'int8' else 'model.pt'}
 DTYPES = {'hf': ('float32', 'float16', 'bfloat16'), 'gguf': tuple(gguf_file.TYPES), 'onnx': ('float32',), 'ckpt': ('float32',)}
 NEEDS = {'hf': ('safetensors',), 'gguf': ('gguf',), 'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'ckpt': ()}
-# how far logits may be off, as a share of the largest: what is read back from what was meant, and the latter from the model before it was rounded
-READ_BACK, ROUNDED = 1e-5, {'float32': 1e-3, 'float16': 2e-2, 'bfloat16': 0.1, 'q8_0': 0.2, 'int8': 0.2}
+READ_BACK = 1e-5  # how far logits may be off, as a share of the largest, after writing and reading back
+ROUNDED = {'float32': 1e-3, 'float16': 2e-2, 'bfloat16': 0.1, 'q8_0': 0.2, 'int8': 0.2}  # and how far rounding the weights to a type may move them
 PROMPT = "The café opened at 7:45, before the rain; by noon, 1,200 people had walked past it.\r\n\n\tdef main():\n\t    return 'nai\u0308ve'  # 東京 so far\n"
 MADE_HERE = '# made by export.py'
 OLLAMA_CHAT = '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n'
 dtype = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16'}.get(dtype, dtype)  # GGUF's own names
-if quantize not in ('none', 'int8'):
-    raise UserError(f'quantize={quantize!r} is none of none, int8')
+one_of(globals(), quantize=('none', 'int8'), format=('auto', *FILES))
 if format == 'auto':
     format = 'ckpt' if quantize == 'int8' else 'hf'
-if format not in FILES:
-    raise UserError(f'format={format!r} is none of {", ".join(FILES)}')
 if quantize == 'int8' and format != 'ckpt':
     raise UserError(f'--quantize=int8 makes a checkpoint: leave out --format={format}' + ('; 8 bits in GGUF are --dtype=q8_0' if format == 'gguf' else ''))
 if dtype == 'auto':
@@ -64,7 +62,7 @@ for package in NEEDS[format]:
 # ---- the model and its tokenizer
 state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).eval().requires_grad_(False)
-config, run, source = model.config, state.get('config', {}), state.get('folder', '')  # source: a Hugging Face model's folder
+config, run, source = model.config, state['config'], state.get('folder', '')  # source: a Hugging Face model's folder
 if int8.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
 if tokenizer.vocab_size > config.vocab_size:
@@ -78,55 +76,62 @@ ids = torch.tensor([tokenizer.encode(start)[:config.block_size]])
 meta = read_meta(os.path.join('data', run['dataset'])) if run.get('dataset') else {}
 size = model.get_num_params(non_embedding=False)
 size = f'{size / 1e6:.1f}M' if size < 1e9 else f'{size / 1e9:.1f}B'
-origin = os.path.basename(os.path.abspath(source or os.path.dirname(path))) if not source or os.path.isdir(init_from) else init_from.split('/')[-1]
+origin = os.path.basename(os.path.abspath(path if source else os.path.dirname(path)))
 name = name or f'{run.get("dataset") or origin}-{size}'
 template = hf_folder.chat_template(tokenizer, source)
 
 
 def earlier_export(path):
-    """Whether the file at path is one, and may be replaced: a checkpoint of weights alone, or a file with our name at its head."""
+    """Whether path is one, and may be replaced: its file of weights says so at its head. A folder is one with nothing else in it, or an empty one."""
     if format == 'ckpt':
-        return 'iter_num' not in checkpoint.load(path)
+        return 'exported_by' in checkpoint.load(path)
+    if format == 'hf':
+        path, names = f'{path}/model.safetensors', set(os.listdir(path))
+        if not names or names - hf_folder.FILES or not os.path.exists(path):
+            return not names
     with open(path, 'rb') as f:
         return b'fledge' in f.read(4096)
 
 
 def write_modelfile(path):
     """Ollama's: the file beside it, and how to prompt it. A model of plain text continues; where that is unknown, Ollama goes by the template in the file."""
-    text_of = {i: token for token, i in tokenizer.special.items()}
+    stops = hf_folder.ends(tokenizer)
     lines = [MADE_HERE, f'FROM ./{file}', f'PARAMETER num_ctx {min(config.block_size, 8192)}', 'PARAMETER temperature 0.8', 'PARAMETER top_k 200']
-    lines += [f'PARAMETER stop "{text_of[i]}"' for i in hf_folder.ends(tokenizer)]
+    lines += [f'PARAMETER stop "{token}"' for token, i in tokenizer.special.items() if i in stops]
     if 'masked' in meta:
         lines += [f'TEMPLATE """{OLLAMA_CHAT if meta["masked"] and IM_END in tokenizer.special else "{{ .Prompt }}"}"""']
     with open(path, 'w', encoding='utf-8') as f:
         f.write('\n'.join(lines) + '\n')
 
 
-def may_replace_modelfile(path):
-    """Whether there is none at path, or one that was made here."""
+def somebodys_own(path):
+    """Whether there is a Modelfile at path that was not made here."""
     if not os.path.exists(path):
-        return True
+        return False
     with open(path, encoding='utf-8', errors='replace') as f:
-        return f.readline().strip() == MADE_HERE
+        return f.readline().strip() != MADE_HERE
 
 
 # ---- where it goes; what is there and is no earlier export stays
 ending = os.path.splitext(FILES[format])[1]
 output = output or os.path.join(os.path.dirname(path) if os.path.isfile(path) else '', FILES[format])
-output = output.rstrip('/') if format == 'hf' else output
+output = os.path.normpath(output)
+output = os.path.realpath(output) if os.path.islink(output) else output
 folder, file = os.path.split(output)
 folder = folder or '.'
 if os.path.isdir(output) and format != 'hf':
     raise UserError(f'{output} is a folder; --format={format} writes a file: --output={os.path.join(output, FILES[format])}')
-if not file or not file.endswith(ending):
+if os.path.isfile(output) and format == 'hf':
+    raise UserError(f'{output} is a file; --format=hf writes a folder')
+if not file.endswith(ending):
     raise UserError(f'--output={output}: what --format={format} writes is called *{ending}')
-if format == 'hf':
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise UserError(f'{output} is a file; --format=hf writes a folder')
-    if os.path.isdir(output) and (set(os.listdir(output)) - hf_folder.FILES or source and os.path.samefile(source, output)):
-        raise UserError(f'{output} holds other files, or the very model that is exported: name another folder with --output')
-elif os.path.exists(output) and not earlier_export(output):
-    raise UserError(f'{output} is there, and is no earlier export: name another --output')
+if os.path.exists(output):
+    if os.path.samefile(output, source or path):
+        raise UserError(f'{output} is the very model that is exported: name another --output')
+    if not earlier_export(output):
+        raise UserError(f'{output} is there, and is no earlier export: name another --output')
+elif format == 'onnx' and os.path.exists(f'{output}.data'):
+    raise UserError(f'{output}.data is there without its model, and would be replaced: name another --output')
 if format in ('onnx', 'ckpt') and os.path.exists(f'{folder}/tokenizer.json') and load_tokenizer(folder).spec != tokenizer.spec:
     raise UserError(f'{folder}/tokenizer.json is another tokenizer, and would be taken for this model\'s: name another folder with --output')
 
@@ -145,14 +150,16 @@ elif meant is not model:
 
 
 def settle():
-    """Give the export of before its name back where an interruption took it away; behind a new one it is removed."""
+    """The earlier export, set aside as `old`, gets its name back where a crash left nothing in its place; else it is deleted."""
     if os.path.exists(old) and not os.path.exists(output):
         os.rename(old, output)
     shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- write it into a folder that only this process has, read it back, compare, and then give it its name
-temporary, old = f'{folder}/.export-{file}', f'{folder}/.export-{file}-old'
+temporary, old, made, parent = f'{folder}/.export-{file}', f'{folder}/.replaced-{file}', [], folder
+while not os.path.isdir(parent):
+    made, parent = [*made, parent], os.path.dirname(parent) or '.'
 try:
     os.makedirs(temporary, exist_ok=True)
 except OSError as e:
@@ -163,19 +170,22 @@ for left in os.listdir(temporary):  # by a process that was killed
 settle()
 try:
     if format == 'hf':
-        began = run.get('init_from', 'scratch') if path.endswith('.pt') else init_from
+        began = init_from if source else run.get('init_from', 'scratch')
         hf_folder.write(temporary, model, tokenizer, getattr(torch, dtype), hf_folder.card(name, model, state, meta, began), source)
         logits, by = hf_folder.read(temporary, ids, start, tokenizer)
     elif format == 'gguf':
         gguf_file.write(f'{temporary}/{file}', model, tokenizer, dtype, name, template)
-        write_modelfile(f'{temporary}/Modelfile')
+        if somebodys_own(f'{folder}/Modelfile'):
+            print(f'{folder}/Modelfile is somebody\'s own, and stays as it is')
+        else:
+            write_modelfile(f'{temporary}/Modelfile')
         logits, by = gguf_file.read(f'{temporary}/{file}').eval()(ids, ids)[0], 'the file alone'
     elif format == 'onnx':
         onnx_file.write(f'{temporary}/{file}', model, kv_cache)
         logits, by = onnx_file.run(f'{temporary}/{file}', ids, kv_cache), f'onnxruntime {importlib.metadata.version("onnxruntime")}'
     else:
         tensors = {n: t.bfloat16() if written == 'int8' and n.startswith(('transformer.wte', 'transformer.wpe')) else t for n, t in meant.state_dict().items()}
-        checkpoint.save(f'{temporary}/{file}', dict(model=tensors, model_args=config.model_args(), config={k: v for k, v in run.items() if k != 'lora_alpha'}))
+        checkpoint.save(f'{temporary}/{file}', dict(model=tensors, model_args=config.model_args(), config={k: v for k, v in run.items() if k != 'lora_alpha'}, exported_by='fledge'))
         logits, by = checkpoint.load_model(checkpoint.load(f'{temporary}/{file}'), file).eval()(ids, ids)[0], 'the checkpoint loaded again'
     if format in ('onnx', 'ckpt'):
         tokenizer.save(f'{temporary}/tokenizer.json')
@@ -201,15 +211,15 @@ try:
         if format == 'onnx' and os.path.exists(f'{output}.data') and f'{file}.data' not in names:
             os.remove(f'{output}.data')  # of an earlier export, of a larger model
         for n in sorted(names, key=lambda n: n == file):  # the model itself is last
-            if n == 'Modelfile' and not may_replace_modelfile(f'{folder}/Modelfile'):
-                print(f'{folder}/Modelfile is somebody\'s own, and stays as it is')
-            else:
-                os.replace(f'{temporary}/{n}', f'{folder}/{n}')
+            os.replace(f'{temporary}/{n}', f'{folder}/{n}')
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
     settle()
+    for parent in made:
+        with suppress(OSError):  # nothing but an empty folder goes
+            os.rmdir(parent)
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})\n'
       f'logits of a prompt of {ids.shape[1]} tokens, up to {largest:.3g}: read back from {by} they are off by {difference:.2g} ({tolerance:.2g} would be too much)'
       + (f'; {written} itself moved them by {rounding:.2g}' if rounding else ''))

@@ -434,7 +434,19 @@ class GPT(nn.Module):
         cache: a KVCache; idx goes on from what it holds. lengths: (B,) int64, how many of a row's T tokens
         are real where a batch is padded on the right. Raises ValueError for T beyond block_size.
         """
-        B, T = idx.shape
+        x = self.hidden(idx, cache, lengths)
+        if targets is None:
+            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1][:, None]
+            return self.lm_head(self.transformer.ln_f(x)), None
+        x = self.transformer.ln_f(x)
+        if not return_logits and type(self.lm_head) is nn.Linear:
+            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+        logits = self.lm_head(x)
+        return logits if return_logits else None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx, cache=None, lengths=None):
+        """What the last block leaves, (B, T, n_embd): ahead of the final norm and the head. Arguments as of forward."""
+        T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens are longer than block_size={self.config.block_size}')
         positions = mask = None
@@ -457,14 +469,7 @@ class GPT(nn.Module):
                 x = block(x, rope, cache, layer, positions, mask)
         if cache is not None:
             cache.advance(T, lengths)
-        if targets is None:
-            x = x[:, -1:] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1][:, None]
-            return self.lm_head(self.transformer.ln_f(x)), None
-        x = self.transformer.ln_f(x)
-        if not return_logits and type(self.lm_head) is nn.Linear:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
-        logits = self.lm_head(x)
-        return logits if return_logits else None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return x
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fledge import UserError, checkpoint, int8, optimizers, pretrained, replacing
-from fledge.configurator import configure, one_line
-from fledge.device import choose_device, choose_dtype, keep_memory, peak_flops
+from fledge.configurator import at_least, configure, one_line, one_of
+from fledge.device import autocast_to, choose_device, choose_dtype, keep_memory, peak_flops
 from fledge.runlog import RunLog
 from fledge.tokenizer import find_tokenizer, load_tokenizer
 from fledge.tokens import Tokens, split_files
@@ -104,22 +103,17 @@ resuming = init_from == 'resume'
 start = None if init_from == 'scratch' else checkpoint.load(ckpt_path) if resuming else pretrained.load(init_from, block_size)
 if resuming:  # the run's own settings hold, but for those given now
     once = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
-    saved = start.get('config', {})
+    saved = start['config']
     config = configure(globals(), saved={k: v for k, v in saved.items() if k not in once})
     changed = {k: v for k, v in saved.items() if k not in once and config.get(k, v) != v}
     config['init_from'] = saved.get('init_from', 'scratch')  # how the run began
 # -----------------------------------------------------------------------------
-least = dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'), 1) | dict.fromkeys((
-    'max_iters', 'target_tokens', 'target_epochs', 'max_minutes', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'seed', 'learning_rate',
-    'weight_decay', 'grad_clip', 'sample_interval', 'sample_tokens', 'early_stopping_patience'), 0)
-for name, value in least.items():
-    if config[name] < value:
-        raise UserError(f'{name}={config[name]} must be at least {value}')
+at_least(config, eval_interval=1, log_interval=1, gradient_accumulation_steps=1, batch_size=1, block_size=1, max_iters=0, target_tokens=0, target_epochs=0,
+         max_minutes=0, eval_iters=0, warmup_iters=0, lr_decay_iters=0, seed=0, learning_rate=0, weight_decay=0, grad_clip=0, sample_interval=0, sample_tokens=0,
+         early_stopping_patience=0)
+one_of(config, lr_schedule=('linear', 'cosine', 'wsd'), compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
 if sample_repetition_penalty <= 0 or seed >= 2 ** 63:
     raise UserError(f'sample_repetition_penalty={sample_repetition_penalty} must be above 0, and seed={seed} below 2^63')
-for name, known in (('lr_schedule', ('linear', 'cosine', 'wsd')), ('compile', ('auto', True, False)), ('backend', ('auto', 'nccl', 'gloo'))):
-    if config[name] not in known:
-        raise UserError(f'{name}={config[name]!r} is none of {", ".join(map(str, known))}')
 
 # ---- processes, device, precision
 rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -134,7 +128,7 @@ if world > 1:
     dist.init_process_group('gloo' if device_type != 'cuda' else 'nccl' if backend == 'auto' else backend)
     sys.excepthook = one_line  # torch.distributed has put its own in the way
 dtype = choose_dtype(dtype, device)
-autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
+autocast = autocast_to(dtype, device)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 if rows_per_step % world:
@@ -158,6 +152,8 @@ if start and not resuming:  # the tokenizer comes along with the weights, and th
     theirs = find_tokenizer(folder)
     if tokenizer and theirs and not theirs.agrees_with(tokenizer):
         raise UserError(f'{data_dir} was prepared with another tokenizer than the one of {init_from}: prepare it with --tokenizer={folder}')
+    if theirs and not tokenizer and theirs.vocab_size != 50257:
+        log.say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {init_from}')
     tokenizer = tokenizer or theirs
 
 # ---- model
@@ -316,7 +312,7 @@ def evaluate():
 
 def in_words(val_loss, val_bpb):
     """An evaluation as a person reads it."""
-    return f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else '')
+    return f'val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.6g}' + (f', {val_bpb:.4f} bits per byte' if val_bpb else '')
 
 
 def write_samples(step):

@@ -21,7 +21,7 @@ def save(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # a full disk surfaces as either
-        raise UserError(f'cannot write {path}: {getattr(e, "strerror", None) or e}; the previous checkpoint is as it was') from None
+        raise UserError(f'cannot write {path}: {getattr(e, "strerror", None) or e}; what was there before is as it was') from None
 
 
 def link(path, other):
@@ -53,6 +53,9 @@ def load(path):
         raise UserError(f'{path} is cut short or is no checkpoint ({type(e).__name__})') from None
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')):
         raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
+    config = checkpoint.setdefault('config', {})
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint['model'].items()) or not isinstance(config, dict) or not isinstance(config.get('dataset', ''), str):
+        raise UserError(f'{path} is no checkpoint: model holds more than named tensors, or config is no settings')
     # torch.compile's prefix and the causal mask that older scripts saved
     checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items() if not k.endswith('.attn.bias')}
     return checkpoint
@@ -78,9 +81,9 @@ def empty_model(config):
 
 def load_model(checkpoint, path, dropout=None):
     """The GPT of a loaded checkpoint, on the CPU, its adapters merged; dropout overrides the saved one. path is for error messages."""
-    state = adapters.merge(checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path)
-    quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
     try:
+        state = adapters.merge(checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path)
+        quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
         config = GPTConfig(**checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout}))
         model = empty_model(config)  # the checkpoint's tensors become the model's, so there is one of each
         if quantized:
@@ -90,6 +93,6 @@ def load_model(checkpoint, path, dropout=None):
         model.load_state_dict({name: tensor if tensor.dtype == torch.int8 else tensor.float() for name, tensor in state.items()}, assign=True)
         if config.tie_embeddings and not quantized:
             model.lm_head.weight = model.transformer.wte.weight
-    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ZeroDivisionError) as e:
         raise UserError(f'{path} does not fit this model: {" ".join(str(e).split())[:300]}') from None
     return model

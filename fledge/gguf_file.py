@@ -70,13 +70,15 @@ def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre(split_name(tokenizer.spec))
         merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
-        writer.add_token_merges(merges or ['no merge'])  # of words that no text begins with: llama.cpp wants one
+        writer.add_token_merges(merges or ['no merge'])  # llama.cpp wants one: of two words that are no tokens
     # the embedding may have rows beyond the vocabulary
     every = [tokens.get(i, (f'[PAD{i}]', UNUSED)) for i in range(vocab_size)]
     writer.add_token_list([token for token, _ in every])
     writer.add_token_types([kind for _, kind in every])
+    begin = tokenizer.begin[0] if tokenizer.begin else tokenizer.end_of_text
+    if begin is not None:
+        writer.add_bos_token_id(begin)
     if tokenizer.end_of_text is not None:
-        writer.add_bos_token_id((tokenizer.begin or [tokenizer.end_of_text])[0])
         writer.add_eos_token_id(tokenizer.end_of_text)
         writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(bool(tokenizer.begin))

@@ -2,12 +2,11 @@
 import importlib.util
 import json
 import os
-import re
 import shutil
 
 import torch
 
-from fledge import UserError, pretrained, read_json
+from fledge import UserError, hub, pretrained, read_json
 from fledge.checkpoint import load_model
 from fledge.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, PATTERNS, load_tokenizer
 
@@ -34,6 +33,8 @@ def chat_template(tokenizer, source=''):
         with open(path, encoding='utf-8') as f:
             return f.read()
     template = read_if_there(source, 'tokenizer_config.json').get('chat_template')
+    if isinstance(template, list):  # of several, the one without a purpose of its own
+        template = next((t.get('template') for t in template if isinstance(t, dict) and t.get('name') == 'default'), None)
     return template if isinstance(template, str) else CHAT_TEMPLATE if {IM_START, IM_END} <= tokenizer.special.keys() else None
 
 
@@ -49,7 +50,7 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     if config['model_type'] == 'qwen2' and (splits[0].get('pattern') != {'Regex': PATTERNS['qwen2']} or normalizer.get('type') != 'NFC'):
         raise UserError("transformers takes the tokenizer of every qwen2 model (qkv_bias without qk_norm) for Qwen2's own, which this one is not, and would read other tokens")
     text_of, stops = {i: token for token, i in tokenizer.special.items()}, ends(tokenizer)
-    special = dict(bos_token_id=tokenizer.begin[0] if tokenizer.begin else None,  # None as well: transformers has ids of its own for what is not there
+    special = dict(bos_token_id=tokenizer.begin[0] if tokenizer.begin else None,  # None is written as well: transformers has defaults for what is not there
                    eos_token_id=(stops if len(stops) > 1 else stops[0]) if stops else None, pad_token_id=stops[0] if stops else None)
     names = dict(bos_token=text_of.get(tokenizer.begin[0])) if tokenizer.begin else {}
     names |= dict(eos_token=text_of[stops[0]], pad_token=text_of[stops[0]]) if stops else {}
@@ -57,7 +58,7 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     for key in ('bos_token', 'eos_token', 'pad_token'):
         token = before.get(key)
         token = token.get('content') if isinstance(token, dict) else token
-        names |= {key: token} if token in tokenizer.special else {}
+        names |= {key: token} if isinstance(token, str) and token in tokenizer.special else {}
     special |= {key: value for key, value in read_if_there(source, 'config.json').items() if key in special}
     generation = read_if_there(source, 'generation_config.json') or special | dict(do_sample=True, temperature=0.8, top_k=200)
     template = chat_template(tokenizer, source)
@@ -71,7 +72,7 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     with open(f'{folder}/README.md', 'w', encoding='utf-8') as f:
         f.write(card)
     try:
-        save_file({n: t.to(dtype).contiguous() for n, t in pretrained.their_tensors(model, config['model_type'])}, f'{folder}/model.safetensors', {'format': 'pt'})
+        save_file({n: t.to(dtype).contiguous() for n, t in pretrained.their_tensors(model, config['model_type'])}, f'{folder}/model.safetensors', {'format': 'pt', 'made_by': 'fledge'})
     except SafetensorError as e:  # a full disk
         raise UserError(f'cannot write model.safetensors: {e}') from None
     shutil.copymode(f'{folder}/config.json', f'{folder}/model.safetensors')  # safetensors keeps its files from everybody else
@@ -93,7 +94,7 @@ def read(folder, ids, text, tokenizer):
             if theirs.chat_template == CHAT_TEMPLATE and not tokenizer.chars:
                 same = same and theirs.apply_chat_template(TALK, tokenize=True, return_dict=False) == tokenizer.encode_chat(TALK)[0].tolist()
             logits = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()(ids).logits
-        except Exception as e:  # its own bounds: a width that is no multiple of the heads
+        except Exception as e:  # it refuses some sizes, such as a width that is no multiple of the heads
             raise UserError(f'{by} does not open this model: {" ".join(str(e).split())[:300]}') from None
     if not same:
         raise UserError(f'{by} reads other tokens than this tokenizer gives')
@@ -105,16 +106,16 @@ def card(name, model, state, meta, began):
 
     state: a checkpoint, with the facts of its run where it has them; meta: of its data; began: what the weights began from.
     """
-    c, run = model.config, state.get('config', {})
-    local = os.path.exists(began) or os.path.isdir(os.path.dirname(began) or 'no such folder') or began.endswith('.pt')
+    c, run = model.config, state['config']
+    named = hub.is_name(began) and not began.endswith('.pt')  # else a path, of which the last part says enough
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags:', '- fledge']
-    lines += [f'base_model: {began}'] if re.fullmatch(r'[\w.-]+/[\w.-]+', began) and not local else []
+    lines += [f'base_model: {began}'] if named and '/' in began else []
     lines += ['---', '', f'# {name}', '', f'{model.get_num_params(non_embedding=False):,} parameters, {pretrained.write_config(c)["architectures"][0]}: {c.n_layer} layers of {c.n_embd}, '
               f'context {c.block_size:,}, vocabulary {c.vocab_size:,}. Made with fledge; loads without remote code.', '']
     if state.get('iter_num') is not None:
         source = meta.get('source', '')
         facts = dict(data=run.get('dataset', '?') + (f' ({os.path.basename(source.rstrip("/")) if os.path.exists(source) else source})' if source else ''))
-        facts['began from'] = os.path.basename(began.rstrip('/')) if local else began
+        facts['began from'] = began if named else os.path.basename(began.rstrip('/'))
         facts['steps'] = f'{state["iter_num"]:,}'
         facts['tokens seen'] = f'{state["iter_num"] * run.get("gradient_accumulation_steps", 1) * run.get("batch_size", 1) * c.block_size:,}'
         if state.get('evaluation'):

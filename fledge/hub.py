@@ -6,11 +6,16 @@ import sys
 from fledge import UserError
 
 
+def is_name(source):
+    """Whether source may be a name on the hub: NAME or OWNER/NAME, where no folder OWNER is here."""
+    return bool(re.fullmatch(r'[\w.-]+(/[\w.-]+)?', source)) and not os.path.isdir(os.path.dirname(source))
+
+
 def download(name, patterns):
     """The folder that holds the files of the hub's model `name` (OWNER/NAME) that match patterns; UserError where they cannot be had."""
     missing = f'{name} is no file or folder'
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) or os.path.isdir(os.path.dirname(name)):
-        raise UserError(f'{missing}, and no name on the Hugging Face hub')
+    if not is_name(name):
+        raise UserError(f'{missing}, and no name on the Hugging Face hub' + (f' while there is a folder {os.path.dirname(name)}' if os.path.isdir(os.path.dirname(name)) else ''))
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     os.environ.setdefault('HF_HUB_DISABLE_SYMLINKS_WARNING', '1')
     import huggingface_hub

@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 
 from fledge import UserError, checkpoint, hub, read_json
-from fledge.tokenizer import find_tokenizer, load_tokenizer
+from fledge.tokenizer import TOKENIZER_FILES, find_tokenizer, load_tokenizer
 from model import GPTConfig
 
 # Our name: theirs. Several of theirs lie in one of ours, one below the other. {} is the layer.
@@ -40,15 +40,15 @@ IGNORED = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')  # buffe
 # What a config.json may say of things that GPT cannot do: the one value it has to have, and words for what has to be off
 REQUIRED = {
     'gpt2': dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, sliding_window=None),
-    'qwen2': dict(hidden_act='silu', mlp_bias=False, use_sliding_window=False),
-    'qwen3': dict(hidden_act='silu', mlp_bias=False, use_sliding_window=False, attention_bias=False),
+    'llama': dict(attention_bias=False, mlp_bias=False, sliding_window=None),
+    'qwen2': dict(mlp_bias=False),
+    'qwen3': dict(mlp_bias=False, attention_bias=False),
 }
 FOREIGN = re.compile('expert|moe|multiplier|softcap|logit_scale|logits_scaling|alibi|auto_map|quantization_config')
-FILES = ['config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']  # what is fetched beside the weights
+FILES = ['config.json', 'generation_config.json', 'tokenizer_config.json', 'chat_template.jinja', *TOKENIZER_FILES]  # what is fetched beside the weights
 TYPES = {field.name: field.type for field in fields(GPTConfig)} | dict(qkv_bias=bool, rope_scaling=object, rope_type=str)
 ROPE = dict(default=(), linear=('factor',), llama3=('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
-ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+ACTIVATIONS = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu_fast='gelu_tanh', gelu='gelu', gelu_python='gelu')
 
 
 def their_names(model_type, name):
@@ -67,7 +67,7 @@ def read_config(config, where, block_size=0):
         if config.get(field, value) != value:
             raise UserError(f'{where}: {field}={config[field]!r} is not supported')
     for field, value in config.items():
-        if FOREIGN.search(field) and value not in (None, False, 0, {}, []) and (value is True or value != 1):  # once, one expert: as if it were not there
+        if FOREIGN.search(field) and value not in (None, False, 0, {}, []) and (value is True or value != 1):  # a multiplier of 1, a single expert change nothing
             raise UserError(f'{where}: {field}={str(value)[:60]} is not supported')
     try:
         other = set(config.get('layer_types') or ()) - {'full_attention'}
@@ -102,15 +102,20 @@ def gpt2_args(config, where, block_size):
 
 
 def llama_args(config, kind, where, block_size):
-    newer = dict(config.get('rope_parameters') or {})
-    rope = dict(config.get('rope_scaling') or newer)  # where both are there, transformers takes the older
+    if config.get('hidden_act', 'silu') not in ('silu', 'swish'):
+        raise UserError(f'{where}: hidden_act={config["hidden_act"]!r} is not supported')
+    window, from_layer = config.get('use_sliding_window') and config.get('sliding_window', 4096), config.get('max_window_layers', 28)
+    if window and from_layer < config['num_hidden_layers'] and not config.get('layer_types'):
+        raise UserError(f'{where}: use_sliding_window=True is not supported')
+    rope = dict(config.get('rope_scaling') or config.get('rope_parameters') or {})  # where both are there, transformers takes the older alone
+    longest = config.get('original_max_position_embeddings', rope.get('original_max_position_embeddings', config['max_position_embeddings']))
     rope_type = rope.get('rope_type', rope.get('type', 'default'))
     if rope_type not in ROPE or any(isinstance(value, dict) for value in rope.values()):  # another one, or one for each kind of layer
         raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported' if rope_type not in ROPE else f'{where}: RoPE of several kinds ({", ".join(rope)}) is not supported')
-    if rope.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0)) != 1.0:
+    if rope.get('partial_rotary_factor', config.get('partial_rotary_factor')) not in (None, 1.0):
         raise UserError(f'{where}: partial_rotary_factor is not supported')
-    theta = rope.get('rope_theta') or config.get('rope_theta') or newer.get('rope_theta') or 10000.0
-    scaling = dict(rope_type=rope_type) | {name: rope[name] for name in ROPE[rope_type]} if ROPE[rope_type] else None
+    theta = rope.get('rope_theta') or config.get('rope_theta') or 10000.0
+    scaling = dict(rope_type=rope_type) | {name: (rope | dict(original_max_position_embeddings=longest))[name] for name in ROPE[rope_type]} if ROPE[rope_type] else None
     if rope_type == 'llama3' and scaling['low_freq_factor'] == scaling['high_freq_factor']:
         raise UserError(f'{where}: RoPE with low_freq_factor = high_freq_factor has nothing between them')
     return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],
@@ -126,12 +131,12 @@ class Weights:
     def __init__(self, folder):
         self.folder, self.open, self.plain = folder, {}, None
         index, single, pickled = (os.path.join(folder, n) for n in ('model.safetensors.index.json', 'model.safetensors', 'pytorch_model.bin'))
-        if os.path.exists(index):
+        if os.path.exists(single):  # an index beside it is of an earlier model
+            self.files = dict.fromkeys(self._file('model.safetensors').keys(), 'model.safetensors')
+        elif os.path.exists(index):
             self.files = read_json(index).get('weight_map')
             if not isinstance(self.files, dict) or any(not isinstance(n, str) or n != os.path.basename(n) for n in self.files.values()):
                 raise UserError(f'{index} has no weight_map of files beside it')
-        elif os.path.exists(single):
-            self.files = dict.fromkeys(self._file('model.safetensors').keys(), 'model.safetensors')
         elif os.path.exists(pickled):
             try:
                 try:
@@ -144,7 +149,8 @@ class Weights:
                 raise UserError(f'{pickled} holds more than plain tensors, or is broken, and is not run ({type(e).__name__})') from None
             self.files = dict.fromkeys(self.plain, 'pytorch_model.bin')
         else:
-            raise UserError(f'{folder} has no model.safetensors')
+            several = '; pickles in several files are not read: save it again with transformers' if os.path.exists(f'{pickled}.index.json') else ''
+            raise UserError(f'{folder} has no model.safetensors{several}')
 
     def _file(self, name):
         import safetensors
@@ -214,7 +220,7 @@ def our_tensors(weights, kind, args, where):
 
 
 def load(source, block_size=0):
-    """A model to start from as a checkpoint: a dict of model (float32 tensors), model_args, and folder, where its tokenizer is.
+    """A model to start from as a checkpoint: a dict of model (float32 tensors), model_args, config (the run's settings, if any), and folder, where its tokenizer is.
 
     source: a checkpoint file, a folder with config.json and the weights, or a name on the Hugging Face hub (OWNER/NAME).
     block_size: see read_config; a checkpoint keeps its own. Raises UserError for what is missing, broken or not supported.
@@ -228,9 +234,12 @@ def load(source, block_size=0):
         folder = hub.download(source, [*FILES, 'pytorch_model.bin'])
     where = os.path.join(folder, 'config.json')
     config = read_json(where)
-    args = read_config(config, where, block_size)
-    state = our_tensors(Weights(folder), config['model_type'], args, folder)
-    return dict(model=state, model_args=GPTConfig(**args).model_args(), folder=folder)
+    args, weights = read_config(config, where, block_size), Weights(folder)
+    embedding, head = [their_names(config['model_type'], name)[0] for name in ('transformer.wte.weight', 'lm_head.weight')]
+    if args['tie_embeddings'] and head in weights.names() and not torch.equal(weights.read(head).float(), weights.read(embedding).float()):
+        args['tie_embeddings'] = False  # whatever config.json says, as in transformers
+    state = our_tensors(weights, config['model_type'], args, folder)
+    return dict(model=state, model_args=GPTConfig(**args).model_args(), config={}, folder=folder)
 
 
 def load_with_tokenizer(init_from, out_dir):
@@ -240,7 +249,8 @@ def load_with_tokenizer(init_from, out_dir):
     """
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
     state = checkpoint.load(path) if init_from == 'resume' else load(init_from)
-    dataset = state.get('config', {}).get('dataset')
+    state.pop('optimizer', None)  # twice the weights, and nothing to do but train
+    dataset = state['config'].get('dataset')
     tokenizer = find_tokenizer(state.get('folder') or os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else []))
     if tokenizer is None and state['model_args'].get('vocab_size') not in (50257, 50304):
         raise UserError(f'{path} has no tokenizer.json beside it, and its vocabulary of {state["model_args"].get("vocab_size")} is not GPT-2\'s')

@@ -12,11 +12,12 @@ import re
 
 import numpy as np
 
-from fledge import UserError, hub, replacing
+from fledge import UserError, hub, read_json, replacing
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # the last two are ChatML's
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # encode_chat's form, as transformers and llama.cpp take it
+TOKENIZER_FILES = ['tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json']  # the latter three where an older GPT-2 has no tokenizer.json
 # How text is split before merging. llama.cpp knows both by name, so a model that uses them exports to GGUF.
 PATTERNS = {
     'qwen2': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -59,24 +60,27 @@ class Tokenizer:
         pattern = _byte_level_pattern(spec)
         if pattern is not None:
             import tiktoken
-            to_byte = {c: b for b, c in byte_to_unicode().items()}
-            ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items() if token not in self.special}
+            plain = _bytes_of({t: i for t, i in vocab.items() if t not in self.special})
             # What comes before the look-ahead runs a third faster as one group: its engine can then take all of it at once.
             head, last, rest = pattern.partition(r'|\s+(?!\S)|\s+')
             grouped = f'(?:{head}){last}' if last and not rest else pattern
-            self.bpe = tiktoken.Encoding('fledge', pat_str=grouped, mergeable_ranks=ranks, special_tokens=self.special)
-            self.token_bytes = {i: token for token, i in ranks.items()} | {i: s.encode() for s, i in self.special.items()}
+            self.bpe = tiktoken.Encoding('fledge', pat_str=grouped, mergeable_ranks={token: i for i, token in plain.items()}, special_tokens=self.special)
+            self.token_bytes = plain | {i: s.encode() for s, i in self.special.items()}
         elif model['type'] == 'WordLevel' and all(len(t) == 1 or t in self.special for t in vocab):
             self.chars = {t: i for t, i in vocab.items() if t not in self.special}
             self.token_bytes = {i: t.encode() for t, i in (self.chars | self.special).items()}
         else:
             import tokenizers
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
-            decode = functools.partial(self.hf.decode, skip_special_tokens=False)
-            # what a token adds after another: alone, SentencePiece's lose the space that they begin with
-            self.token_bytes = {i: decode([i, i])[len(decode([i])):].encode() for i in range(self.vocab_size)}
-            single = {self.hf.token_to_id(f'<0x{byte:02X}>'): bytes([byte]) for byte in range(256)}  # SentencePiece's bytes
-            self.token_bytes |= {i: byte for i, byte in single.items() if i is not None}
+            decoder = spec.get('decoder') or {}
+            if 'ByteLevel' in (d.get('type') for d in (decoder, *decoder.get('decoders', []))):
+                self.token_bytes = _bytes_of(self.hf.get_vocab(with_added_tokens=False)) | {t['id']: t['content'].encode() for t in added}
+            else:
+                decode = functools.partial(self.hf.decode, skip_special_tokens=False)
+                # what a token adds after another: alone, SentencePiece's lose the space that they begin with
+                self.token_bytes = {i: decode([i, i])[len(decode([i])):].encode() for i in range(self.vocab_size)}
+                single = {self.hf.token_to_id(f'<0x{byte:02X}>'): bytes([byte]) for byte in range(256)}  # SentencePiece's bytes
+                self.token_bytes |= {i: byte for i, byte in single.items() if i is not None}
 
     def encode(self, text, allow_special=False):
         """The ids of text, a list of int. Special tokens spelled out in it are plain text unless allow_special."""
@@ -148,6 +152,12 @@ class Tokenizer:
         """Write tokenizer.json at path, whole or not at all."""
         with replacing(path) as f:
             json.dump(self.spec, f, ensure_ascii=False)
+
+
+def _bytes_of(vocab):
+    """The bytes of each id of a byte-level vocabulary, {token: id}; a token that is no stand-in for bytes is its own text."""
+    to_byte = {c: b for b, c in byte_to_unicode().items()}
+    return {i: bytes(map(to_byte.get, token)) if all(map(to_byte.__contains__, token)) else token.encode() for token, i in vocab.items()}
 
 
 def _byte_level_pattern(spec):
@@ -226,11 +236,22 @@ def gpt2_tokenizer():
         lines = read_file_cached('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
                                  '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5').decode().splitlines()[1:]
     except Exception as e:  # requests' many, a proxy's, a corrupt download
-        raise UserError('the GPT-2 vocabulary is not cached and cannot be fetched '
-                        f'({type(e).__name__}); use --tokenizer=train to train one on your text') from None
+        raise UserError(f'the GPT-2 vocabulary is not cached and cannot be fetched ({type(e).__name__}); to prepare data without it, train one: --tokenizer=train') from None
     merges = [line.split(' ') for line in lines]
     vocab = {c: i for i, c in enumerate([*byte_to_unicode().values(), *map(''.join, merges)])}
     return Tokenizer(_spec(_bpe_model(vocab, merges), [END_OF_TEXT]) | dict(pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
+
+
+def gpt2_files_tokenizer(folder):
+    """A GPT-2 model's own vocabulary as it lay before there was tokenizer.json: in vocab.json, merges.txt and, with some, added_tokens.json."""
+    config, vocab, added = (read_json(path) if os.path.exists(path) else {} for path in (os.path.join(folder, n) for n in ('config.json', 'vocab.json', 'added_tokens.json')))
+    if config.get('model_type') != 'gpt2' or not vocab:
+        raise UserError(f'{folder} has no tokenizer.json, and merges.txt is read of GPT-2 models alone, beside vocab.json: save the tokenizer again with transformers')
+    with open(os.path.join(folder, 'merges.txt'), encoding='utf-8') as f:
+        merges = [line.split() for line in f if line.strip() and not line.startswith('#version')]
+    special = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | added
+    tokens = [token | dict(id=special[token['content']]) for token in _added(sorted(special, key=special.get), 0)]
+    return Tokenizer(_spec(_bpe_model(vocab, merges), []) | dict(added_tokens=tokens, pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
 
 
 class _NoCode(pickle.Unpickler):
@@ -245,8 +266,8 @@ def load_tokenizer(source):
         return gpt2_tokenizer()
     if source == 'bytes':
         return byte_tokenizer()
-    if re.fullmatch(r'[\w.-]+/[\w.-]+', source) and not os.path.isdir(os.path.dirname(source)):
-        source = hub.download(source, ['tokenizer.json'])
+    if '/' in source and hub.is_name(source):
+        source = hub.download(source, ['config.json', *TOKENIZER_FILES])
     path = os.path.join(source, 'tokenizer.json') if os.path.isdir(source) else source
     legacy = os.path.join(source, 'meta.pkl')
     try:
@@ -254,6 +275,8 @@ def load_tokenizer(source):
             with open(legacy, 'rb') as f:
                 meta = _NoCode(f).load()
             return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+        if not os.path.exists(path) and os.path.exists(os.path.join(source, 'merges.txt')):
+            return gpt2_files_tokenizer(source)
         with open(path, encoding='utf-8') as f:
             return Tokenizer(json.load(f))
     except FileNotFoundError:
@@ -267,5 +290,5 @@ def load_tokenizer(source):
 def find_tokenizer(*folders):
     """The tokenizer of the first folder that holds one, or None."""
     for folder in folders:
-        if any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'meta.pkl')):
+        if any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'meta.pkl', 'merges.txt')):
             return load_tokenizer(folder)

@@ -219,9 +219,10 @@ class Tokens:
     """One split of a prepared dataset, as rows of block_size inputs and the block_size targets that follow them.
 
     folder/split.bin, or its shards folder/split_000000.bin, ...; vocab_size bounds the ids (UserError beyond it).
+    seed: of the order of training's rows; None where the split is only evaluated.
     """
 
-    def __init__(self, folder, split, block_size, vocab_size, seed=0):
+    def __init__(self, folder, split, block_size, vocab_size, seed=None):
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f'{folder} has no {split}.bin')
@@ -234,9 +235,9 @@ class Tokens:
         self.rows_per_shard = np.where(whole > 1, (lengths - block_size) // block_size, whole)
         self.slack = lengths - 1 - self.rows_per_shard * block_size
         self.n_rows = int(self.rows_per_shard.sum())
-        if self.n_tokens < 2:
+        if lengths.max() < 2:
             raise UserError(f'{paths[0]} holds a single token: there is nothing to predict')
-        if self.n_rows == 0 and split == 'train':
+        if self.n_rows == 0 and seed is not None:
             raise UserError(f'block_size={block_size} is longer than the data: {paths[0]} has {self.n_tokens:,} tokens and a row takes {block_size + 1:,}')
         self.first_row = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
         self._epoch = None

@@ -89,6 +89,15 @@ def test_one_that_does_not_fit_is_named(tmp_path):
         checkpoint.load_model(saved, path)
     with pytest.raises(UserError, match='unexpected keyword'):
         checkpoint.load_model(a_checkpoint(model_args={'width': 3}), path)
+    good = a_checkpoint()
+    for odd in (dict(config=None), dict(config=dict(dataset=5)), dict(model={'a': 'b'}), dict(model={5: torch.zeros(1)})):
+        torch.save(good | odd, path)
+        with pytest.raises(UserError, match='holds more than named tensors, or config is no settings'):
+            checkpoint.load(path)
+    with pytest.raises(UserError, match='does not fit this model'):
+        checkpoint.load_model(a_checkpoint(model_args=good['model_args'] | dict(position='rope', rope_scaling=dict(rope_type='linear'))), path)
+    with pytest.raises(UserError, match='does not fit'):
+        checkpoint.load_model(a_checkpoint(model={'x.lora_A': torch.tensor(1.0), 'x.lora_B': torch.tensor(1.0), 'x.weight': torch.zeros(1)}, config=dict(lora_alpha=1)), path)
     with pytest.raises(UserError, match='no checkpoint at .*nowhere'):
         checkpoint.load(str(tmp_path / 'nowhere.pt'))
 
@@ -99,7 +108,7 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path):
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # a file may not grow past this, as on a full disk
     try:
-        with pytest.raises(UserError, match='the previous checkpoint is as it was'):
+        with pytest.raises(UserError, match='what was there before is as it was'):
             checkpoint.save(path, a_checkpoint(iter_num=99))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,15 +1,17 @@
 """evaluate.py: its figures by hand and by the trainer's own, in every form a model comes in; what it refuses."""
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fails, metrics, run, write_tiny
+from conftest import TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
-from fledge.tokenizer import byte_tokenizer, load_tokenizer
+from fledge.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import BinWriter, read_bin
+from model import GPT, GPTConfig
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +29,7 @@ def figures(folder, *flags):
 def test_the_trainers_own_loss(trained):
     found, last = figures(trained, '--dtype=float32'), metrics(trained / 'out')[-1]
     assert found['loss'] == pytest.approx(last['val_loss'], rel=1e-6) and found['bits_per_byte'] == pytest.approx(last['val_bpb'], rel=1e-6)
-    assert list(found) == ['dataset', 'split', 'loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'bytes', 'tokens_per_second']
+    assert list(found) == ['dataset', 'split', 'loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'bytes', 'block_size', 'dtype', 'tokens_per_second']
 
 
 def test_by_hand(trained):
@@ -46,15 +48,64 @@ def test_by_hand(trained):
     assert found['bytes'] == size and found['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-def test_special_tokens_are_no_text():
-    tokenizer = byte_tokenizer()
-    assert tokenizer.text_bytes(300).tolist() == [1] * 256 + [0] * 44 and tokenizer.text_bytes(3).tolist() == [1] * 3
+def digits(spec):
+    return spec | dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)]))
+
+
+KINDS = {'on tiktoken': lambda spec: spec, "Qwen's": lambda spec: spec | dict(normalizer=dict(type='NFC')), "SmolLM's": digits,
+         'a token that is not special': lambda spec: spec | dict(added_tokens=spec['added_tokens'] + [spec['added_tokens'][0] | dict(id=300, content='[PAD]', special=False)])}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_bytes_are_those_of_the_text(kind, tmp_path):
+    """Tokens that end within a character count what they hold of it, special ones nothing, in every backend."""
+    text = 'naïve cafés in 東京, 12 of them 😀 with Ελλάδα'
+    plain = train_bpe([text] * 9, 300)
+    tokenizer = Tokenizer(KINDS[kind](plain.spec))
+    assert bool(tokenizer.bpe) == (kind == 'on tiktoken') and tokenizer.agrees_with(plain) and plain.agrees_with(tokenizer)
+    write_tiny(tmp_path / 'data/tiny')
+    tokenizer.save(str(tmp_path / 'data/tiny/tokenizer.json'))
+    for split in ('train', 'val'):
+        with BinWriter(str(tmp_path / f'data/tiny/{split}.bin'), 301) as f:
+            for document in [' '] + [text] * 20:
+                f.write(tokenizer.encode(document) + [tokenizer.end_of_text])
+    run(tmp_path, 'train.py', *TINY, '--max_iters=1', '--eval_iters=0', '--sample_interval=0', '--dtype=float32')
+    found = figures(tmp_path, '--dtype=float32')
+    assert found['bytes'] == 20 * len(text.encode()) and found['tokens'] == 1 + 20 * (len(tokenizer.encode(text)) + 1)
+    assert found['bits_per_byte'] == pytest.approx(found['loss'] * found['tokens'] / math.log(2) / found['bytes'])
 
 
 def test_parts_of_it(trained):
-    whole, part, train = figures(trained), figures(trained, '--eval_iters=3', '--batch_size=2'), figures(trained, '--split=train', '--block_size=8')
-    assert part['tokens'] == 96 and part['loss'] == pytest.approx(whole['loss'], rel=0.3) and train['split'] == 'train' and train['tokens'] == 3999
-    assert figures(trained, '--block_size=2')['loss'] > whole['loss']  # from less before it
+    part, train = figures(trained, '--eval_iters=3', '--batch_size=2', '--dtype=float32'), figures(trained, '--split=train', '--block_size=8')
+    model, data = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval(), read_bin(str(trained / 'data/tiny/val.bin'))
+    rows = torch.from_numpy(np.stack([data[16 * (i * 32 // 6):][:17] for i in range(6)]).astype(np.int64))  # 6 of 32 rows, evenly spread
+    with torch.no_grad():
+        expected = model(rows[:, :-1], rows[:, 1:])[1].item()
+    assert part['tokens'] == 96 and part['loss'] == pytest.approx(expected, rel=1e-5) and train['split'] == 'train' and train['tokens'] == 3999
+    assert figures(trained, '--block_size=2')['loss'] > figures(trained)['loss']  # from less before it
+
+
+def test_rows_are_the_runs_or_no_longer_than_1024(trained):
+    run(trained, 'train.py', *TINY, '--max_iters=1', '--batch_size=1', '--block_size=1100', '--sample_interval=0', '--eval_iters=1', '--out_dir=long')
+    run(trained, 'export.py', '--out_dir=long')
+    assert figures(trained, '--out_dir=long')['block_size'] == 1100 and figures(trained, '--init_from=long/hf', '--dataset=tiny')['block_size'] == 1024
+    run(trained, 'export.py', '--init_from=long/hf', '--format=ckpt', '--output=again/model.pt')
+    assert figures(trained, '--init_from=again/model.pt', '--dataset=tiny')['block_size'] == 1024
+
+
+def test_logits_are_made_a_part_at_a_time(tmp_path):
+    """A model of 4 rows of 1,024 tokens and a vocabulary of 150,000 has 2.4 GB of them."""
+    model = GPT(GPTConfig(block_size=1024, vocab_size=150_000, n_layer=1, n_head=1, n_embd=8))
+    checkpoint.save(str(tmp_path / 'model.pt'), dict(model=model.state_dict(), model_args=model.config.model_args()))
+    byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'data/d').mkdir(parents=True)
+    with BinWriter(str(tmp_path / 'data/d/val.bin'), 256) as f:
+        f.write(np.arange(4097) % 256)
+    process = start(tmp_path, 'evaluate.py', '--init_from=model.pt', '--dataset=d', '--device=cpu', '--dtype=float32')
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert 'its tokens are taken for those of model.pt' in out and '4,096 tokens' in out and process.returncode == 0 and usage.ru_maxrss < 1.7e6, usage.ru_maxrss
 
 
 def test_a_model_in_every_form(trained):
@@ -66,7 +117,8 @@ def test_a_model_in_every_form(trained):
     theirs = figures(trained, '--dtype=float32', '--init_from=out/hf', '--dataset=tiny')
     assert theirs['loss'] == pytest.approx(whole['loss'], rel=1e-6) and theirs['accuracy'] == whole['accuracy'] and theirs['bytes'] == whole['bytes']
     assert 'out/hf does not say what it was trained on: name the data with --dataset' in fails(trained, 'evaluate.py', '--init_from=out/hf')
-    assert figures(trained, '--dtype=bfloat16')['loss'] == pytest.approx(whole['loss'], rel=0.01)
+    half = figures(trained, '--dtype=bfloat16')
+    assert half['loss'] != whole['loss'] and half['loss'] == pytest.approx(whole['loss'], rel=0.01) and half['dtype'] == 'bfloat16'
 
 
 def test_what_is_refused(trained):
@@ -74,6 +126,8 @@ def test_what_is_refused(trained):
     assert 'data/gone has no val.bin' in fails(trained, 'evaluate.py', '--dataset=gone')
     assert 'more than the context of out/ckpt.pt, 16' in fails(trained, 'evaluate.py', '--block_size=17')
     assert 'batch_size=0 must be at least 1' in fails(trained, 'evaluate.py', '--batch_size=0')
+    assert "device='meta' cannot be used here" in fails(trained, 'evaluate.py', '--device=meta')
+    assert 'eval_iters=-1 must be at least 0' in fails(trained, 'evaluate.py', '--eval_iters=-1')
     assert 'no checkpoint at' in fails(trained, 'evaluate.py', '--out_dir=nowhere')
     other = trained / 'data' / 'other'
     other.mkdir()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, fails, run, shared, start, write_tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
@@ -76,7 +77,7 @@ def test_every_export_says_how_far_off_it_is(trained, exported):
 
 
 def debris(folder):
-    return [name for name in os.listdir(folder) if name.startswith('.export') or name.endswith('.tmp')]
+    return [name for name in os.listdir(folder) if name.startswith(('.export', '.replaced')) or name.endswith('.tmp')]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -365,15 +366,20 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--format=pickle'], "format='pickle' is none of hf, gguf, onnx, ckpt"),
+    (['--format=pickle'], "format='pickle' is none of auto, hf, gguf, onnx, ckpt"),
     (['--dtype=q8_0'], "dtype='q8_0' is none of float32, float16, bfloat16"),
     (['--format=gguf', '--quantize=int8'], '8 bits in GGUF are --dtype=q8_0'),
     (['--kv_cache'], '--kv_cache is of --format=onnx'),
     (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
-    (['--output=occupied'], 'occupied holds other files'),
+    (['--output=occupied'], 'occupied is there, and is no earlier export'),
     (['--output=out/hf', '--init_from=out/hf'], 'the very model that is exported'),
     (['--format=gguf', '--output=occupied'], 'occupied is a folder; --format=gguf writes a file'),
-    (['--format=ckpt', '--output=out/ckpt.pt'], 'out/ckpt.pt is there, and is no earlier export'),
+    (['--format=ckpt', '--output=out/ckpt.pt'], 'out/ckpt.pt is the very model that is exported'),
+    (['--format=ckpt', '--output=weights.pt'], 'weights.pt is there, and is no earlier export'),
+    (['--output=theirs'], 'theirs is there, and is no earlier export'),
+    (['--output=readme'], 'readme is there, and is no earlier export'),
+    (['--format=onnx', '--output=lonely.onnx'], 'lonely.onnx.data is there without its model'),
+    (['--output=out/hf/.', '--init_from=out/hf'], 'the very model that is exported'),
     (['--quantize=int8', '--init_from=out/ckpt.pt', '--output=out/best.pt'], 'out/best.pt is there, and is no earlier export'),
     (['--format=gguf', '--output=out/tokenizer.json'], 'what --format=gguf writes is called *.gguf'),
     (['--format=gguf', '--output=occupied/theirs.gguf'], 'theirs.gguf is there, and is no earlier export'),
@@ -387,7 +393,13 @@ def test_mistakes_cost_a_line(flags, message, trained, exported):
     byte_tokenizer().save(str(trained / 'occupied/tokenizer.json'))
     (trained / 'occupied/thesis.txt').write_text('mine')
     (trained / 'occupied/theirs.gguf').write_bytes(b'GGUF' + bytes(5000))
-    before = {n: (trained / n).stat().st_mtime_ns for n in ('out/ckpt.pt', 'out/best.pt', 'out/tokenizer.json', 'occupied/tokenizer.json', 'occupied/thesis.txt', 'notes.jsonl')}
+    make('llama', trained / 'theirs')
+    (trained / 'readme').mkdir(exist_ok=True)
+    (trained / 'readme/README.md').write_text('mine')
+    (trained / 'lonely.onnx.data').write_text('mine')
+    plain = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    checkpoint.save(str(trained / 'weights.pt'), {k: plain[k] for k in ('model', 'model_args')})
+    before = {n: (trained / n).stat().st_mtime_ns for n in ('out/ckpt.pt', 'out/best.pt', 'out/tokenizer.json', 'occupied/tokenizer.json', 'occupied/thesis.txt', 'notes.jsonl', 'theirs/model.safetensors', 'readme/README.md', 'lonely.onnx.data', 'weights.pt')}
     error = fails(trained, 'export.py', *flags)
     assert message in error and len(error.strip().splitlines()) == 1
     assert before == {n: (trained / n).stat().st_mtime_ns for n in before}
@@ -399,7 +411,9 @@ def test_a_model_of_characters(tmp_path):
     assert 'transformers' in run(tmp_path, 'export.py')
     text = '(' + chr(70) + chr(80)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out/hf')(text)['input_ids'] == find_tokenizer(str(tmp_path / 'out')).encode(text)
-    assert 'llama.cpp has no tokenizer like this one' in fails(tmp_path, 'export.py', '--format=gguf') and not (tmp_path / 'out/model.gguf').exists()
+    for output in ('out/model.gguf', 'new/folder/m.gguf'):
+        assert 'llama.cpp has no tokenizer like this one' in fails(tmp_path, 'export.py', '--format=gguf', f'--output={output}') and not (tmp_path / output).exists()
+    assert not (tmp_path / 'new').exists()
     assert not debris(tmp_path / 'out')
 
 
@@ -444,7 +458,7 @@ def test_an_interruption_as_it_takes_its_name_leaves_the_old_one(trained, export
 sys.path.insert(0, {ROOT!r})
 rename = os.rename
 def cut(a, b):
-    if '.export-kept' in a and not a.endswith('-old'):
+    if '.export-kept' in a:
         raise KeyboardInterrupt
     rename(a, b)
 os.rename, sys.argv[0] = cut, {os.path.join(ROOT, 'export.py')!r}
@@ -452,9 +466,59 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
     done = subprocess.run([sys.executable, str(tmp_path / 'cut.py'), '--output=kept', '--dtype=bfloat16'], cwd=trained, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
     assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
-    shutil.copytree(trained / 'kept', trained / '.export-kept-old')  # of a process that was killed as the new one had its name
+    shutil.copytree(trained / 'kept', trained / '.replaced-kept')  # of a process that was killed as the new one had its name
     run(trained, 'export.py', '--output=kept', '--dtype=bfloat16')
     assert (trained / 'kept/model.safetensors').stat().st_size < 0.6 * len(before) and not debris(trained)
+
+
+def test_an_earlier_export_is_replaced_by_another(trained, exported):
+    small = ['--init_from=small/ckpt.pt']
+    run(trained, 'train.py', '--dataset=notes', '--max_iters=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu', '--n_layer=1', '--block_size=64', '--out_dir=small')
+    (trained / 'out/model.onnx.data').write_text('weights of an earlier, larger model')
+    for name, flags in FLAGS.items():
+        output = trained / exported[name]['output']
+        before = output / 'model.safetensors' if output.is_dir() else output
+        size = before.stat().st_size
+        run(trained, 'export.py', *small, *flags, f'--output={exported[name]["output"]}')
+        assert before.stat().st_size < 0.9 * size, name
+    assert not (trained / 'out/model.onnx.data').exists() and not debris(trained / 'out')
+    with safe_open(trained / 'out/hf/model.safetensors', 'pt') as f:
+        assert f.metadata() == {'format': 'pt', 'made_by': 'fledge'}
+
+
+def test_a_link_stays_a_link(trained, exported):
+    run(trained, 'export.py', '--output=real/hf')
+    (trained / 'linked').symlink_to('real/hf')
+    for _ in range(2):
+        run(trained, 'export.py', '--output=linked/', '--dtype=bfloat16')
+    assert (trained / 'linked').is_symlink() and (trained / 'real/hf/model.safetensors').stat().st_size < 0.6 * exported['hf']['bytes'] and not debris(trained) + debris(trained / 'real')
+
+
+def test_a_type_that_ruins_the_model_is_refused(trained, exported):
+    """Weights of which one column is a million times the others, as 8 bits cannot hold them; the norm before it makes up for it."""
+    saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    for layer in range(4):
+        for norm, matrix in (('ln_1', 'attn.c_attn'), ('ln_2', 'mlp.c_fc')):
+            saved['model'][f'transformer.h.{layer}.{norm}.weight'][0] /= 1e6
+            saved['model'][f'transformer.h.{layer}.{matrix}.weight'][:, 0] *= 1e6
+    (trained / 'ruined').mkdir()
+    shutil.copy(trained / 'out/tokenizer.json', trained / 'ruined')
+    checkpoint.save(str(trained / 'ruined/ckpt.pt'), saved)
+    assert 'take a larger type' in fails(trained, 'export.py', '--out_dir=ruined', '--quantize=int8') and not debris(trained / 'ruined')
+    run(trained, 'export.py', '--out_dir=ruined', '--format=ckpt')
+    bigger = json.loads((trained / 'ruined/tokenizer.json').read_text())
+    n = saved['model']['lm_head.weight'].shape[0]
+    bigger['added_tokens'].append(bigger['added_tokens'][-1] | dict(id=n, content='<|more|>'))
+    (trained / 'ruined/tokenizer.json').write_text(json.dumps(bigger))
+    assert f'the tokenizer has {n + 1} tokens, and the model of ruined/ckpt.pt {n}' in fails(trained, 'export.py', '--out_dir=ruined')
+
+
+@pytest.mark.parametrize('began, base, said', [('HuggingFaceTB/SmolLM2-135M', True, 'HuggingFaceTB/SmolLM2-135M'), ('gpt2', False, 'gpt2'), ('scratch', False, 'scratch'),
+                                               ('somebody/secret/out/ckpt.pt', False, 'ckpt.pt'), ('/home/me/models/mine/', False, 'mine')])
+def test_the_card_says_what_it_began_from(began, base, said):
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    card = hf_folder.card('a name', model, dict(config=dict(dataset='notes'), iter_num=7), {}, began)
+    assert f'| began from | {said} |' in card and (f'base_model: {began}\n' in card) == base
 
 
 def test_two_at_once(trained, exported):
@@ -489,10 +553,14 @@ def test_qwen2_has_qwens_tokenizer_or_none(tmp_path):
     assert all(theirs(text)['input_ids'] == qwens.encode(text, allow_special=True) for text in random_texts(300))
 
 
-def test_a_template_and_settings_of_its_own_go_along(tmp_path):
+OWN = '{{ messages[0].content }}!'
+
+
+@pytest.mark.parametrize('template', [OWN, [dict(name='tool_use', template='no'), dict(name='default', template=OWN)]])
+def test_a_template_and_settings_of_its_own_go_along(template, tmp_path):
     make('llama', tmp_path / 'in', vocab_size=300)
     byte_tokenizer().save(str(tmp_path / 'in/tokenizer.json'))
-    (tmp_path / 'in/tokenizer_config.json').write_text('{"chat_template": "{{ messages[0].content }}!", "eos_token": {"content": "<|im_end|>"}}')
+    (tmp_path / 'in/tokenizer_config.json').write_text(json.dumps(dict(chat_template=template, eos_token=dict(content='<|im_end|>'), pad_token=['odd'])))
     (tmp_path / 'in/generation_config.json').write_text('{"eos_token_id": [256, 7], "temperature": 0.1}')
     run(tmp_path, 'export.py', '--init_from=in', '--output=hf')
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')

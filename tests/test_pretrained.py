@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT, fails, run, write_tiny
 from hub import Hub
 from safetensors.torch import load_file, save_file
+from test_tokenizer import random_texts
 
 from fledge import UserError, pretrained
 from fledge.checkpoint import load, load_model
@@ -92,6 +94,74 @@ def test_both_spellings_of_rope_are_the_same(tmp_path):
     assert old == new and new['rope_scaling']['rope_type'] == 'llama3' and new['rope_theta'] == 500000.0
 
 
+@pytest.mark.parametrize('name, change', [
+    ('llama', dict(rope_parameters=LLAMA3, rope_theta=5000.0, original_max_position_embeddings=64)),
+    ('llama', dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != 'original_max_position_embeddings'})),
+    ('llama', dict(rope_parameters=dict(rope_theta=5.0), rope_scaling=dict(rope_type='linear', factor=2.0))),
+    ('llama', dict(rope_parameters=None, rope_theta=300.0, partial_rotary_factor=None)),
+    ('llama', dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=2.0))),
+    ('llama', dict(hidden_act='swish')),
+    ('qwen2', dict(use_sliding_window=True, sliding_window=8, max_window_layers=2, layer_types=None)),
+    ('qwen2', dict(use_sliding_window=True, sliding_window=None, max_window_layers=0, layer_types=None)),
+    ('gpt2', dict(activation_function='gelu_fast')), ('gpt2', dict(activation_function='gelu_python'))])
+def test_what_a_config_may_say_means_what_it_means_to_transformers(name, change, tmp_path):
+    make(name, tmp_path)
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation='eager').eval(), torch.arange(90)[None] % 64
+    ours = load_model(pretrained.load(str(tmp_path)), str(tmp_path)).eval()
+    with torch.no_grad():
+        assert (ours(ids, ids)[0] - theirs(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama tied', 'qwen2'])
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(name, tmp_path):
+    make(name, tmp_path)
+    tensors, ids = load_file(tmp_path / 'model.safetensors'), torch.arange(30)[None]
+    embedding = next(t for n, t in tensors.items() if n.endswith(('wte.weight', 'embed_tokens.weight')))
+    save_file(tensors | {'lm_head.weight': embedding.clone()}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    assert pretrained.load(str(tmp_path))['model_args'].get('tie_embeddings', True)
+    save_file(tensors | {'lm_head.weight': torch.randn(embedding.shape)}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    state = pretrained.load(str(tmp_path))
+    ours, theirs = load_model(state, 'x').eval(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert state['model_args']['tie_embeddings'] is False and (ours(ids, ids)[0] - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_a_single_file_goes_before_the_index_of_earlier_shards(tmp_path):
+    make('llama', tmp_path, max_shard_size='20kB')
+    whole = make('llama', tmp_path / 'new')
+    with torch.no_grad():
+        whole.model.norm.weight.add_(1.0)
+    whole.save_pretrained(tmp_path / 'new')
+    os.replace(tmp_path / 'new/model.safetensors', tmp_path / 'model.safetensors')
+    assert torch.equal(pretrained.load(str(tmp_path))['model']['transformer.ln_f.weight'], whole.model.norm.weight)
+    for path in tmp_path.glob('*.safetensors*'):
+        path.unlink()
+    (tmp_path / 'pytorch_model.bin.index.json').write_text('{}')
+    with pytest.raises(UserError, match='pickles in several files are not read'):
+        pretrained.load(str(tmp_path))
+
+
+def test_a_gpt2_vocabulary_of_before_tokenizer_json(tmp_path):
+    make('gpt2', tmp_path, vocab_size=602)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(random_texts(400), tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=['<|endoftext|>'], show_progress=False, max_token_length=8,
+                                                                            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.model.save(str(tmp_path))
+    (tmp_path / 'added_tokens.json').write_text('{"<|x|>": 601, "<|pad|>": 600}')
+    ours, theirs = load_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.bpe and ours.vocab_size == len(theirs) == 602 and ours.end_of_text == 0 and len(ours.token_bytes) == 602
+    assert all(ours.encode(text, allow_special=True) == theirs(text)['input_ids'] for text in random_texts(300, seed=1))
+    assert ours.encode('a<|endoftext|>b<|pad|><|x|>', allow_special=True) == theirs('a<|endoftext|>b<|pad|><|x|>')['input_ids']
+    assert 'a' in run(tmp_path, 'sample.py', f'--init_from={tmp_path}', '--start=a', '--max_new_tokens=2', '--num_samples=1', '--device=cpu')
+    make('qwen2', tmp_path / 'qwen')
+    bpe.model.save(str(tmp_path / 'qwen'))
+    with pytest.raises(UserError, match='is read of GPT-2 models alone'):
+        load_tokenizer(str(tmp_path / 'qwen'))
+
+
 def test_old_files_without_a_prefix_and_with_buffers(tmp_path):
     make('gpt2', tmp_path)
     before = pretrained.load(str(tmp_path))
@@ -113,7 +183,7 @@ def test_fewer_positions_and_with_rope_more(tmp_path):
 
 @pytest.mark.parametrize('name, change, message', [
     ('llama', dict(model_type='mixtral'), "model_type 'mixtral' is none of gpt2, llama, qwen2, qwen3"),
-    ('qwen2', dict(use_sliding_window=True), 'use_sliding_window=True is not supported'),
+    ('qwen2', dict(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None), 'use_sliding_window=True is not supported'),
     ('llama', dict(hidden_act='gelu'), "hidden_act='gelu' is not supported"),
     ('llama', dict(attention_bias=True), 'attention_bias=True is not supported'),
     ('gpt2', dict(activation_function='relu'), "activation_function='relu' is not supported"),
@@ -158,11 +228,13 @@ def test_broken_folders_and_names(tmp_path):
     save_file(tensors | {'model.norm.weight': torch.ones(24, dtype=torch.int8)}, tmp_path / 'model.safetensors')
     with pytest.raises(UserError, match='tensor model.norm.weight is int8; only weights that are not quantized'):
         pretrained.load(str(tmp_path))
+    (tmp_path / 'model.safetensors').rename(tmp_path / 'aside')
     for weight_map in ({'model.norm.weight': '../outside.safetensors'}, ['a'], None):
         (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=weight_map)))
         with pytest.raises(UserError, match='has no weight_map of files beside it'):
             pretrained.load(str(tmp_path))
     (tmp_path / 'model.safetensors.index.json').unlink()
+    (tmp_path / 'aside').rename(tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').rename(tmp_path / 'kept')
     (tmp_path / 'config.json').write_text('[' * 100000)
     with pytest.raises(UserError, match='no valid JSON'):

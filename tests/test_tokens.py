@@ -41,7 +41,7 @@ def test_a_bin_takes_its_name_only_when_whole(tmp_path):
 
 def test_nanogpts_headerless_files_are_read(tmp_path):
     np.arange(100, dtype=np.uint16).tofile(tmp_path / 'train.bin')
-    data = Tokens(str(tmp_path), 'train', 10, 100)
+    data = Tokens(str(tmp_path), 'train', 10, 100, seed=0)
     assert data.n_tokens == 100
     x, y = data.rows(0, 3)
     assert (y == x + 1).all() and x.dtype == np.int64
@@ -69,8 +69,9 @@ def test_a_broken_bin_is_named(tmp_path, breakage, words, with_meta):
 def test_data_that_does_not_fit_is_named(tmp_path):
     folder = dataset(tmp_path, list(range(100)) + [300])
     with pytest.raises(UserError, match='block_size=101 is longer than the data'):
-        Tokens(folder, 'train', 101, 1000)
-    assert Tokens(folder, 'train', 100, 1000).n_rows == 1
+        Tokens(folder, 'train', 101, 1000, seed=0)
+    assert len(Tokens(folder, 'train', 101, 1000).evaluation_rows()) == 1
+    assert Tokens(folder, 'train', 100, 1000, seed=0).n_rows == 1
     with pytest.raises(UserError, match='token 300 at position 100, beyond the vocabulary of 256'):
         Tokens(folder, 'train', 10, 256)  # before the first step, and not when some later step comes across it
     with pytest.raises(UserError, match='no val.bin'):
