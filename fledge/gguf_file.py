@@ -38,7 +38,7 @@ def split_name(spec):
 
 
 def begins_with_a_space(spec):
-    """Whether a SentencePiece tokenizer.json puts a space in front of a text, in either of its spellings."""
+    """Whether a SentencePiece tokenizer.json puts a space in front of a text, in either of its spellings; UserError where it does more to it."""
     normalizer, pre = spec.get('normalizer') or {}, spec.get('pre_tokenizer') or {}
     steps = [s for s in (*normalizer.get('normalizers', [normalizer]), *pre.get('pretokenizers', [pre])) if s]
     if any(s.get('type') not in ('Prepend', 'Replace', 'Metaspace') for s in steps):

@@ -263,6 +263,9 @@ def test_gguf_of_other_tokenizers(tmp_path):
                  special_tokens={'<|im_start|>': dict(id='<|im_start|>', ids=[298], tokens=['<|im_start|>'])})
     said = pre(type(trained)(trained.spec | dict(post_processor=begin)))
     assert said['tokenizer.ggml.add_bos_token'] and said['tokenizer.ggml.bos_token_id'] == 298
+    unnamed = [t | dict(content=t['content'].replace('endoftext', 'fin')) for t in trained.spec['added_tokens']]  # an end of another name
+    said = pre(type(trained)(trained.spec | dict(post_processor=begin, added_tokens=unnamed)))
+    assert said['tokenizer.ggml.bos_token_id'] == 298 and 'tokenizer.ggml.eos_token_id' not in said
     for part, message in ((dict(normalizer=dict(type='Lowercase')), 'no normalizer like'), (dict(pre_tokenizer=byte_level | dict(add_prefix_space=True)), 'no name for the way')):
         with pytest.raises(UserError, match=message):
             pre(type(trained)(trained.spec | part))
