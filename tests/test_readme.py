@@ -78,6 +78,8 @@ def test_readmes_commands_run(tmp_path):
             words = [w.replace('../nanoGPT', str(tmp_path / 'theirs')) for w in words]
         if 'sample.py' in words:
             words += ['--max_new_tokens=5']
+        if 'evaluate.py' in words:
+            words += ['--eval_iters=5', '--device=cpu']
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
         if words[:2] in ([sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')):
