@@ -39,14 +39,14 @@ at_least(globals(), eval_iters=0, batch_size=1, block_size=0)
 device = choose_device(device)
 keep_memory()
 dtype = choose_dtype(dtype, device)
-state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir)
+state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir, dataset)
 model, run = checkpoint.load_model(state, path).to(device).eval(), state['config']
 del state
 context, vocab_size = model.config.block_size, model.config.vocab_size
 block_size = block_size or (context if 'block_size' in run else min(context, 1024))
 if block_size > context:
     raise UserError(f'block_size={block_size} is more than the context of {path}, {context}')
-dataset = dataset or run.get('dataset', '')
+dataset = dataset or run.get('dataset')
 if not dataset:
     raise UserError(f'{path} does not say what it was trained on: name the data with --dataset')
 data_dir = os.path.join('data', dataset)

@@ -115,8 +115,9 @@ def somebodys_own(path):
 # ---- where it goes; what is there and is no earlier export stays
 ending = os.path.splitext(FILES[format])[1]
 output = output or os.path.join(os.path.dirname(path) if os.path.isfile(path) else '', FILES[format])
-output = os.path.normpath(output)
-output = os.path.realpath(output) if os.path.islink(output) else output
+output = output.rstrip('/') or '/'
+if os.path.islink(output) or os.path.basename(output) in ('', '.', '..'):
+    output = os.path.realpath(output)
 folder, file = os.path.split(output)
 folder = folder or '.'
 if os.path.isdir(output) and format != 'hf':
@@ -130,7 +131,7 @@ if os.path.exists(output):
         raise UserError(f'{output} is the very model that is exported: name another --output')
     if not earlier_export(output):
         raise UserError(f'{output} is there, and is no earlier export: name another --output')
-elif format == 'onnx' and os.path.exists(f'{output}.data'):
+elif format == 'onnx' and os.path.exists(f'{output}.data') and not os.path.exists(f'{folder}/.export-{file}'):  # one that was killed goes on
     raise UserError(f'{output}.data is there without its model, and would be replaced: name another --output')
 if format in ('onnx', 'ckpt') and os.path.exists(f'{folder}/tokenizer.json') and load_tokenizer(folder).spec != tokenizer.spec:
     raise UserError(f'{folder}/tokenizer.json is another tokenizer, and would be taken for this model\'s: name another folder with --output')

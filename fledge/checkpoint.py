@@ -54,7 +54,7 @@ def load(path):
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')):
         raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
     config = checkpoint.setdefault('config', {})
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint['model'].items()) or not isinstance(config, dict) or not isinstance(config.get('dataset', ''), str):
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint['model'].items()) or not isinstance(config, dict) or not isinstance(config.get('dataset') or '', str):
         raise UserError(f'{path} is no checkpoint: model holds more than named tensors, or config is no settings')
     # torch.compile's prefix and the causal mask that older scripts saved
     checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items() if not k.endswith('.attn.bias')}

@@ -105,7 +105,7 @@ def llama_args(config, kind, where, block_size):
     if config.get('hidden_act', 'silu') not in ('silu', 'swish'):
         raise UserError(f'{where}: hidden_act={config["hidden_act"]!r} is not supported')
     window, from_layer = config.get('use_sliding_window') and config.get('sliding_window', 4096), config.get('max_window_layers', 28)
-    if window and from_layer < config['num_hidden_layers'] and not config.get('layer_types'):
+    if kind != 'llama' and window and from_layer < config['num_hidden_layers'] and not config.get('layer_types'):
         raise UserError(f'{where}: use_sliding_window=True is not supported')
     rope = dict(config.get('rope_scaling') or config.get('rope_parameters') or {})  # where both are there, transformers takes the older alone
     longest = config.get('original_max_position_embeddings', rope.get('original_max_position_embeddings', config['max_position_embeddings']))
@@ -242,15 +242,16 @@ def load(source, block_size=0):
     return dict(model=state, model_args=GPTConfig(**args).model_args(), config={}, folder=folder)
 
 
-def load_with_tokenizer(init_from, out_dir):
+def load_with_tokenizer(init_from, out_dir, dataset=''):
     """What the scripts that use a model begin with: a checkpoint (see load), the path it is from, and its tokenizer.
 
-    init_from: resume (out_dir's ckpt.pt), or a source as of load. The tokenizer lies beside the weights or, in an older run, beside the data.
+    init_from: resume (out_dir's ckpt.pt), or a source as of load. The tokenizer lies beside the weights or, in an older run, beside its data;
+    dataset is the one to look at where the checkpoint names none.
     """
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
     state = checkpoint.load(path) if init_from == 'resume' else load(init_from)
     state.pop('optimizer', None)  # twice the weights, and nothing to do but train
-    dataset = state['config'].get('dataset')
+    dataset = state['config'].get('dataset') or dataset
     tokenizer = find_tokenizer(state.get('folder') or os.path.dirname(path) or '.', *([os.path.join('data', dataset)] if dataset else []))
     if tokenizer is None and state['model_args'].get('vocab_size') not in (50257, 50304):
         raise UserError(f'{path} has no tokenizer.json beside it, and its vocabulary of {state["model_args"].get("vocab_size")} is not GPT-2\'s')

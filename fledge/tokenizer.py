@@ -168,9 +168,10 @@ def _byte_level_pattern(spec):
              and not model.get('byte_fallback') and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'))
     if not plain or not steps or steps[-1].get('type') != 'ByteLevel' or steps[-1].get('add_prefix_space'):
         return None
-    # tiktoken merges in the order of the ids, and needs every byte
-    made = [model['vocab'].get(''.join(m.split(' ')) if isinstance(m, str) else ''.join(m), -1) for m in model['merges']]
-    if made != sorted(made) or -1 in made or not set(byte_to_unicode().values()) <= model['vocab'].keys():
+    # tiktoken merges in the order of the ids, needs every byte, and would find a token that no merge makes
+    made = [''.join(m.split(' ')) if isinstance(m, str) else ''.join(m) for m in model['merges']]
+    ids, letters, added = [model['vocab'].get(token, -1) for token in made], set(byte_to_unicode().values()), {t['content'] for t in spec.get('added_tokens') or []}
+    if ids != sorted(ids) or -1 in ids or not letters <= model['vocab'].keys() or not model['vocab'].keys() <= letters | added | set(made):
         return None
     if len(steps) == 1 and steps[0].get('use_regex', True):
         return PATTERNS['gpt2']
@@ -247,10 +248,10 @@ def gpt2_files_tokenizer(folder):
     config, vocab, added = (read_json(path) if os.path.exists(path) else {} for path in (os.path.join(folder, n) for n in ('config.json', 'vocab.json', 'added_tokens.json')))
     if config.get('model_type') != 'gpt2' or not vocab:
         raise UserError(f'{folder} has no tokenizer.json, and merges.txt is read of GPT-2 models alone, beside vocab.json: save the tokenizer again with transformers')
-    with open(os.path.join(folder, 'merges.txt'), encoding='utf-8') as f:
+    with open(os.path.join(folder, 'merges.txt'), encoding='utf-8-sig') as f:
         merges = [line.split() for line in f if line.strip() and not line.startswith('#version')]
-    special = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | added
-    tokens = [token | dict(id=special[token['content']]) for token in _added(sorted(special, key=special.get), 0)]
+    ids = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | added
+    tokens = [token | dict(id=ids[token['content']], special=token['content'] == END_OF_TEXT) for token in _added(sorted(ids, key=ids.get), 0)]
     return Tokenizer(_spec(_bpe_model(vocab, merges), []) | dict(added_tokens=tokens, pre_tokenizer=_BYTE_LEVEL | {'use_regex': True}))
 
 
@@ -284,7 +285,8 @@ def load_tokenizer(source):
     except UserError:
         raise
     except Exception as e:  # broken bytes fail in any way
-        raise UserError(f'{legacy if os.path.exists(legacy) and not os.path.exists(path) else path} is not a readable tokenizer: {e}') from None
+        read = next((p for p in (path, legacy, os.path.join(source, 'merges.txt')) if os.path.exists(p)), path)
+        raise UserError(f'{read} is not a readable tokenizer: {e}') from None
 
 
 def find_tokenizer(*folders):

@@ -121,6 +121,15 @@ def test_a_model_in_every_form(trained):
     assert half['loss'] != whole['loss'] and half['loss'] == pytest.approx(whole['loss'], rel=0.01) and half['dtype'] == 'bfloat16'
 
 
+def test_a_checkpoint_that_says_nothing_of_its_run(trained):
+    """nanoGPT's own say less than ours; the tokenizer is then the data's."""
+    saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    (trained / 'bare').mkdir()
+    for config in ({}, dict(config=dict(dataset=None))):
+        checkpoint.save(str(trained / 'bare/ckpt.pt'), {k: saved[k] for k in ('model', 'model_args')} | config)
+        assert figures(trained, '--out_dir=bare', '--dataset=tiny')['loss'] == figures(trained)['loss']
+
+
 def test_what_is_refused(trained):
     assert 'data/tiny has no test.bin' in fails(trained, 'evaluate.py', '--split=test')
     assert 'data/gone has no val.bin' in fails(trained, 'evaluate.py', '--dataset=gone')

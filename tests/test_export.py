@@ -479,19 +479,26 @@ def test_an_earlier_export_is_replaced_by_another(trained, exported, tmp_path):
     small = ['--init_from=small/ckpt.pt']
     run(trained, 'train.py', '--dataset=notes', '--max_iters=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu', '--n_layer=1', '--block_size=64', '--out_dir=small')
     (trained / 'out/model.onnx.data').write_text('weights of an earlier, larger model')
+    (trained / 'killed.onnx.data').write_text('of an export that was killed before its model followed')
+    (trained / '.export-killed.onnx').mkdir()
+    run(trained, 'export.py', *small, '--format=onnx', '--output=killed.onnx')
     for name, flags in ((name, FLAGS[name]) for name in ('hf', 'onnx', 'int8')):
         output = trained / exported[name]['output']
         before = output / 'model.safetensors' if output.is_dir() else output
         size = before.stat().st_size
         run(trained, 'export.py', *small, *flags, f'--output={exported[name]["output"]}')
         assert before.stat().st_size < 0.9 * size, name
-    assert not (trained / 'out/model.onnx.data').exists() and not debris(trained / 'out')
+    assert not (trained / 'out/model.onnx.data').exists() and not (trained / 'killed.onnx.data').exists() and not debris(trained / 'out') + debris(trained)
     with safe_open(trained / 'out/hf/model.safetensors', 'pt') as f:
         assert f.metadata() == {'format': 'pt', 'made_by': 'fledge'}
 
 
 def test_a_link_stays_a_link(trained, exported):
     (trained / 'linked').symlink_to('real/hf')
+    (trained / 'real/deeper').mkdir(parents=True)
+    (trained / 'inside').symlink_to('real/deeper')
+    run(trained, 'export.py', '--format=gguf', '--output=inside/../m.gguf')
+    assert (trained / 'real/m.gguf').exists() and not (trained / 'm.gguf').exists()
     for dtype, most in (('float32', 1.0), ('bfloat16', 0.6)):
         run(trained, 'export.py', '--output=linked/', f'--dtype={dtype}')
         assert (trained / 'linked').is_symlink() and (trained / 'real/hf/model.safetensors').stat().st_size < most * exported['hf']['bytes'] and not debris(trained) + debris(trained / 'real')

@@ -152,9 +152,12 @@ def test_a_gpt2_vocabulary_of_before_tokenizer_json(tmp_path):
     bpe.model.save(str(tmp_path))
     (tmp_path / 'added_tokens.json').write_text('{"<|x|>": 601, "<|pad|>": 600}')
     ours, theirs = load_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.bpe and ours.vocab_size == len(theirs) == 602 and ours.end_of_text == 0 and len(ours.token_bytes) == 602
+    assert ours.hf and ours.vocab_size == len(theirs) == 602 and ours.end_of_text == 0 and len(ours.token_bytes) == 602 and ours.special == {'<|endoftext|>': 0}
     assert all(ours.encode(text, allow_special=True) == theirs(text)['input_ids'] for text in random_texts(300, seed=1))
     assert ours.encode('a<|endoftext|>b<|pad|><|x|>', allow_special=True) == theirs('a<|endoftext|>b<|pad|><|x|>')['input_ids']
+    (tmp_path / 'added_tokens.json').unlink()
+    (tmp_path / 'merges.txt').write_text('\ufeff' + (tmp_path / 'merges.txt').read_text().replace('\n', '\r\n'))
+    assert load_tokenizer(str(tmp_path)).bpe and load_tokenizer(str(tmp_path)).encode('naïve text') == theirs('naïve text')['input_ids']
     assert 'a' in run(tmp_path, 'sample.py', f'--init_from={tmp_path}', '--start=a', '--max_new_tokens=2', '--num_samples=1', '--device=cpu')
     make('qwen2', tmp_path / 'qwen')
     bpe.model.save(str(tmp_path / 'qwen'))

@@ -138,6 +138,16 @@ def test_ids_out_of_merge_order_run_on_tokenizers(trained):
     assert Tokenizer(spec).bpe is None
 
 
+@pytest.mark.parametrize('token', [' the', '東京', 'the', 'Ġzqx'])
+def test_a_token_that_no_merge_makes_is_never_found(trained, token):
+    spec = json.loads(json.dumps(trained.spec | dict(added_tokens=[])))
+    assert token not in spec['model']['vocab'] or pytest.skip('it is one here')
+    spec['model']['vocab'][token] = 997
+    ours, theirs = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for text in ('in the end the zqx', 'the 東京 zqx'):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids and ours.decode(ours.encode(text)) == text
+
+
 def test_special_tokens_in_a_document_are_text_in_every_backend(trained):
     other = Tokenizer(trained.spec | {'normalizer': {'type': 'NFC'}})
     assert other.hf and 997 not in other.encode('a<|endoftext|>') and 997 in other.encode('a<|endoftext|>', allow_special=True)
