@@ -108,14 +108,16 @@ def llama_args(config, kind, where, block_size):
     if kind != 'llama' and window and from_layer < config['num_hidden_layers'] and not config.get('layer_types'):
         raise UserError(f'{where}: use_sliding_window=True is not supported')
     rope = dict(config.get('rope_scaling') or config.get('rope_parameters') or {})  # where both are there, transformers takes the older alone
-    longest = config.get('original_max_position_embeddings', rope.get('original_max_position_embeddings', config['max_position_embeddings']))
     rope_type = rope.get('rope_type', rope.get('type', 'default'))
     if rope_type not in ROPE or any(isinstance(value, dict) for value in rope.values()):  # another one, or one for each kind of layer
         raise UserError(f'{where}: RoPE of type {rope_type!r} is not supported' if rope_type not in ROPE else f'{where}: RoPE of several kinds ({", ".join(rope)}) is not supported')
     if rope.get('partial_rotary_factor', config.get('partial_rotary_factor')) not in (None, 1.0):
         raise UserError(f'{where}: partial_rotary_factor is not supported')
     theta = rope.get('rope_theta') or config.get('rope_theta') or 10000.0
-    scaling = dict(rope_type=rope_type) | {name: (rope | dict(original_max_position_embeddings=longest))[name] for name in ROPE[rope_type]} if ROPE[rope_type] else None
+    rope.setdefault('original_max_position_embeddings', config['max_position_embeddings'])
+    if 'original_max_position_embeddings' in config:  # beside RoPE's own settings, it goes before them
+        rope['original_max_position_embeddings'] = config['original_max_position_embeddings']
+    scaling = dict(rope_type=rope_type) | {name: rope[name] for name in ROPE[rope_type]} if ROPE[rope_type] else None
     if rope_type == 'llama3' and scaling['low_freq_factor'] == scaling['high_freq_factor']:
         raise UserError(f'{where}: RoPE with low_freq_factor = high_freq_factor has nothing between them')
     return dict(block_size=block_size or config['max_position_embeddings'], vocab_size=config['vocab_size'], n_layer=config['num_hidden_layers'],

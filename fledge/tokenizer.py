@@ -156,8 +156,13 @@ class Tokenizer:
 
 def _bytes_of(vocab):
     """The bytes of each id of a byte-level vocabulary, {token: id}; a token that is no stand-in for bytes is its own text."""
-    to_byte = {c: b for b, c in byte_to_unicode().items()}
-    return {i: bytes(map(to_byte.get, token)) if all(map(to_byte.__contains__, token)) else token.encode() for token, i in vocab.items()}
+    byte_of, found = {c: b for b, c in byte_to_unicode().items()}.__getitem__, {}
+    for token, i in vocab.items():
+        try:
+            found[i] = bytes(map(byte_of, token))
+        except KeyError:
+            found[i] = token.encode()
+    return found
 
 
 def _byte_level_pattern(spec):
