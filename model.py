@@ -4,6 +4,7 @@ GPTConfig's defaults are GPT-2's, and the parameter names nanoGPT's; its switche
 Sources: GPT-2, Radford et al. 2019, Language Models are Unsupervised Multitask Learners; karpathy/nanoGPT for the
 names and the shape of the code; the papers named where each idea is used.
 """
+
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -15,31 +16,45 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024          # longest context, in tokens
-    vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64
     n_layer: int = 12
-    n_head: int = 12                # query heads
-    n_embd: int = 768               # width
+    n_head: int = 12  # query heads
+    n_embd: int = 768  # width
     dropout: float = 0.0
-    bias: bool = True               # in the linear layers and LayerNorms
+    bias: bool = True  # in the linear layers and LayerNorms
     # where the families differ
-    n_kv_head: int = 0              # key and value heads, each shared by n_head / n_kv_head queries; 0: n_head
-    head_dim: int = 0               # 0: n_embd / n_head
-    n_inner: int = 0                # width of the MLP; 0: 4 n_embd, or 8/3 n_embd up to a multiple of 64 for swiglu
-    position: str = 'learned'       # learned, rope
-    rope_theta: float = 10000.0     # base of RoPE's wavelengths
-    rope_scaling: dict | None = None  # Hugging Face's: {'rope_type': 'linear' or 'llama3', 'factor': ..., ...}
-    norm: str = 'layernorm'         # layernorm, rmsnorm
+    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head queries; 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_inner: int = (
+        0  # width of the MLP; 0: 4 n_embd, or 8/3 n_embd up to a multiple of 64 for swiglu
+    )
+    position: str = 'learned'  # learned, rope
+    rope_theta: float = 10000.0  # base of RoPE's wavelengths
+    rope_scaling: dict | None = (
+        None  # Hugging Face's: {'rope_type': 'linear' or 'llama3', 'factor': ..., ...}
+    )
+    norm: str = 'layernorm'  # layernorm, rmsnorm
     norm_eps: float = 1e-5
-    activation: str = 'gelu'        # gelu, gelu_tanh, swiglu, relu2
-    qkv_bias: bool | None = None    # None: as bias (Qwen2 has biases there alone)
-    qk_norm: bool = False           # RMSNorm on each head's queries and keys
-    tie_embeddings: bool = True     # the head is the token embedding
+    activation: str = 'gelu'  # gelu, gelu_tanh, swiglu, relu2
+    qkv_bias: bool | None = None  # None: as bias (Qwen2 has biases there alone)
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    tie_embeddings: bool = True  # the head is the token embedding
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_inner', 'rope_theta'):
+        for name in (
+            'block_size',
+            'vocab_size',
+            'n_layer',
+            'n_head',
+            'n_embd',
+            'n_kv_head',
+            'head_dim',
+            'n_inner',
+            'rope_theta',
+        ):
             least = 0 if name in ('head_dim', 'n_inner') else 1
             if getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least {least}')
@@ -47,15 +62,20 @@ class GPTConfig:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         swiglu = self.activation == 'swiglu'
-        self.n_inner = self.n_inner or (math.ceil(self.n_embd * 8 / 3 / 64) * 64 if swiglu else 4 * self.n_embd)
+        self.n_inner = self.n_inner or (
+            math.ceil(self.n_embd * 8 / 3 / 64) * 64 if swiglu else 4 * self.n_embd
+        )
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
         if self.position == 'rope' and self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim} is odd, and RoPE turns pairs')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout} is not in [0, 1)')
-        for name, known in (('position', ('learned', 'rope')), ('norm', ('layernorm', 'rmsnorm')),
-                            ('activation', ('gelu', 'gelu_tanh', 'swiglu', 'relu2'))):
+        for name, known in (
+            ('position', ('learned', 'rope')),
+            ('norm', ('layernorm', 'rmsnorm')),
+            ('activation', ('gelu', 'gelu_tanh', 'swiglu', 'relu2')),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r} is none of {", ".join(known)}')
 
@@ -66,7 +86,11 @@ class GPTConfig:
         plain = asdict(GPTConfig(**nano)) if self.n_embd % self.n_head == 0 else {}
         if self.activation == 'swiglu':
             plain.pop('n_inner', None)  # 4 n_embd goes without saying for GPT-2 alone
-        return {n: getattr(self, n) for n in names if n in nano or n not in plain or getattr(self, n) != plain[n]}
+        return {
+            n: getattr(self, n)
+            for n in names
+            if n in nano or n not in plain or getattr(self, n) != plain[n]
+        }
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -77,7 +101,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+        square = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        ).square()
         r = (square / x.shape[-1] + eps).rsqrt().to(x.dtype)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight.to(x.dtype))
@@ -88,7 +114,9 @@ class RMSNormFunction(torch.autograd.Function):
         normal, w = x * r, weight.to(x.dtype)
         dw, dn = dy * normal, dy * w
         mean = (dn * normal).mean(dim=-1, keepdim=True)
-        dw = dw.flatten(0, -weight.dim() - 1).sum(dim=0, dtype=torch.promote_types(x.dtype, torch.float32))
+        dw = dw.flatten(0, -weight.dim() - 1).sum(
+            dim=0, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         return dn.addcmul_(normal, mean, value=-1).mul_(r), dw, None
 
 
@@ -111,14 +139,22 @@ def norm(config):
 
 def rope_frequencies(config):
     """By which angle RoPE (Su et al. 2021, arXiv:2104.09864) turns each pair from one position to the next, (head_dim / 2,) float32."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    frequency = config.rope_theta ** -(
+        torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
     scaling = config.rope_scaling or {}
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind == 'linear':
         frequency = frequency / scaling['factor']
-    elif kind == 'llama3':  # long wavelengths are stretched, short ones kept, those between interpolated
+    elif (
+        kind == 'llama3'
+    ):  # long wavelengths are stretched, short ones kept, those between interpolated
         wavelength = 2 * math.pi / frequency
-        low, high, old = scaling['low_freq_factor'], scaling['high_freq_factor'], scaling['original_max_position_embeddings']
+        low, high, old = (
+            scaling['low_freq_factor'],
+            scaling['high_freq_factor'],
+            scaling['original_max_position_embeddings'],
+        )
         keep = ((old / wavelength - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / scaling['factor'])
     elif kind != 'default':
@@ -140,9 +176,15 @@ def rotate(x, cos, sin):
 
 def kept(shape, rate, dtype):
     """Dropout's mask on a CPU: 1, or 0 with probability rate, from 16 random bits each (bernoulli_ takes five times as long)."""
-    bits = torch.empty(math.ceil(math.prod(shape) / 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    bits = bits[:math.prod(shape)].view(shape)
-    return torch.ge(bits, min(round(rate * 65536), 65535) - 32768, out=torch.empty(shape, dtype=dtype))
+    bits = (
+        torch.empty(math.ceil(math.prod(shape) / 4), dtype=torch.int64)
+        .random_(-(2**63), None)
+        .view(torch.int16)
+    )
+    bits = bits[: math.prod(shape)].view(shape)
+    return torch.ge(
+        bits, min(round(rate * 65536), 65535) - 32768, out=torch.empty(shape, dtype=dtype)
+    )
 
 
 class Dropout(nn.Dropout):
@@ -172,6 +214,7 @@ class CausalAttentionCPU(torch.autograd.Function):
     32 x 256 tokens of 4 x 64 in bfloat16), and keeps the probabilities, T^2 / 2 a head.
     q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim); dropout: the share of probabilities set to 0; returns q's shape.
     """
+
     BLOCK, CACHE_BYTES = 128, 8 << 20  # queries in a block; the probabilities in work at once
 
     @staticmethod
@@ -180,24 +223,33 @@ class CausalAttentionCPU(torch.autograd.Function):
         R, G, T, _ = q.shape
         size = CausalAttentionCPU.BLOCK
         n = max(1, CausalAttentionCPU.CACHE_BYTES // (G * size * T * q.element_size()))
-        return [(slice(r, r + n), slice(i, i + size), min(i + size, T)) for r in range(0, R, n) for i in range(0, T, size)]
+        return [
+            (slice(r, r + n), slice(i, i + size), min(i + size, T))
+            for r in range(0, R, n)
+            for i in range(0, T, size)
+        ]
 
     @staticmethod
     def forward(ctx, q, k, v, dropout=0.0):
         (B, H, T, D), KV = q.shape, k.shape[1]
-        q = (q * D ** -0.5).reshape(B * KV, H // KV, T, D)
-        k, v = k.reshape(B * KV, T, D), (v if not dropout else v / (1 - dropout)).reshape(B * KV, T, D)
+        q = (q * D**-0.5).reshape(B * KV, H // KV, T, D)
+        k, v = (
+            k.reshape(B * KV, T, D),
+            (v if not dropout else v / (1 - dropout)).reshape(B * KV, T, D),
+        )
         y, saved = torch.empty_like(q), []
         above = torch.full((CausalAttentionCPU.BLOCK,) * 2, float('-inf'), dtype=q.dtype).triu(1)
         for r, i, j in CausalAttentionCPU.blocks(q):
             p = q[r, :, i].flatten(1, 2) @ k[r, :j].mT
             n = j - i.start
-            p.view(-1, H // KV, n, j)[..., i.start:] += above[:n, :n]
+            p.view(-1, H // KV, n, j)[..., i.start :] += above[:n, :n]
             p = torch.softmax(p, dim=-1)
             left = p * kept(p.shape, dropout, p.dtype) if dropout else p
             y[r, :, i] = (left @ v[r, :j]).view_as(y[r, :, i])
             if any(ctx.needs_input_grad):
-                saved.append(left.mul_(2).sub_(p) if dropout else p)  # what was dropped is kept as its negative
+                saved.append(
+                    left.mul_(2).sub_(p) if dropout else p
+                )  # what was dropped is kept as its negative
         ctx.dropout = dropout
         ctx.save_for_backward(q, k, v, *saved)
         return y.view(B, H, T, D)
@@ -217,7 +269,12 @@ class CausalAttentionCPU(torch.autograd.Function):
             dq[r, :, i] = (ds @ k[r, :j]).view_as(dq[r, :, i])
             dk[r, :j] += ds.mT @ q_i
         keys = shape[0], -1, *k.shape[1:]
-        return dq.mul_(q.shape[-1] ** -0.5).view(shape), dk.view(keys), dv.div_(1 - ctx.dropout).view(keys), None
+        return (
+            dq.mul_(q.shape[-1] ** -0.5).view(shape),
+            dk.view(keys),
+            dv.div_(1 - ctx.dropout).view(keys),
+            None,
+        )
 
 
 class HeadLoss(torch.autograd.Function):
@@ -225,7 +282,11 @@ class HeadLoss(torch.autograd.Function):
 
     Full logits never exist. x: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,), -1 is ignored.
     """
-    CHUNK_BYTES, CACHE_BYTES = 128 << 20, 4 << 20  # of logits: large matmuls, and a softmax in float32 that stays in the cache
+
+    CHUNK_BYTES, CACHE_BYTES = (
+        128 << 20,
+        4 << 20,
+    )  # of logits: large matmuls, and a softmax in float32 that stays in the cache
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradient):
@@ -243,7 +304,9 @@ class HeadLoss(torch.autograd.Function):
                 p = torch.softmax(l.float(), dim=-1)
                 loss -= (p.gather(1, y).clamp(min=1e-38).log() * is_known).sum()
                 if with_gradient:
-                    l.copy_(p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)).mul_(is_known))
+                    l.copy_(
+                        p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype)).mul_(is_known)
+                    )
             if with_gradient:
                 torch.mm(logits, w, out=dx_i)
                 part = logits.T @ x_i
@@ -264,21 +327,36 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, length=None, dtype=torch.float32, device='cpu'):
-        shape = (batch_size, config.n_kv_head, min(length or config.block_size, config.block_size), config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in range(2))
+        shape = (
+            batch_size,
+            config.n_kv_head,
+            min(length or config.block_size, config.block_size),
+            config.head_dim,
+        )
+        self.k, self.v = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+            for _ in range(2)
+        )
         self.size = shape[2]
         self.reset()
 
     def reset(self):
-        self.lengths, self.longest = torch.zeros(self.k[0].shape[0], dtype=torch.long, device=self.k[0].device), 0
-        self.even = True  # all rows have the same length: no positions a row, and no mask for one token
+        self.lengths, self.longest = (
+            torch.zeros(self.k[0].shape[0], dtype=torch.long, device=self.k[0].device),
+            0,
+        )
+        self.even = (
+            True  # all rows have the same length: no positions a row, and no mask for one token
+        )
 
     def plan(self, T):
         """Positions (B, T) or (1, T) of T new tokens a row, and the mask (B or 1, 1, T, keys) over old and new keys; None: all they may see."""
         if self.longest + T > self.size:
-            raise ValueError(f'{T} more tokens do not fit a cache of {self.size} that holds {self.longest}')
+            raise ValueError(
+                f'{T} more tokens do not fit a cache of {self.size} that holds {self.longest}'
+            )
         keys = torch.arange(self.longest + T, device=self.lengths.device)
-        positions = keys[None, self.longest:] if self.even else self.lengths[:, None] + keys[:T]
+        positions = keys[None, self.longest :] if self.even else self.lengths[:, None] + keys[:T]
         if self.longest == 0 or (self.even and T == 1):
             return positions, None
         return positions, keys <= positions[:, None, :, None]
@@ -287,7 +365,7 @@ class KVCache:
         """Put k, v (B, n_kv_head, T, head_dim) at positions; returns all keys and values up to the longest row."""
         end = self.longest + k.shape[2]
         if self.even:
-            self.k[layer][:, :, self.longest:end], self.v[layer][:, :, self.longest:end] = k, v
+            self.k[layer][:, :, self.longest : end], self.v[layer][:, :, self.longest : end] = k, v
         else:
             at = positions[:, None, :, None].expand_as(k)
             self.k[layer].scatter_(2, at, k.to(self.k[layer].dtype))
@@ -306,9 +384,16 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.qk_norm = config.n_head, config.n_kv_head, config.head_dim, config.qk_norm
+        self.n_head, self.n_kv_head, self.head_dim, self.qk_norm = (
+            config.n_head,
+            config.n_kv_head,
+            config.head_dim,
+            config.qk_norm,
+        )
         heads = config.n_head + 2 * config.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, heads * config.head_dim, bias=config.qkv_bias)  # queries, keys, values
+        self.c_attn = nn.Linear(
+            config.n_embd, heads * config.head_dim, bias=config.qkv_bias
+        )  # queries, keys, values
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
         if config.qk_norm:
@@ -316,12 +401,21 @@ class CausalSelfAttention(nn.Module):
 
     def qk_scale(self):
         """QK-norm's scales, a row (head_dim,) a head of queries and keys."""
-        return torch.cat((self.q_norm.weight.expand(self.n_head, -1), self.k_norm.weight.expand(self.n_kv_head, -1)))
+        return torch.cat(
+            (
+                self.q_norm.weight.expand(self.n_head, -1),
+                self.k_norm.weight.expand(self.n_kv_head, -1),
+            )
+        )
 
     def forward(self, x, ln, rope=None, cache=None, layer=0, positions=None, mask=None):
         B, T, _ = x.shape
         H, KV, D = self.n_head, self.n_kv_head, self.head_dim
-        qk, v = remade(lambda x: self.c_attn(ln(x)), x).view(B, T, H + 2 * KV, D).split((H + KV, KV), dim=2)
+        qk, v = (
+            remade(lambda x: self.c_attn(ln(x)), x)
+            .view(B, T, H + 2 * KV, D)
+            .split((H + KV, KV), dim=2)
+        )
         if self.qk_norm:
             qk = RMSNormFunction.apply(qk, self.qk_scale(), self.q_norm.eps)
         if rope is not None:
@@ -331,13 +425,27 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v, positions)
         dropout = self.resid_dropout.p if self.training else 0.0
-        if cache is not None and (T == 1 or mask is not None):  # the queries that share a key are one batch of rows: keys are never copied
-            mask = None if mask is None else mask.expand(B, H // KV, T, -1).reshape(B, 1, H // KV * T, -1)
-            y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV * T, D).to(k.dtype), k, v, attn_mask=mask).view(B, H, T, D).to(x.dtype)
+        if cache is not None and (
+            T == 1 or mask is not None
+        ):  # the queries that share a key are one batch of rows: keys are never copied
+            mask = (
+                None
+                if mask is None
+                else mask.expand(B, H // KV, T, -1).reshape(B, 1, H // KV * T, -1)
+            )
+            y = (
+                F.scaled_dot_product_attention(
+                    q.reshape(B, KV, H // KV * T, D).to(k.dtype), k, v, attn_mask=mask
+                )
+                .view(B, H, T, D)
+                .to(x.dtype)
+            )
         elif x.device.type == 'cpu':
             y = CausalAttentionCPU.apply(q, k, v, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=H != KV)
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=H != KV
+            )
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, H * D)))
 
 
@@ -346,12 +454,16 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         gated = config.activation == 'swiglu'
-        self.c_fc = nn.Linear(config.n_embd, (2 if gated else 1) * config.n_inner, bias=config.bias)  # swiglu: gate, up
+        self.c_fc = nn.Linear(
+            config.n_embd, (2 if gated else 1) * config.n_inner, bias=config.bias
+        )  # swiglu: gate, up
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, ln):
-        return self.dropout(remade(lambda x: self.c_proj(self.activate(x)), remade(lambda x: self.c_fc(ln(x)), x)))
+        return self.dropout(
+            remade(lambda x: self.c_proj(self.activate(x)), remade(lambda x: self.c_fc(ln(x)), x))
+        )
 
     def activate(self, x):
         if self.activation == 'swiglu':  # Shazeer 2020, arXiv:2002.05202
@@ -379,11 +491,17 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # True: a block's activations are made again in the backward pass
+        self.gradient_checkpointing = (
+            False  # True: a block's activations are made again in the backward pass
+        )
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts |= dict(drop=Dropout(config.dropout), h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]), ln_f=norm(config))
+        parts |= dict(
+            drop=Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=norm(config),
+        )
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:  # Press and Wolf 2016, arXiv:1608.05859
@@ -392,7 +510,12 @@ class GPT(nn.Module):
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config)):
                 self.register_buffer(name, table, persistent=False)
         self.apply(self._init_weights)
-        for name, p in self.named_parameters():  # GPT-2: the residual stream's variance stays the same at any depth
+        for (
+            name,
+            p,
+        ) in (
+            self.named_parameters()
+        ):  # GPT-2: the residual stream's variance stays the same at any depth
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -405,11 +528,17 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out learned positions, as nanoGPT counts."""
         n = sum(p.numel() for p in self.parameters())
-        return n - (self.transformer.wpe.weight.numel() if non_embedding and 'wpe' in self.transformer else 0)
+        return n - (
+            self.transformer.wpe.weight.numel()
+            if non_embedding and 'wpe' in self.transformer
+            else 0
+        )
 
     def matmul_params(self):
         """Number of parameters that multiply each token, and that generation reads for each: all but embeddings and vectors."""
-        return self.lm_head.weight.numel() + sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.h.' in n)
+        return self.lm_head.weight.numel() + sum(
+            p.numel() for n, p in self.named_parameters() if p.dim() == 2 and '.h.' in n
+        )
 
     def flops_per_token(self):
         """Of training: 6 a matmul parameter, 12 a layer, width and position of context (PaLM, arXiv:2204.02311, B)."""
@@ -418,10 +547,14 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size, at most the present one."""
-        assert block_size <= self.config.block_size, f'{block_size} is longer than the context of {self.config.block_size}'
+        assert block_size <= self.config.block_size, (
+            f'{block_size} is longer than the context of {self.config.block_size}'
+        )
         self.config.block_size = block_size
         if self.config.position == 'learned':
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+            self.transformer.wpe.weight = nn.Parameter(
+                self.transformer.wpe.weight[:block_size].detach().clone()
+            )
         else:
             self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
 
@@ -436,13 +569,21 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache, lengths)
         if targets is None:
-            x = x[:, -1:] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1][:, None]
+            x = (
+                x[:, -1:]
+                if lengths is None
+                else x[torch.arange(len(x), device=x.device), lengths - 1][:, None]
+            )
             return self.lm_head(self.transformer.ln_f(x)), None
         x = self.transformer.ln_f(x)
         if not return_logits and type(self.lm_head) is nn.Linear:
-            return None, HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+            return None, HeadLoss.apply(
+                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled()
+            )
         logits = self.lm_head(x)
-        return logits if return_logits else None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1
+        )
 
     def hidden(self, idx, cache=None, lengths=None):
         """What the last block leaves, (B, T, n_embd): ahead of the final norm and the head. Arguments as of forward."""
@@ -454,13 +595,25 @@ class GPT(nn.Module):
             positions, mask = cache.plan(T)
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
-            x = x + self.transformer.wpe(positions if cache is not None else torch.arange(T, device=idx.device))
+            x = x + self.transformer.wpe(
+                positions if cache is not None else torch.arange(T, device=idx.device)
+            )
         if idx.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
-            x = x.to(torch.get_autocast_dtype('cpu'))  # the residual stream as well: half the memory traffic
+            x = x.to(
+                torch.get_autocast_dtype('cpu')
+            )  # the residual stream as well: half the memory traffic
         rope = None
         if self.config.position == 'rope':
-            heads = self.config.n_head + self.config.n_kv_head  # one row of a table for each: long loops are fast loops
-            rope = [(t[:T] if cache is None else t[positions]).to(x.dtype).unsqueeze(-2).repeat_interleave(heads, dim=-2) for t in (self.rope_cos, self.rope_sin)]
+            heads = (
+                self.config.n_head + self.config.n_kv_head
+            )  # one row of a table for each: long loops are fast loops
+            rope = [
+                (t[:T] if cache is None else t[positions])
+                .to(x.dtype)
+                .unsqueeze(-2)
+                .repeat_interleave(heads, dim=-2)
+                for t in (self.rope_cos, self.rope_sin)
+            ]
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -472,8 +625,18 @@ class GPT(nn.Module):
         return x
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                 repetition_penalty=1.0, stop=None, seed=None):
+    def generate(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=1.0,
+        stop=None,
+        seed=None,
+    ):
         """Continue prompts by up to max_new_tokens tokens each; call it in eval mode.
 
         idx: (B, T) int64, and (B, T + n) comes back, n <= max_new_tokens, rows that stopped early filled up with
@@ -495,11 +658,17 @@ class GPT(nn.Module):
         seen = torch.zeros(B, weight.shape[0], dtype=torch.bool, device=device)
         for i, row in enumerate(rows):
             seen[i, row] = True
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device.type)
+            if torch.is_autocast_enabled(device.type)
+            else weight.dtype
+        )
         if device.type == 'cpu':
             dtype = torch.float32  # attention of one query: 116 us against 634 in bfloat16 (16 texts, 12 heads, 80 keys)
         cache = KVCache(self.config, B, max(map(len, rows)) + max_new_tokens, dtype, device)
-        decoder = Decoder(self, alone=B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
+        decoder = (
+            Decoder(self, alone=B == 1) if device.type == 'cpu' and max_new_tokens > 1 else None
+        )
         running = range(B)
         for step in range(max_new_tokens):
             if step and cache.longest < limit:
@@ -508,7 +677,9 @@ class GPT(nn.Module):
                 cache.reset()
                 new = [row[-limit:] for row in rows]
                 lengths = [len(row) for row in new]
-                lengths = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
+                lengths = (
+                    None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
+                )
             width = max(map(len, new))
             tokens = torch.tensor([row + [0] * (width - len(row)) for row in new], device=device)
             if decoder and width == 1 and cache.longest:
@@ -519,19 +690,27 @@ class GPT(nn.Module):
                     logits = decoder.step(tokens[:, 0], cache)
             else:
                 logits = self(tokens, cache=cache, lengths=lengths)[0][:, -1].float()
-            token = choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+            token = choose(
+                logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator
+            )
             seen.scatter_(1, token[:, None], True)
             for i, t in enumerate(token.tolist()):
-                rows[i].append(t)  # a row that has stopped runs on beside the others, and is cut at the end
+                rows[i].append(
+                    t
+                )  # a row that has stopped runs on beside the others, and is cut at the end
             running = [i for i in running if rows[i][-1] not in stop]
             if not running:
                 break
         for i, prompt in enumerate(idx):
-            end = next((n + 1 for n in range(len(prompt), len(rows[i])) if rows[i][n] in stop), None)
+            end = next(
+                (n + 1 for n in range(len(prompt), len(rows[i])) if rows[i][n] in stop), None
+            )
             rows[i] = rows[i][:end]
         if torch.is_tensor(idx):
             width = max(map(len, rows))
-            return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=idx.device)
+            return torch.tensor(
+                [row + row[-1:] * (width - len(row)) for row in rows], device=idx.device
+            )
         return rows
 
 
@@ -542,12 +721,32 @@ class Decoder:
     """
 
     def __init__(self, model, alone):
-        self.config, self.head, self.ln_f = model.config, matrix(model.lm_head, alone), vectors(model.transformer.ln_f)
-        self.wte, self.wpe = model.transformer.wte.weight, model.transformer.wpe.weight if 'wpe' in model.transformer else None
+        self.config, self.head, self.ln_f = (
+            model.config,
+            matrix(model.lm_head, alone),
+            vectors(model.transformer.ln_f),
+        )
+        self.wte, self.wpe = (
+            model.transformer.wte.weight,
+            model.transformer.wpe.weight if 'wpe' in model.transformer else None,
+        )
         self.rope = (model.rope_cos, model.rope_sin) if self.wpe is None else None
-        self.blocks = [(vectors(b.ln_1), matrix(b.attn.c_attn, alone), matrix(b.attn.c_proj, alone), vectors(b.ln_2), matrix(b.mlp.c_fc, alone), matrix(b.mlp.c_proj, alone))
-                       for b in model.transformer.h]
-        self.qk_norms = [b.attn.qk_scale().float() for b in model.transformer.h] if self.config.qk_norm else [None] * len(self.blocks)
+        self.blocks = [
+            (
+                vectors(b.ln_1),
+                matrix(b.attn.c_attn, alone),
+                matrix(b.attn.c_proj, alone),
+                vectors(b.ln_2),
+                matrix(b.mlp.c_fc, alone),
+                matrix(b.mlp.c_proj, alone),
+            )
+            for b in model.transformer.h
+        ]
+        self.qk_norms = (
+            [b.attn.qk_scale().float() for b in model.transformer.h]
+            if self.config.qk_norm
+            else [None] * len(self.blocks)
+        )
         self.activation = model.transformer.h[0].mlp.activate
 
     @torch.autocast('cpu', enabled=False)  # matrix has seen to it
@@ -563,7 +762,9 @@ class Decoder:
             x = x + self.wpe[positions[:, 0]].float()
         else:
             cos, sin = (t[positions[:, 0], None] for t in self.rope)
-        for layer, ((ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), qk_norm) in enumerate(zip(self.blocks, self.qk_norms)):
+        for layer, ((ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), qk_norm) in enumerate(
+            zip(self.blocks, self.qk_norms)
+        ):
             qkv = c_attn(ln_1(x)).view(B, H + 2 * KV, D)
             qk, v = qkv.split_with_sizes((H + KV, KV), 1)
             if qk_norm is not None:
@@ -581,22 +782,42 @@ class Decoder:
 
 def vectors(ln):
     """A norm as a function on float32."""
-    norm, shape, eps = F.rms_norm if isinstance(ln, RMSNorm) else F.layer_norm, (ln.weight.numel(),), ln.eps
-    scale = [ln.weight.float()] if isinstance(ln, RMSNorm) or ln.bias is None else [ln.weight.float(), ln.bias.float()]
-    return (lambda x: norm(x, shape, *scale, eps=eps))
+    norm, shape, eps = (
+        F.rms_norm if isinstance(ln, RMSNorm) else F.layer_norm,
+        (ln.weight.numel(),),
+        ln.eps,
+    )
+    scale = (
+        [ln.weight.float()]
+        if isinstance(ln, RMSNorm) or ln.bias is None
+        else [ln.weight.float(), ln.bias.float()]
+    )
+    return lambda x: norm(x, shape, *scale, eps=eps)
 
 
 def matrix(linear, alone):
     """A linear layer as a function from float32 to float32. What counts is how fast its weight is read, here on two cores of an
     AVX512-BF16 server: bfloat16 as it is 25 GB/s, packed once by oneDNN 38, float16 43, but that for a single row alone."""
     dtype = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:  # quantized, or someone's own
+    if (
+        type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks
+    ):  # quantized, or someone's own
         return lambda x: linear(x.to(dtype)).float()
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else dtype
     dtype = torch.float16 if alone and dtype == torch.bfloat16 else dtype
-    weight, bias = linear.weight.detach().to(dtype), None if linear.bias is None else linear.bias.detach().to(dtype)
-    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed, product = torch.ops.mkldnn._reorder_linear_weight(weight, 16), torch.ops.mkldnn._linear_pointwise
+    weight, bias = (
+        linear.weight.detach().to(dtype),
+        None if linear.bias is None else linear.bias.detach().to(dtype),
+    )
+    if (
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        packed, product = (
+            torch.ops.mkldnn._reorder_linear_weight(weight, 16),
+            torch.ops.mkldnn._linear_pointwise,
+        )
         return lambda x: product(x.to(dtype), packed, bias, 'none', [], '').float()
     return lambda x: F.linear(x.to(dtype), weight, bias).float()
 
@@ -604,7 +825,11 @@ def matrix(linear, alone):
 def choose(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator):
     """The next token of each row, (B,) int64, from logits (B, vocab_size) float32; seen: bool, the tokens so far."""
     if repetition_penalty != 1.0:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        logits = torch.where(
+            seen,
+            torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty),
+            logits,
+        )
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = (logits - logits.max(dim=-1, keepdim=True).values) / temperature, None

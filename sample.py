@@ -3,6 +3,7 @@
 python sample.py --start="def main(" --num_samples=3 --top_p=0.9
 python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
 """
+
 import json as json_
 import sys
 
@@ -13,30 +14,32 @@ from fledge.configurator import at_least, configure, one_of
 from fledge.device import choose_device, choose_dtype, keep_memory
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'        # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
-out_dir = 'out'             # a run's folder
-start = '\n'                # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
-num_samples = 10            # drawn together
-max_new_tokens = 500        # in each sample
-temperature = 0.8           # 0 is greedy, below 1 is safer, above 1 wilder
-top_k = 200                 # only the k likeliest tokens; 0: all
-top_p = 1.0                 # only the fewest tokens that have this probability together
-min_p = 0.0                 # only tokens with this share of the likeliest one's probability
-repetition_penalty = 1.0    # above 1, tokens seen before become less likely
-stop = '<|endoftext|>'      # the special token that ends a sample, where the tokenizer has it
-seed = 1337                 # of the draws
-device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'              # auto, float32, bfloat16, float16
-quantize = 'none'           # int8: 8-bit weights, faster on a CPU
-compile = False             # torch.compile the model, on a GPU; the first tokens then take a minute
-json = False                # the last line of output is one JSON object
+init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
+out_dir = 'out'  # a run's folder
+start = '\n'  # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
+num_samples = 10  # drawn together
+max_new_tokens = 500  # in each sample
+temperature = 0.8  # 0 is greedy, below 1 is safer, above 1 wilder
+top_k = 200  # only the k likeliest tokens; 0: all
+top_p = 1.0  # only the fewest tokens that have this probability together
+min_p = 0.0  # only tokens with this share of the likeliest one's probability
+repetition_penalty = 1.0  # above 1, tokens seen before become less likely
+stop = '<|endoftext|>'  # the special token that ends a sample, where the tokenizer has it
+seed = 1337  # of the draws
+device = 'auto'  # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'  # auto, float32, bfloat16, float16
+quantize = 'none'  # int8: 8-bit weights, faster on a CPU
+compile = False  # torch.compile the model, on a GPU; the first tokens then take a minute
+json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
 at_least(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
 one_of(globals(), quantize=('none', 'int8'))
 if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
-    raise UserError(f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0')
-if seed >= 2 ** 63:
+    raise UserError(
+        f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0'
+    )
+if seed >= 2**63:
     raise UserError(f'seed={seed} must be below 2^63')
 device = choose_device(device)
 keep_memory()
@@ -54,27 +57,47 @@ try:
 except UnicodeEncodeError:
     raise UserError('--start is no valid UTF-8') from None
 prompt = tokenizer.encode(start, allow_special=True)
-if prompt[:len(tokenizer.begin)] != tokenizer.begin:
+if prompt[: len(tokenizer.begin)] != tokenizer.begin:
     prompt = tokenizer.begin + prompt
 prompt = prompt or [tokenizer.end_of_text or 0]
 if max(prompt) >= model.config.vocab_size:
-    raise UserError(f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer')
+    raise UserError(
+        f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer'
+    )
 if quantize == 'int8':
     int8.quantize(model)
 if compile and int8.is_quantized(model):
     raise UserError('8-bit weights run on kernels of their own: leave out --compile')
 if compile:
     model.compile(dynamic=True)
-end = tokenizer.special.get(stop, tokenizer.end_of_text if stop == '<|endoftext|>' else None)  # other families spell it otherwise
+end = tokenizer.special.get(
+    stop, tokenizer.end_of_text if stop == '<|endoftext|>' else None
+)  # other families spell it otherwise
 try:
-    rows = model.generate([prompt] * num_samples, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p, min_p=min_p or None,
-                          repetition_penalty=repetition_penalty, stop=end, seed=seed)
+    rows = model.generate(
+        [prompt] * num_samples,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        min_p=min_p or None,
+        repetition_penalty=repetition_penalty,
+        stop=end,
+        seed=seed,
+    )
 except ValueError as e:
     raise UserError(f'{path}: {e}') from None
-samples = [start + tokenizer.decode(row[len(prompt):-1] if row[-1] == end else row[len(prompt):]) for row in rows]
+samples = [
+    start + tokenizer.decode(row[len(prompt) : -1] if row[-1] == end else row[len(prompt) :])
+    for row in rows
+]
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:
     print(sample)
     print('---------------')
 if json:
-    print(json_.dumps({'start': start, 'samples': samples, 'tokens': [len(row) - len(prompt) for row in rows]}))
+    print(
+        json_.dumps(
+            {'start': start, 'samples': samples, 'tokens': [len(row) - len(prompt) for row in rows]}
+        )
+    )

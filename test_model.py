@@ -1,4 +1,5 @@
 """The model's tests: run them after you hack the model. python -m pytest test_model.py"""
+
 import copy
 import math
 import pickle
@@ -8,17 +9,57 @@ import torch
 from torch.nn import functional as F
 
 import model as model_py
-from model import GPT, CausalAttentionCPU, Decoder, GPTConfig, HeadLoss, KVCache, RMSNormFunction, choose, kept
+from model import (
+    GPT,
+    CausalAttentionCPU,
+    Decoder,
+    GPTConfig,
+    HeadLoss,
+    KVCache,
+    RMSNormFunction,
+    choose,
+    kept,
+)
 
-QWEN3 = dict(position='rope', norm='rmsnorm', activation='swiglu', qk_norm=True, n_kv_head=2, head_dim=12, bias=False, tie_embeddings=False)
-LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+QWEN3 = dict(
+    position='rope',
+    norm='rmsnorm',
+    activation='swiglu',
+    qk_norm=True,
+    n_kv_head=2,
+    head_dim=12,
+    bias=False,
+    tie_embeddings=False,
+)
+LLAMA3 = {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 16,
+}
 FAMILIES = {
     'gpt2': {},
     'gpt2, no biases': dict(bias=False, activation='gelu_tanh'),
     'qwen3': QWEN3,
-    'qwen2': dict(position='rope', norm='rmsnorm', activation='swiglu', n_kv_head=1, bias=False, qkv_bias=True),
-    'llama 3': dict(position='rope', rope_theta=5e5, rope_scaling=LLAMA3, norm='rmsnorm', activation='swiglu', n_kv_head=2, bias=False),
-    'linear rope, relu2': dict(position='rope', rope_scaling={'rope_type': 'linear', 'factor': 2.0}, activation='relu2', n_inner=40),
+    'qwen2': dict(
+        position='rope', norm='rmsnorm', activation='swiglu', n_kv_head=1, bias=False, qkv_bias=True
+    ),
+    'llama 3': dict(
+        position='rope',
+        rope_theta=5e5,
+        rope_scaling=LLAMA3,
+        norm='rmsnorm',
+        activation='swiglu',
+        n_kv_head=2,
+        bias=False,
+    ),
+    'linear rope, relu2': dict(
+        position='rope',
+        rope_scaling={'rope_type': 'linear', 'factor': 2.0},
+        activation='relu2',
+        n_inner=40,
+    ),
 }
 every_family = pytest.mark.parametrize('switches', FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -26,7 +67,11 @@ every_family = pytest.mark.parametrize('switches', FAMILIES.values(), ids=FAMILI
 def tiny(switches=QWEN3, **more):
     """A model with weights ten times GPT-2's, so that every part of it shows in the logits."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(block_size=24, vocab_size=50, n_layer=3, n_head=4, n_embd=32) | switches | more)).eval()
+    model = GPT(
+        GPTConfig(
+            **dict(block_size=24, vocab_size=50, n_layer=3, n_head=4, n_embd=32) | switches | more
+        )
+    ).eval()
     for p in model.parameters():
         if p.dim() == 2:
             p.data *= 5
@@ -48,7 +93,7 @@ def test_cached_logits_equal_uncached(switches):
     expected = all_logits(model, idx)
     cache, at = KVCache(model.config, 2), 0
     for n in (5, 1, 1, 9, 1, 7):  # a prompt, single tokens, several at once
-        logits, loss = model(idx[:, at:at + n], cache=cache)
+        logits, loss = model(idx[:, at : at + n], cache=cache)
         at += n
         assert logits.shape == (2, 1, 50) and loss is None
         torch.testing.assert_close(logits[:, 0], expected[:, at - 1], atol=1e-5, rtol=1e-5)
@@ -59,11 +104,15 @@ def test_cached_logits_equal_uncached(switches):
 def test_rows_of_different_lengths_share_a_cache(switches):
     model, idx, lengths = tiny(switches), tokens(3, 12), torch.tensor([3, 12, 7])
     cache = KVCache(model.config, 3)
-    logits, _ = model(idx, cache=cache, lengths=lengths)  # what stands past a row's length is padding
+    logits, _ = model(
+        idx, cache=cache, lengths=lengths
+    )  # what stands past a row's length is padding
     rows = [idx[i, :n].tolist() for i, n in enumerate(lengths.tolist())]
     for _ in range(8):
         for i, row in enumerate(rows):
-            torch.testing.assert_close(logits[i, 0], all_logits(model, torch.tensor([row]))[0, -1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                logits[i, 0], all_logits(model, torch.tensor([row]))[0, -1], atol=1e-5, rtol=1e-5
+            )
         new = logits.argmax(-1)
         rows = [row + [int(t)] for row, t in zip(rows, new)]
         logits, _ = model(new, cache=cache)
@@ -73,7 +122,11 @@ def test_rows_of_different_lengths_share_a_cache(switches):
 @torch.no_grad()
 def test_generation_goes_on_past_the_context(switches):
     model = tiny(switches)
-    prompts = [tokens(5).tolist(), tokens(30).tolist(), tokens(22).tolist()]  # short, longer than the context, nearly full
+    prompts = [
+        tokens(5).tolist(),
+        tokens(30).tolist(),
+        tokens(22).tolist(),
+    ]  # short, longer than the context, nearly full
     expected = [list(p) for p in prompts]
     margin = math.inf
     for row in expected:
@@ -100,7 +153,9 @@ def test_a_future_token_changes_no_earlier_logit(switches):
 @every_family
 def test_initial_loss_is_that_of_a_uniform_guess(switches):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=64) | switches))
+    model = GPT(
+        GPTConfig(**dict(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=64) | switches)
+    )
     idx = torch.randint(1000, (4, 65))
     assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(1000)) < 0.1
 
@@ -108,7 +163,9 @@ def test_initial_loss_is_that_of_a_uniform_guess(switches):
 @every_family
 def test_one_batch_is_learned_by_heart(switches):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(block_size=24, vocab_size=50, n_layer=2, n_head=4, n_embd=32) | switches))
+    model = GPT(
+        GPTConfig(**dict(block_size=24, vocab_size=50, n_layer=2, n_head=4, n_embd=32) | switches)
+    )
     optimizer, idx = torch.optim.AdamW(model.parameters(), lr=1e-2), tokens(4, 25)
     for _ in range(150):
         loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
@@ -136,11 +193,19 @@ def test_four_micro_batches_of_three_equal_one_of_twelve():
 def test_attention_in_blocks_equals_torchs(n_kv_head, length, cache_bytes, monkeypatch):
     monkeypatch.setattr(CausalAttentionCPU, 'CACHE_BYTES', cache_bytes)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (4, n_kv_head, n_kv_head))
-    ours, theirs = CausalAttentionCPU.apply(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    q, k, v = (
+        torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True)
+        for n in (4, n_kv_head, n_kv_head)
+    )
+    ours, theirs = (
+        CausalAttentionCPU.apply(q, k, v),
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    )
     torch.testing.assert_close(ours, theirs)
     dy = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)):
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -151,12 +216,18 @@ def test_attention_drops_as_it_says(length, monkeypatch):
     masks = []
     monkeypatch.setattr(model_py, 'kept', lambda *args: masks.append(kept(*args)) or masks[-1])
     ours = CausalAttentionCPU.apply(q, k, v, 0.25)
-    keep = torch.cat([F.pad(m.view(2, 2, 2, -1, m.shape[-1]), (0, length - m.shape[-1])) for m in masks], dim=3).view(2, 4, length, length)
-    p = (q @ k.repeat_interleave(2, 1).mT / 8 ** 0.5 + torch.full((length, length), -math.inf).triu(1)).softmax(-1)
+    keep = torch.cat(
+        [F.pad(m.view(2, 2, 2, -1, m.shape[-1]), (0, length - m.shape[-1])) for m in masks], dim=3
+    ).view(2, 4, length, length)
+    p = (
+        q @ k.repeat_interleave(2, 1).mT / 8**0.5 + torch.full((length, length), -math.inf).triu(1)
+    ).softmax(-1)
     theirs = (p * keep / 0.75) @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(ours, theirs)
     dy = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)):
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), dy), torch.autograd.grad(theirs, (q, k, v), dy)
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -165,10 +236,14 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     torch.manual_seed(0)
     mask = kept((1000, 1001), rate, torch.float32)
     assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - (1 - rate)) < 0.002
-    for part in mask.flatten()[:1_000_000].view(-1, 4).mean(0):  # four masks come from one 64-bit draw: none is special
+    for part in (
+        mask.flatten()[:1_000_000].view(-1, 4).mean(0)
+    ):  # four masks come from one 64-bit draw: none is special
         assert abs(part - (1 - rate)) < 0.004
     x = torch.ones(1000, 1000)
-    assert abs(model_py.Dropout(rate)(x).mean() - 1) < 0.1 and torch.equal(model_py.Dropout(rate).eval()(x), x)
+    assert abs(model_py.Dropout(rate)(x).mean() - 1) < 0.1 and torch.equal(
+        model_py.Dropout(rate).eval()(x), x
+    )
 
 
 @pytest.mark.parametrize('shape', [(8,), (3, 8)])  # over the width, and a scale a head
@@ -178,15 +253,24 @@ def test_rmsnorm_equals_torchs(shape):
     ours, theirs = RMSNormFunction.apply(x, weight, 1e-5), F.rms_norm(x, (8,), eps=1e-5) * weight
     torch.testing.assert_close(ours, theirs)
     dy = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (x, weight), dy), torch.autograd.grad(theirs, (x, weight), dy)):
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight), dy), torch.autograd.grad(theirs, (x, weight), dy)
+    ):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize('switches', [{}, QWEN3], ids=['gpt2', 'qwen3'])
 def test_what_the_backward_pass_makes_again_changes_nothing(switches, monkeypatch):
-    model, idx = tiny(switches, block_size=512, n_layer=1, n_embd=128), tokens(16, 513)  # 2^20 elements: large enough
+    model, idx = (
+        tiny(switches, block_size=512, n_layer=1, n_embd=128),
+        tokens(16, 513),
+    )  # 2^20 elements: large enough
     gradients, calls, checkpoint = [], [], model_py.checkpoint
-    monkeypatch.setattr(model_py, 'checkpoint', lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
+    monkeypatch.setattr(
+        model_py,
+        'checkpoint',
+        lambda *args, **options: calls.append(1) or checkpoint(*args, **options),
+    )
     for f in (model_py.remade, lambda f, x: f(x)):
         monkeypatch.setattr(model_py, 'remade', f)
         model.zero_grad()
@@ -222,7 +306,10 @@ def test_a_text_alone_survives_what_float16_does_not():
     with torch.no_grad():
         model(idx, cache=cache)
         assert not Decoder(model, alone=True).step(idx[:, 0], cache).isfinite().all()
-    assert model.generate(idx, 8, temperature=0).tolist() == model.generate(idx.expand(2, -1), 8, temperature=0)[:1].tolist()
+    assert (
+        model.generate(idx, 8, temperature=0).tolist()
+        == model.generate(idx.expand(2, -1), 8, temperature=0)[:1].tolist()
+    )
 
 
 def test_nothing_is_drawn_from_what_is_not_finite():
@@ -241,7 +328,9 @@ def test_generation_sees_the_weights_as_they_are_now():
     for prompts in (idx, idx[:1]):
         before = model.generate(prompts, 8, temperature=0).tolist()
         assert model.generate(prompts, 8, temperature=0).tolist() == before
-        for n, change in enumerate((lambda w: torch.nn.init.normal_(w), lambda w: w.data.normal_())):  # in place as an optimizer does, and behind autograd's back
+        for n, change in enumerate(
+            (lambda w: torch.nn.init.normal_(w), lambda w: w.data.normal_())
+        ):  # in place as an optimizer does, and behind autograd's back
             torch.manual_seed(10 * len(prompts) + n)
             change(model.lm_head.weight)
             after = model.generate(prompts, 8, temperature=0).tolist()
@@ -258,21 +347,32 @@ def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
     x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (30,))
     targets[::3] = -1
-    ours, theirs = HeadLoss.apply(x, weight, targets, True), F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    ours, theirs = (
+        HeadLoss.apply(x, weight, targets, True),
+        F.cross_entropy(x @ weight.T, targets, ignore_index=-1),
+    )
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(HeadLoss.apply(x, weight, targets, False), theirs)
-    for a, b in zip(torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))):
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))
+    ):
         torch.testing.assert_close(a, b)
 
 
 def test_the_loss_in_chunks_takes_float32_under_autocast():
     torch.manual_seed(0)  # on a GPU the residual stream stays float32
-    x, weight, targets = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (30,))
+    x, weight, targets = (
+        torch.randn(30, 8, requires_grad=True),
+        torch.randn(50, 8, requires_grad=True),
+        torch.randint(50, (30,)),
+    )
     with torch.autocast('cpu', torch.bfloat16):
         loss = HeadLoss.apply(x, weight, targets, True)
     exact = F.cross_entropy(x @ weight.T, targets)
     torch.testing.assert_close(loss, exact, atol=0.03, rtol=0)
-    for a, b in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(exact, (x, weight))):
+    for a, b in zip(
+        torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(exact, (x, weight))
+    ):
         assert a.dtype == torch.float32 and (a - b).abs().max() < 0.05 * b.abs().max()
 
 
@@ -280,7 +380,9 @@ def test_targets_of_minus_one_do_not_count():
     model, idx, targets = tiny(), tokens(2, 12), tokens(2, 12)
     targets[:, :8] = -1
     logits, loss = model(idx, targets)
-    torch.testing.assert_close(loss, F.cross_entropy(logits[:, 8:].flatten(0, 1), targets[:, 8:].flatten()))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits[:, 8:].flatten(0, 1), targets[:, 8:].flatten())
+    )
     torch.testing.assert_close(model(idx, targets, return_logits=False)[1], loss)
 
 
@@ -320,7 +422,9 @@ def draws(logits, seen=(), **settings):
     rows = torch.tensor([logits]).expand(500, -1)
     mask = torch.zeros(500, len(logits), dtype=torch.bool)
     mask[:, list(seen)] = True
-    options = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | settings
+    options = (
+        dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | settings
+    )
     return set(choose(rows, mask, generator=torch.Generator().manual_seed(0), **options).tolist())
 
 
@@ -341,7 +445,7 @@ def test_stop_ends_a_row_and_keeps_its_token():
     stop = free[0][8]
     rows = model.generate(prompts, 20, temperature=0, stop=stop)
     for row, whole, prompt in zip(rows, free, prompts):
-        end = whole.index(stop, len(prompt)) + 1 if stop in whole[len(prompt):] else len(whole)
+        end = whole.index(stop, len(prompt)) + 1 if stop in whole[len(prompt) :] else len(whole)
         assert row == whole[:end]
     assert rows[0][-1] == stop
 
@@ -357,10 +461,18 @@ def test_a_shorter_context_changes_nothing_within_it(switches):
         model(tokens(1, 11))
 
 
-@pytest.mark.parametrize('wrong, words', [
-    (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'), (dict(n_kv_head=3), 'not divisible by n_kv_head=3'), (dict(n_layer=0), 'n_layer=0'),
-    (dict(activation='tanh'), "activation='tanh'"), (dict(position='rope', head_dim=7), 'odd'), (dict(dropout=1.0), 'dropout'),
-    (dict(position='rope', rope_scaling={'rope_type': 'yarn'}), 'yarn')])
+@pytest.mark.parametrize(
+    'wrong, words',
+    [
+        (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4'),
+        (dict(n_kv_head=3), 'not divisible by n_kv_head=3'),
+        (dict(n_layer=0), 'n_layer=0'),
+        (dict(activation='tanh'), "activation='tanh'"),
+        (dict(position='rope', head_dim=7), 'odd'),
+        (dict(dropout=1.0), 'dropout'),
+        (dict(position='rope', rope_scaling={'rope_type': 'yarn'}), 'yarn'),
+    ],
+)
 def test_a_config_that_cannot_be_says_why(wrong, words):
     with pytest.raises(ValueError, match=words.replace('[', r'\[')):
         tiny({}, **wrong)
@@ -370,10 +482,20 @@ def test_a_config_that_cannot_be_says_why(wrong, words):
 def test_model_args_make_the_same_config_and_gpt2s_are_nanogpts(switches):
     config = tiny(switches).config
     assert GPTConfig(**config.model_args()) == config
-    config = tiny(switches, n_embd=96, n_inner=4 * 96).config  # Llama 3.2's width, and not what swiglu has by itself
+    config = tiny(
+        switches, n_embd=96, n_inner=4 * 96
+    ).config  # Llama 3.2's width, and not what swiglu has by itself
     assert GPTConfig(**config.model_args()) == config
     if switches in ({}, dict(bias=False)):
-        assert list(config.model_args()) == ['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias']
+        assert list(config.model_args()) == [
+            'block_size',
+            'vocab_size',
+            'n_layer',
+            'n_head',
+            'n_embd',
+            'dropout',
+            'bias',
+        ]
 
 
 @torch.no_grad()
@@ -382,6 +504,8 @@ def test_bfloat16_weights_generate_and_autocast_agrees_with_float32():
     exact = model(idx, idx)[1]
     with torch.autocast('cpu', torch.bfloat16):
         torch.testing.assert_close(model(idx, idx)[1], exact, atol=0.05, rtol=0.01)
-        torch.testing.assert_close(model(idx, idx, return_logits=False)[1], exact, atol=0.05, rtol=0.01)
+        torch.testing.assert_close(
+            model(idx, idx, return_logits=False)[1], exact, atol=0.05, rtol=0.01
+        )
         assert model.generate(idx, 4, seed=1).shape == (2, 28)
     assert model.to(torch.bfloat16).generate(idx[:, :5], 4, seed=1).shape == (2, 9)

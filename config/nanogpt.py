@@ -31,8 +31,8 @@ decay_lr = True
 warmup_iters = 2000
 lr_decay_iters = 600000
 min_lr = 6e-5
-backend = 'auto'    # nanoGPT's nccl, and gloo where there is no GPU
-device = 'auto'     # nanoGPT's cuda, and the CPU where there is none
+backend = 'auto'  # nanoGPT's nccl, and gloo where there is no GPU
+device = 'auto'  # nanoGPT's cuda, and the CPU where there is none
 dtype = 'auto' if torch.cuda.is_available() else 'float32'
 compile = True
 

@@ -15,4 +15,4 @@ eval_interval = 250
 sample_interval = 1000
 sample_tokens = 500
 sample_repetition_penalty = 1.0
-always_save_checkpoint = False      # it overfits: keep the best
+always_save_checkpoint = False  # it overfits: keep the best

@@ -1,4 +1,5 @@
 """What fledge's scripts stand on, one subject a file."""
+
 import json
 import os
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def read_json(path, what='object'):
 def lock_folder(folder, wait):
     """Hold folder for this process, until it ends or closes the file number returned; UserError where another holds it."""
     import fcntl
+
     number = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

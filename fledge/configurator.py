@@ -4,6 +4,7 @@ A script's settings are the plain assignments at its top, each with a comment. `
 overrides them from config files (plain Python), .json files and --key=value flags, checks names and types, and
 prints them all for --help. A mistake costs one line and exit code 2.
 """
+
 import ast
 import difflib
 import math
@@ -23,13 +24,24 @@ def configure(settings, argv=None, saved=None, also=None):
     sys.excepthook = one_line
     for name, value in (read_settings(also) if also else {}).items():
         settings.setdefault(name, value)
-    defaults = settings.setdefault('_defaults', {
-        k: v for k, v in settings.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))})
-    hooks = settings.setdefault('_hooks', [k for k, v in settings.items() if not k.startswith('_') and v is None])
+    defaults = settings.setdefault(
+        '_defaults',
+        {
+            k: v
+            for k, v in settings.items()
+            if not k.startswith('_') and isinstance(v, (bool, int, float, str))
+        },
+    )
+    hooks = settings.setdefault(
+        '_hooks', [k for k, v in settings.items() if not k.startswith('_') and v is None]
+    )
     given = {}
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ('--help', '-h'):
-            print((settings.get('__doc__') or '').strip(), '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
+            print(
+                (settings.get('__doc__') or '').strip(),
+                '\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n',
+            )
             shown = _help(settings['__file__'])
             if also:
                 _help(also, but=shown)
@@ -37,7 +49,9 @@ def configure(settings, argv=None, saved=None, also=None):
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
             _known(name, defaults, arg)
-            given[name] = _parse(text, defaults[name], arg) if equals else _checked(True, defaults[name], arg)
+            given[name] = (
+                _parse(text, defaults[name], arg) if equals else _checked(True, defaults[name], arg)
+            )
         elif arg.endswith('.json'):
             overrides = read_json(arg, 'object of settings')
             for name, value in overrides.items():
@@ -84,16 +98,24 @@ def _assignments(path):
         call = getattr(node, 'value', None)
         if isinstance(call, ast.Call) and getattr(call.func, 'id', None) == 'configure':
             return
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):  # below them, a module that scripts share has no settings
+        if isinstance(
+            node, (ast.FunctionDef, ast.ClassDef)
+        ):  # below them, a module that scripts share has no settings
             return
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield node.targets[0].id, node, lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip('# ')
+            yield (
+                node.targets[0].id,
+                node,
+                lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip('# '),
+            )
 
 
 def _known(name, defaults, where):
     if name not in defaults:
         near = difflib.get_close_matches(name, defaults, n=3) or list(defaults)[:3]
-        raise UserError(f'{where}: no setting is called {name!r}; the nearest are {", ".join(near)} (a name of your own begins with _; --help lists all)')
+        raise UserError(
+            f'{where}: no setting is called {name!r}; the nearest are {", ".join(near)} (a name of your own begins with _; --help lists all)'
+        )
 
 
 def _checked(value, default, where):
@@ -106,17 +128,23 @@ def _checked(value, default, where):
         return float(value)
     if type(default) is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    raise UserError(f'{where}: {value!r} is {_kind(value)}, and this setting takes {_kind(default)}')
+    raise UserError(
+        f'{where}: {value!r} is {_kind(value)}, and this setting takes {_kind(default)}'
+    )
 
 
 def _kind(value):
-    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}.get(type(value), f'a {type(value).__name__}')
+    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}.get(
+        type(value), f'a {type(value).__name__}'
+    )
 
 
 def _parse(text, default, where):
     try:
         value = ast.literal_eval(text)
-    except Exception:  # ValueError, SyntaxError, TypeError, MemoryError: it is no literal, so it is a text
+    except (
+        Exception
+    ):  # ValueError, SyntaxError, TypeError, MemoryError: it is no literal, so it is a text
         value = text
     if isinstance(default, str) and not (default == 'auto' and isinstance(value, bool)):
         value = value if isinstance(value, str) else text
@@ -140,9 +168,16 @@ def _run(path, values):
         with open(path, encoding='utf-8') as f:
             source = f.read()
     except OSError as e:
-        known = sorted(f'config/{n}' for n in os.listdir('config') if n.endswith('.py')) if os.path.isdir('config') else []
+        known = (
+            sorted(f'config/{n}' for n in os.listdir('config') if n.endswith('.py'))
+            if os.path.isdir('config')
+            else []
+        )
         near = difflib.get_close_matches(path, known, n=1)
-        raise UserError(f'{path}: {e.strerror}' + (f'; did you mean {near[0]}?' if near else '; a setting is --key=value')) from None
+        raise UserError(
+            f'{path}: {e.strerror}'
+            + (f'; did you mean {near[0]}?' if near else '; a setting is --key=value')
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f'{path} is no config file: it is not text') from None
     namespace = dict(values, __name__='__config__', __file__=path)
@@ -152,8 +187,14 @@ def _run(path, values):
     except SyntaxError as e:
         raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
     except (Exception, SystemExit) as e:
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        raise UserError(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {e}') from None
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(e.__traceback__)
+            if frame.filename == path
+        ]
+        raise UserError(
+            f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {e}'
+        ) from None
     return assigned
 
 
@@ -173,9 +214,16 @@ def one_line(kind, error, trace):
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, ModuleNotFoundError) and error.name:
         package = error.name.partition('.')[0]
-        print(f'error: the package {package} is not installed: pip install {package}', file=sys.stderr)
-    elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):  # a GPU's, a CPU's
-        print('error: out of memory; take fewer rows at once (batch_size, num_samples), a shorter block_size or, to train, --gradient_checkpointing', file=sys.stderr)
+        print(
+            f'error: the package {package} is not installed: pip install {package}', file=sys.stderr
+        )
+    elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(
+        error
+    ):  # a GPU's, a CPU's
+        print(
+            'error: out of memory; take fewer rows at once (batch_size, num_samples), a shorter block_size or, to train, --gradient_checkpointing',
+            file=sys.stderr,
+        )
     elif issubclass(kind, OSError):  # a full disk, a file that went away
         print(f'error: {error}', file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):

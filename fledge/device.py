@@ -1,4 +1,5 @@
 """Which device and precision to compute in, and how fast this machine multiplies matrices."""
+
 import ctypes
 import math
 import time
@@ -8,19 +9,42 @@ import torch
 from fledge import UserError
 
 # Dense FLOP/s of 16-bit matmuls with float32 accumulation, from the vendors' data sheets.
-DATA_SHEETS = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12,
-               'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'RTX 3060': 25.5e12}
+DATA_SHEETS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'L40S': 362e12,
+    'L40': 181e12,
+    'L4': 121e12,
+    'A10': 125e12,
+    'V100': 125e12,
+    'T4': 65e12,
+    'RTX 5090': 210e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+    'RTX 3060': 25.5e12,
+}
 
 
 def choose_device(device, index=0):
     """'auto' is cuda, else mps, else cpu, and 'cuda' is GPU number index; what is asked for is tried (UserError where it cannot be used)."""
     if device == 'auto':
-        return f'cuda:{index}' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        return (
+            f'cuda:{index}'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
     device = f'cuda:{index}' if device == 'cuda' else device
     try:
         torch.empty(1, device=device).item()  # which the meta device has not
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
-        raise UserError(f'device={device!r} cannot be used here ({str(e).partition(chr(10))[0]}); --device=cpu always can') from None
+        raise UserError(
+            f'device={device!r} cannot be used here ({str(e).partition(chr(10))[0]}); --device=cpu always can'
+        ) from None
     return device
 
 
@@ -34,8 +58,12 @@ def choose_dtype(dtype, device):
     if dtype != 'auto':
         return getattr(torch, dtype)
     if kind == 'cuda':
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
+    if kind == 'cpu' and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
         return torch.bfloat16
     return torch.float32
 
@@ -54,7 +82,11 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):
         return
-    for parameter, value in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+    for parameter, value in (
+        (-4, 0),
+        (-1, -1),
+        (-2, 64 << 20),
+    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
         mallopt(parameter, value)
 
 
@@ -71,12 +103,15 @@ def peak_flops(device, dtype):
         t = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for an accelerator
         best = min(best, time.perf_counter() - t)
-    return 2 * n ** 3 / best
+    return 2 * n**3 / best
 
 
 def read_bandwidth(device):
     """Bytes a second that a sum over a gigabyte reads, the best of five."""
-    x, best = torch.ones(1 << 28, device=device), math.inf  # zeros would be one page of memory, read over and over
+    x, best = (
+        torch.ones(1 << 28, device=device),
+        math.inf,
+    )  # zeros would be one page of memory, read over and over
     for _ in range(5):
         t = time.perf_counter()
         x.sum().item()

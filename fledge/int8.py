@@ -1,4 +1,5 @@
 """Linear layers with 8-bit weights: half the bytes of bfloat16, so that generation, which reads them all for each token, takes half the time."""
+
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ class Int8Linear(nn.Module):
     On a CPU, a few rows of input (a step of generation) are rounded to 8 bits as well, by their own range, and multiplied as
     integers; more of them, or another device, multiply by the weight turned back into the input's type.
     """
+
     FEW = 16  # rows of input
 
     def __init__(self, linear):
@@ -29,7 +31,9 @@ class Int8Linear(nn.Module):
             weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         x = x.float()
-        widest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) if x.shape[:-1].numel() > 1 else None  # each row has its own range
+        widest = (
+            x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) if x.shape[:-1].numel() > 1 else None
+        )  # each row has its own range
         y = torch.ops.quantized.linear_dynamic(x if widest is None else x / widest, self.pack())
         y = y if widest is None else y * widest
         return (y if self.bias is None else y + self.bias).to(dtype)
@@ -42,10 +46,19 @@ class Int8Linear(nn.Module):
 
     def pack(self):
         """The weight as torch's integer kernel reads it, made once."""
-        key = self.weight.data_ptr(), self.weight._version, self.scale.data_ptr(), self.scale._version
+        key = (
+            self.weight.data_ptr(),
+            self.weight._version,
+            self.scale.data_ptr(),
+            self.scale._version,
+        )
         if self.packed is None or self.packed[0] != key:
-            warnings.filterwarnings('ignore', message='torch.quantize_per', category=UserWarning)  # deprecated, and nothing as fast in its place yet
-            weight = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), torch.zeros(len(self.scale), dtype=torch.long), 0)
+            warnings.filterwarnings(
+                'ignore', message='torch.quantize_per', category=UserWarning
+            )  # deprecated, and nothing as fast in its place yet
+            weight = torch._make_per_channel_quantized_tensor(
+                self.weight, self.scale.double(), torch.zeros(len(self.scale), dtype=torch.long), 0
+            )
             self.packed = key, torch.ops.quantized.linear_prepack(weight, None)
         return self.packed[1]
 

@@ -1,4 +1,5 @@
 """A GPT as an ONNX graph: of any batch and length, with or without the KV cache as inputs and outputs."""
+
 import logging
 import warnings
 
@@ -34,16 +35,19 @@ class Graph(nn.Module):
         for layer, block in enumerate(model.transformer.h):
             attn, mlp = block.attn, block.mlp
             qkv = attn.c_attn(self.norm(block.ln_1, x)).view(B, T, H + 2 * KV, D)
-            qk, v = qkv[:, :, :H + KV], qkv[:, :, H + KV:]
+            qk, v = qkv[:, :, : H + KV], qkv[:, :, H + KV :]
             if c.qk_norm:
                 qk = F.rms_norm(qk, (D,), eps=c.norm_eps) * attn.qk_scale()
             if c.position == 'rope':
-                qk = torch.cat((qk[..., D // 2:], qk[..., :D // 2]), dim=-1) * sin + qk * cos
+                qk = torch.cat((qk[..., D // 2 :], qk[..., : D // 2]), dim=-1) * sin + qk * cos
             q, k, v = qk[:, :, :H].transpose(1, 2), qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
             if past:
-                k, v = torch.cat((past[2 * layer], k), dim=2), torch.cat((past[2 * layer + 1], v), dim=2)
+                k, v = (
+                    torch.cat((past[2 * layer], k), dim=2),
+                    torch.cat((past[2 * layer + 1], v), dim=2),
+                )
                 present += [k, v]
-            scores = q.reshape(B, KV, H // KV, T, D) @ k[:, :, None].mT * D ** -0.5
+            scores = q.reshape(B, KV, H // KV, T, D) @ k[:, :, None].mT * D**-0.5
             y = scores.masked_fill(hidden, float('-inf')).softmax(dim=-1) @ v[:, :, None]
             x = x + attn.c_proj(y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
             x = x + mlp.c_proj(mlp.activate(mlp.c_fc(self.norm(block.ln_2, x))))
@@ -62,15 +66,32 @@ def write(path, model, kv_cache):
     """
     c = model.config
     batch, length, before = (torch.export.Dim(name) for name in ('batch', 'length', 'past'))
-    past = [torch.zeros(2, c.n_kv_head, 3, c.head_dim) for _ in range(2 * c.n_layer)] if kv_cache else []
-    layers = [f'{i}.{kind}' for i in range(c.n_layer) for kind in ('key', 'value')] if kv_cache else []
-    inputs, shapes = [torch.zeros(2, 5, dtype=torch.long), past], [{0: batch, 1: length}, [{0: batch, 2: before} for _ in past]]
-    logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
+    past = (
+        [torch.zeros(2, c.n_kv_head, 3, c.head_dim) for _ in range(2 * c.n_layer)]
+        if kv_cache
+        else []
+    )
+    layers = (
+        [f'{i}.{kind}' for i in range(c.n_layer) for kind in ('key', 'value')] if kv_cache else []
+    )
+    inputs, shapes = (
+        [torch.zeros(2, 5, dtype=torch.long), past],
+        [{0: batch, 1: length}, [{0: batch, 2: before} for _ in past]],
+    )
+    logging.getLogger('torch.onnx').setLevel(
+        logging.ERROR
+    )  # it warns of torchvision, which is not needed
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.onnx.export(
-            Graph(model).eval(), tuple(inputs[:1 + kv_cache]), dynamo=True, verbose=False, dynamic_shapes=tuple(shapes[:1 + kv_cache]),
-            input_names=['input_ids', *(f'past_key_values.{name}' for name in layers)], output_names=['logits', *(f'present.{name}' for name in layers)])
+            Graph(model).eval(),
+            tuple(inputs[: 1 + kv_cache]),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=tuple(shapes[: 1 + kv_cache]),
+            input_names=['input_ids', *(f'past_key_values.{name}' for name in layers)],
+            output_names=['logits', *(f'present.{name}' for name in layers)],
+        )
         program.model.producer_name = 'fledge'  # export.py replaces no other file
         size = sum(t.numel() * 4 for t in (*model.parameters(), *model.buffers()))
         program.save(path, external_data=size > 1.9e9)
@@ -79,10 +100,14 @@ def write(path, model, kv_cache):
 def run(path, ids, kv_cache):
     """The logits (batch, length, vocab_size) of ids (batch, length) by onnxruntime; with kv_cache first the first token, then the rest."""
     import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     if not kv_cache:
         return torch.from_numpy(session.run(['logits'], {'input_ids': ids.numpy()})[0])
-    past = {i.name: torch.zeros(len(ids), i.shape[1], 0, i.shape[3]).numpy() for i in session.get_inputs()[1:]}
+    past = {
+        i.name: torch.zeros(len(ids), i.shape[1], 0, i.shape[3]).numpy()
+        for i in session.get_inputs()[1:]
+    }
     parts = []
     for part in (ids[:, :1], ids[:, 1:]) if ids.shape[1] > 1 else (ids,):
         out, *present = session.run(None, {'input_ids': part.numpy(), **past})

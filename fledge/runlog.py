@@ -1,4 +1,5 @@
 """What a run leaves to read: train.log, metrics.jsonl, settings.json, loss.png; and its progress on the terminal."""
+
 import itertools
 import json
 import math
@@ -7,15 +8,40 @@ import sys
 
 from fledge import UserError, lock_folder, replacing
 
-OF_A_RUN = ('ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'tokenizer.json', 'loss.png')
-KEYS = ('step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'elapsed')
+OF_A_RUN = (
+    'ckpt.pt',
+    'best.pt',
+    'metrics.jsonl',
+    'train.log',
+    'settings.json',
+    'tokenizer.json',
+    'loss.png',
+)
+KEYS = (
+    'step',
+    'tokens',
+    'train_loss',
+    'val_loss',
+    'val_bpb',
+    'lr',
+    'grad_norm',
+    'tokens_per_second',
+    'mfu',
+    'elapsed',
+)
 
 
 class RunLog:
     """The one voice of a run. Silent in all processes but the first; writes nothing where out_dir is None."""
 
     def __init__(self, speaks, out_dir=None):
-        self.speaks, self.out_dir, self.bar, self.file, self.sinks = speaks, out_dir if speaks else None, None, None, []
+        self.speaks, self.out_dir, self.bar, self.file, self.sinks = (
+            speaks,
+            out_dir if speaks else None,
+            None,
+            None,
+            [],
+        )
 
     def open(self, settings, resume_step=None):
         """Open the run's files. A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed
@@ -30,7 +56,11 @@ class RunLog:
             if resume_step is None:
                 self._keep_previous()
             elif os.path.exists(path):
-                lines = [json.dumps(line) + '\n' for line in self.read_metrics() if line['step'] < resume_step]
+                lines = [
+                    json.dumps(line) + '\n'
+                    for line in self.read_metrics()
+                    if line['step'] < resume_step
+                ]
             with replacing(path) as f:
                 f.writelines(lines)
             self.metrics_file = open(path, 'a')
@@ -46,7 +76,11 @@ class RunLog:
     def _keep_previous(self):
         if not os.path.exists(self.path('ckpt.pt')):
             return
-        keep = next(p for p in (self.path(f'previous-{n}') for n in itertools.count(1)) if not os.path.exists(p))
+        keep = next(
+            p
+            for p in (self.path(f'previous-{n}') for n in itertools.count(1))
+            if not os.path.exists(p)
+        )
         os.makedirs(keep)
         for name in os.listdir(self.out_dir):
             if name in OF_A_RUN or name.startswith('samples_step_'):
@@ -57,17 +91,27 @@ class RunLog:
         """Send the metrics to Weights & Biases or TensorBoard as well."""
         if self.out_dir and wandb_log:
             import wandb
-            wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=settings, dir=self.out_dir)
+
+            wandb.init(
+                project=settings['wandb_project'],
+                name=settings['wandb_run_name'],
+                config=settings,
+                dir=self.out_dir,
+            )
             self.sinks.append(lambda step, metrics: wandb.log(metrics, step=step))
         if self.out_dir and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             board = SummaryWriter(self.path('tensorboard'))
-            self.sinks.append(lambda step, metrics: [board.add_scalar(k, v, step) for k, v in metrics.items()])
+            self.sinks.append(
+                lambda step, metrics: [board.add_scalar(k, v, step) for k, v in metrics.items()]
+            )
 
     def start_bar(self, step, total_steps):
         """On a terminal, a progress bar with the time left; elsewhere plain lines serve."""
         if self.speaks and sys.stdout.isatty():
             from tqdm import tqdm
+
             self.bar = tqdm(total=total_steps, initial=step, unit='step', dynamic_ncols=True)
 
     def advance(self, total_steps):
@@ -92,13 +136,17 @@ class RunLog:
         if not self.out_dir:
             return
         line = {k: values.get(k) for k in KEYS}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # JSON has no infinity
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }  # JSON has no infinity
         print(json.dumps(finite), file=self.metrics_file, flush=True)
         for sink in self.sinks:
             sink(line['step'], {k: v for k, v in finite.items() if v is not None})
         if line['train_loss'] is None:
             return
-        text = 'loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s | mfu {mfu:.1%}'.format(**line)
+        text = 'loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s | mfu {mfu:.1%}'.format(
+            **line
+        )
         if self.bar is not None:
             self.bar.set_postfix_str(text)
             print(f'step {line["step"]}/{total_steps} | {text}', file=self.file, flush=True)
@@ -119,8 +167,10 @@ class RunLog:
     def draw(self):
         """loss.png: the losses against tokens, from metrics.jsonl."""
         import matplotlib
+
         matplotlib.use('Agg')
         from matplotlib import pyplot
+
         lines = self.read_metrics()
         figure, axes = pyplot.subplots(figsize=(8, 5))
         for key, style in (('train_loss', '-'), ('val_loss', 'o-')):

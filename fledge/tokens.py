@@ -4,6 +4,7 @@ A .bin is llm.c's: a header of 256 int32 (magic, version, token count), then the
 uint16 files are read as well. Which rows a step sees is a pure function of (data, seed, step, batch geometry):
 no state to save, nothing replayed after a resume, the same global batch for any number of processes.
 """
+
 import glob
 import os
 
@@ -11,14 +12,21 @@ import numpy as np
 
 from fledge import UserError, read_json
 
-FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}  # (magic, version): token type
+FORMATS = {
+    (20240520, 1): np.dtype('<u2'),
+    (20240801, 7): np.dtype('<u4'),
+}  # (magic, version): token type
 HEADER_BYTES = 256 * 4
-CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in the blink of an eye
+CHECKED_AT_ONCE = (
+    50_000_000  # tokens that are checked against the vocabulary in the blink of an eye
+)
 
 
 def format_of(vocab_size):
     """(magic, version) and token type of a .bin for a vocabulary of this size."""
-    return next((key, dtype) for key, dtype in FORMATS.items() if vocab_size <= 2 ** (8 * dtype.itemsize))
+    return next(
+        (key, dtype) for key, dtype in FORMATS.items() if vocab_size <= 2 ** (8 * dtype.itemsize)
+    )
 
 
 def _write_header(file, key, count):
@@ -43,8 +51,10 @@ class BinWriter:
     def write(self, ids):
         """Append ids, a sequence or array of int."""
         self.count += len(ids)
-        if self.count >= 2 ** 31:
-            raise UserError(f'{self.path} would hold over 2^31 tokens, more than its header can count')
+        if self.count >= 2**31:
+            raise UserError(
+                f'{self.path} would hold over 2^31 tokens, more than its header can count'
+            )
         self.file.write(np.asarray(ids).astype(self.dtype).tobytes())
 
     def __exit__(self, error, *_):
@@ -66,7 +76,11 @@ class SplitWriter:
     """
 
     def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
-        self.prefix, self.shard_tokens, self.masked = os.path.join(folder, split), shard_tokens, masked
+        self.prefix, self.shard_tokens, self.masked = (
+            os.path.join(folder, split),
+            shard_tokens,
+            masked,
+        )
         self.key, self.dtype = format_of(vocab_size)
         self.shards, self.files = list(shards), []
         if self.shards:
@@ -74,11 +88,16 @@ class SplitWriter:
 
     def _open(self):
         """The files of the last shard, at its end."""
-        for ending, skipped, size in (('.bin', HEADER_BYTES, self.dtype.itemsize), ('.mask.bin', 0, 1))[:1 + self.masked]:
+        for ending, skipped, size in (
+            ('.bin', HEADER_BYTES, self.dtype.itemsize),
+            ('.mask.bin', 0, 1),
+        )[: 1 + self.masked]:
             path = f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
             end = skipped + self.shards[-1] * size
             if self.shards[-1] and (not os.path.exists(path) or os.path.getsize(path) < end):
-                raise UserError(f'{path} is shorter than when it was left; remove {os.path.dirname(path)}, and begin again')
+                raise UserError(
+                    f'{path} is shorter than when it was left; remove {os.path.dirname(path)}, and begin again'
+                )
             self.files.append(open(path, 'r+b' if os.path.exists(path) else 'w+b'))
             self.files[-1].truncate(end)
             self.files[-1].seek(end)
@@ -120,8 +139,10 @@ class SplitWriter:
         """The tokens of the last shard and its mask (or None), as memory maps."""
         self.sync()
         path = f'{self.prefix}_{len(self.shards) - 1:06d}'
-        return (np.memmap(f'{path}.bin', self.dtype, 'r', HEADER_BYTES, (self.shards[-1],)),
-                np.memmap(f'{path}.mask.bin', np.uint8, 'r') if self.masked else None)
+        return (
+            np.memmap(f'{path}.bin', self.dtype, 'r', HEADER_BYTES, (self.shards[-1],)),
+            np.memmap(f'{path}.mask.bin', np.uint8, 'r') if self.masked else None,
+        )
 
     def cut(self, length, end):
         """Shorten the last shard to `length` tokens, then append the ids `end`."""
@@ -189,9 +210,13 @@ def read_bin(path, headerless=False):
         if size == 0:
             raise UserError(f'{path} is empty')
         if looks_headed or not headerless:
-            raise UserError(f'{path} has a wrong magic or version ({", ".join(str(v) for v in header[:2])}): it is no token file, or a broken one')
+            raise UserError(
+                f'{path} has a wrong magic or version ({", ".join(str(v) for v in header[:2])}): it is no token file, or a broken one'
+            )
         if size % 2:
-            raise UserError(f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens')
+            raise UserError(
+                f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens'
+            )
         return np.memmap(path, np.dtype('<u2'), mode='r')
     if len(header) == 3 and header[2] < 0:
         raise UserError(f'{path} has a broken header: {header[2]} tokens')
@@ -212,7 +237,11 @@ def read_meta(folder):
 def split_files(folder, split):
     """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none."""
     whole = os.path.join(folder, f'{split}.bin')
-    return [whole] if os.path.exists(whole) else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
+    return (
+        [whole]
+        if os.path.exists(whole)
+        else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
+    )
 
 
 class Tokens:
@@ -226,7 +255,12 @@ class Tokens:
         paths = split_files(folder, split)
         if not paths:
             raise UserError(f'{folder} has no {split}.bin')
-        self.paths, self.block_size, self.vocab_size, self.seed = paths, block_size, vocab_size, seed
+        self.paths, self.block_size, self.vocab_size, self.seed = (
+            paths,
+            block_size,
+            vocab_size,
+            seed,
+        )
         self.shards = [read_bin(p, headerless=not read_meta(folder)) for p in paths]
         self.n_tokens = sum(len(s) for s in self.shards)
         # Whole rows of each shard, for any phase of the grid that they are cut on (see rows); no row crosses shards.
@@ -238,21 +272,25 @@ class Tokens:
         if lengths.max() < 2:
             raise UserError(f'{paths[0]} holds a single token: there is nothing to predict')
         if self.n_rows == 0 and seed is not None:
-            raise UserError(f'block_size={block_size} is longer than the data: {paths[0]} has {self.n_tokens:,} tokens and a row takes {block_size + 1:,}')
+            raise UserError(
+                f'block_size={block_size} is longer than the data: {paths[0]} has {self.n_tokens:,} tokens and a row takes {block_size + 1:,}'
+            )
         self.first_row = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
         self._epoch = None
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
             self._check(self.shards[0], 0, 0)
 
     def _read(self, shard, start, length):
-        ids = self.shards[shard][start:start + length]
+        ids = self.shards[shard][start : start + length]
         self._check(ids, shard, start)
         return ids.astype(np.int64)
 
     def _check(self, ids, shard, start):
         if ids.max() >= self.vocab_size:
             at = start + int(ids.argmax())
-            raise UserError(f'{self.paths[shard]} holds token {ids.max():,} at position {at:,}, beyond the vocabulary of {self.vocab_size:,}')
+            raise UserError(
+                f'{self.paths[shard]} holds token {ids.max():,} at position {at:,}, beyond the vocabulary of {self.vocab_size:,}'
+            )
 
     def rows(self, first, count):
         """Rows first .. first + count - 1 of training's endless order: inputs and targets, int64 (count, block_size).
@@ -265,11 +303,17 @@ class Tokens:
         for epoch in np.unique(places // self.n_rows).tolist():
             if epoch != self._epoch:
                 rng = np.random.default_rng([self.seed, epoch])
-                self._order, self._phase, self._epoch = rng.permutation(self.n_rows), int(rng.integers(1 << 62)), epoch
+                self._order, self._phase, self._epoch = (
+                    rng.permutation(self.n_rows),
+                    int(rng.integers(1 << 62)),
+                    epoch,
+                )
             here = places // self.n_rows == epoch
             rows = self._order[places[here] % self.n_rows]
             shards[here] = s = np.searchsorted(self.first_row, rows, side='right') - 1
-            starts[here] = (rows - self.first_row[s]) * self.block_size + self._phase % (self.slack[s] + 1)
+            starts[here] = (rows - self.first_row[s]) * self.block_size + self._phase % (
+                self.slack[s] + 1
+            )
         out = np.empty((count, self.block_size + 1), np.int64)
         for shard in np.unique(shards).tolist():
             here = shards == shard
@@ -281,7 +325,11 @@ class Tokens:
 
     def evaluation_rows(self, limit=None):
         """Where evaluation reads: (shard, start) of `limit` rows spread evenly over the split, or of all of it."""
-        starts = [(s, i) for s, data in enumerate(self.shards) for i in range(0, len(data) - 1, self.block_size)]
+        starts = [
+            (s, i)
+            for s, data in enumerate(self.shards)
+            for i in range(0, len(data) - 1, self.block_size)
+        ]
         if limit is None or limit >= len(starts):
             return starts
         return [starts[i * len(starts) // limit] for i in range(limit)]
@@ -292,5 +340,5 @@ class Tokens:
         y = np.full((len(rows), self.block_size), -1, np.int64)
         for i, (shard, start) in enumerate(rows):
             ids = self._read(shard, start, self.block_size + 1)
-            x[i, :len(ids) - 1], y[i, :len(ids) - 1] = ids[:-1], ids[1:]
+            x[i, : len(ids) - 1], y[i, : len(ids) - 1] = ids[:-1], ids[1:]
         return x, y

@@ -2,6 +2,7 @@
 
 python prepare/alpaca.py        writes data/alpaca
 """
+
 import os
 import sys
 
@@ -12,8 +13,10 @@ from prepare.pipeline import Stage, prepare
 from prepare.records import conversation
 from prepare.streams import Hub
 
-name = 'alpaca'         # folder under data/
+name = 'alpaca'  # folder under data/
 repo = 'yahma/alpaca-cleaned'
 settings = configure(globals(), also=pipeline.__file__)
 
-prepare([Stage(Hub(repo, split='train'), lambda row: [conversation(row)])], repo, settings, masked=True)
+prepare(
+    [Stage(Hub(repo, split='train'), lambda row: [conversation(row)])], repo, settings, masked=True
+)

@@ -2,6 +2,7 @@
 
 python prepare/chat.py --input=talks.jsonl --name=talks --tokenizer=data/stdlib         writes data/talks
 """
+
 import os
 import sys
 
@@ -13,10 +14,20 @@ from prepare.pipeline import Stage, prepare
 from prepare.records import conversation
 from prepare.sources import Files
 
-name = ''           # folder under data/
-input = ''          # a file or a folder; several, separated by commas
+name = ''  # folder under data/
+input = ''  # a file or a folder; several, separated by commas
 settings = configure(globals(), also=pipeline.__file__)
 
 if not input:
     raise UserError('--input is needed: python prepare/chat.py --input=talks.jsonl --name=talks')
-prepare([Stage(Files(input.split(','), ('.jsonl', '.jsonl.gz', '.json', '.parquet')), lambda record: [conversation(record)])], input, settings, masked=True)
+prepare(
+    [
+        Stage(
+            Files(input.split(','), ('.jsonl', '.jsonl.gz', '.json', '.parquet')),
+            lambda record: [conversation(record)],
+        )
+    ],
+    input,
+    settings,
+    masked=True,
+)

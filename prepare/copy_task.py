@@ -2,6 +2,7 @@
 
 python prepare/copy_task.py     writes data/copy_task
 """
+
 import random
 import os
 import sys
@@ -13,13 +14,13 @@ from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.sources import Made
 
-name = 'copy_task'      # folder under data/
-examples = 10000        # of them; those that come twice are left out
-min_letters = 4         # of the shortest
-max_letters = 12        # of the longest
+name = 'copy_task'  # folder under data/
+examples = 10000  # of them; those that come twice are left out
+min_letters = 4  # of the shortest
+max_letters = 12  # of the longest
 symbols = 'abcdefghijklmnopqrstuvwxyz'  # to draw from
-tokenizer = 'chars'     # as below
-val_fraction = 0.05     # of the examples
+tokenizer = 'chars'  # as below
+val_fraction = 0.05  # of the examples
 settings = configure(globals(), also=pipeline.__file__)
 
 
@@ -29,5 +30,12 @@ def letters(i):
 
 
 if not 0 < min_letters <= max_letters or not symbols or '>' in symbols or examples < 2:
-    raise UserError('0 < min_letters <= max_letters, symbols without >, and two examples at least are needed')
-prepare([Stage(Made('copy task', examples, letters), lambda text: [[(f'{text}>', 0), (text, 1)]])], 'the copy task', settings, masked=True)
+    raise UserError(
+        '0 < min_letters <= max_letters, symbols without >, and two examples at least are needed'
+    )
+prepare(
+    [Stage(Made('copy task', examples, letters), lambda text: [[(f'{text}>', 0), (text, 1)]])],
+    'the copy task',
+    settings,
+    masked=True,
+)

@@ -2,6 +2,7 @@
 
 python prepare/dolma.py         writes data/dolma, 5 billion tokens
 """
+
 import os
 import sys
 
@@ -12,11 +13,11 @@ from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
 from prepare.streams import Hub, Urls
 
-name = 'dolma'                  # folder under data/
+name = 'dolma'  # folder under data/
 repo = 'allenai/dolma'
-version = 'v1_6-sample'         # a file list of the repository: urls/VERSION.txt
-target_tokens = 5_000_000_000   # then it stops; 0: the whole list
-val_fraction = 0.0005           # of the documents
+version = 'v1_6-sample'  # a file list of the repository: urls/VERSION.txt
+target_tokens = 5_000_000_000  # then it stops; 0: the whole list
+val_fraction = 0.0005  # of the documents
 settings = configure(globals(), also=pipeline.__file__)
 
 
@@ -24,5 +25,16 @@ def document(row):
     return [text_of(row, 'text')]
 
 
-prepare([Stage(Urls(repo, f'urls/{version}.txt', seed), document,
-               instead=Stage(Hub('allenai/c4', 'en', 'train', columns=['text'], shuffle=seed), document))], f'{repo}, {version}', settings)
+prepare(
+    [
+        Stage(
+            Urls(repo, f'urls/{version}.txt', seed),
+            document,
+            instead=Stage(
+                Hub('allenai/c4', 'en', 'train', columns=['text'], shuffle=seed), document
+            ),
+        )
+    ],
+    f'{repo}, {version}',
+    settings,
+)

@@ -2,6 +2,7 @@
 
 python prepare/fineweb_edu.py --target_tokens=1000000000        writes data/fineweb_edu
 """
+
 import os
 import sys
 
@@ -12,10 +13,19 @@ from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
 from prepare.streams import Hub
 
-name = 'fineweb_edu'    # folder under data/
+name = 'fineweb_edu'  # folder under data/
 repo = 'HuggingFaceFW/fineweb-edu'
 subset = 'sample-10BT'  # or sample-100BT, sample-350BT, default (all of it)
-val_fraction = 0.0005   # of the documents
+val_fraction = 0.0005  # of the documents
 settings = configure(globals(), also=pipeline.__file__)
 
-prepare([Stage(Hub(repo, subset, 'train', columns=['text'], shuffle=seed), lambda row: [text_of(row, 'text')])], f'{repo}, {subset}', settings)
+prepare(
+    [
+        Stage(
+            Hub(repo, subset, 'train', columns=['text'], shuffle=seed),
+            lambda row: [text_of(row, 'text')],
+        )
+    ],
+    f'{repo}, {subset}',
+    settings,
+)

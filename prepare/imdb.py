@@ -2,6 +2,7 @@
 
 python prepare/imdb.py          writes data/imdb, with test
 """
+
 import os
 import sys
 
@@ -13,9 +14,9 @@ from prepare.records import text_of
 from prepare.sources import Skip
 from prepare.streams import Hub
 
-name = 'imdb'           # folder under data/
+name = 'imdb'  # folder under data/
 repo = 'stanfordnlp/imdb'
-val_fraction = 0.05     # of the 25,000 reviews to train on
+val_fraction = 0.05  # of the 25,000 reviews to train on
 settings = configure(globals(), also=pipeline.__file__)
 
 
@@ -26,4 +27,9 @@ def review(row):
     return [[(f'{text}\n\nSentiment:', 0), (' positive' if row['label'] else ' negative', 1)]]
 
 
-prepare([Stage(Hub(repo, split='test'), review, 'test'), Stage(Hub(repo, split='train'), review)], repo, settings, masked=True)
+prepare(
+    [Stage(Hub(repo, split='test'), review, 'test'), Stage(Hub(repo, split='train'), review)],
+    repo,
+    settings,
+    masked=True,
+)

@@ -3,6 +3,7 @@
 python prepare/preferences.py --input=pairs.jsonl --name=pairs          writes data/pairs
 python prepare/preferences.py --repo=trl-lib/ultrafeedback_binarized --name=ultrafeedback
 """
+
 import os
 import sys
 
@@ -15,14 +16,20 @@ from prepare.records import preference
 from prepare.sources import Files
 from prepare.streams import Hub
 
-name = ''           # folder under data/
-input = ''          # a file or a folder; several, separated by commas
-repo = ''           # or OWNER/NAME on huggingface.co
-subset = ''         # the configuration, where the repository has several
-split = 'train'     # of the repository
+name = ''  # folder under data/
+input = ''  # a file or a folder; several, separated by commas
+repo = ''  # or OWNER/NAME on huggingface.co
+subset = ''  # the configuration, where the repository has several
+split = 'train'  # of the repository
 settings = configure(globals(), also=pipeline.__file__)
 
 if bool(input) == bool(repo):
-    raise UserError('one of --input and --repo is needed: python prepare/preferences.py --input=pairs.jsonl --name=pairs')
-source = Hub(repo, subset, split) if repo else Files(input.split(','), ('.jsonl', '.jsonl.gz', '.json', '.parquet'))
+    raise UserError(
+        'one of --input and --repo is needed: python prepare/preferences.py --input=pairs.jsonl --name=pairs'
+    )
+source = (
+    Hub(repo, subset, split)
+    if repo
+    else Files(input.split(','), ('.jsonl', '.jsonl.gz', '.json', '.parquet'))
+)
 prepare([Stage(source, preference)], input or repo, settings, masked=True)

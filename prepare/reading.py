@@ -1,15 +1,23 @@
 """Reading in the pipeline: the stages' records, one after another, in batches for the workers and as texts for a tokenizer."""
+
 import itertools
 import sys
 import time
 from contextlib import suppress
 
 from fledge import UserError
-from fledge.tokenizer import END_OF_TEXT, IM_END, IM_START, char_tokenizer, load_tokenizer, train_bpe
+from fledge.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    char_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from prepare.sources import Files, Lost, Skip, Unavailable
 from prepare.worker import documents_of, texts_of
 
-BATCH_BYTES = 1 << 20   # of records, handed to a worker at a time
+BATCH_BYTES = 1 << 20  # of records, handed to a worker at a time
 
 
 def settle(s, stages, state):
@@ -33,15 +41,17 @@ def records(s, stages, index, state, position, shard, num_shards):
     failures = 0
     while True:
         try:
-            for record, place, position in stage_of(stages, state, index).source.read(position, shard, num_shards):
+            for record, place, position in stage_of(stages, state, index).source.read(
+                position, shard, num_shards
+            ):
                 failures = 0
                 yield record, place, position
             return
         except (Lost, Unavailable) as e:
             if isinstance(e, Unavailable) or failures == s.retries:
                 raise UserError(str(e)) from None
-            print(f'{e}; again in {2 ** failures} s', file=sys.stderr)
-            time.sleep(2 ** failures)
+            print(f'{e}; again in {2**failures} s', file=sys.stderr)
+            time.sleep(2**failures)
             failures += 1
 
 
@@ -53,7 +63,9 @@ def batches(s, stages, state):
         position = state['position'] if index == state['stage'] else None
         batch, size, failure = [], 0, None
         try:
-            for record, place, position in records(s, stages, index, state, position, s.shard, s.num_shards):
+            for record, place, position in records(
+                s, stages, index, state, position, s.shard, s.num_shards
+            ):
                 if index < state['stage']:
                     break
                 batch.append((record, place))
@@ -80,7 +92,9 @@ def size_of(record):
 def choose_tokenizer(s, stages, state, masked):
     """The tokenizer that the settings ask for; chars and train are made of the stages' own text."""
     if s.tokenizer == 'chars':
-        characters = set(itertools.chain.from_iterable(texts(s, stages, state, 0))) | set('system\nuser\nassistant\n' if masked else '')
+        characters = set(itertools.chain.from_iterable(texts(s, stages, state, 0))) | set(
+            'system\nuser\nassistant\n' if masked else ''
+        )
         return char_tokenizer(sorted(characters), (END_OF_TEXT, IM_START, IM_END) if masked else ())
     if s.tokenizer == 'train':
         return train_bpe(texts(s, stages, state, s.train_bytes), s.vocab_size)
@@ -90,15 +104,23 @@ def choose_tokenizer(s, stages, state, masked):
 
 def texts(s, stages, state, budget):
     """The texts of the documents; with a budget, about so many bytes of those to train on, spread over files."""
-    chosen = [i for i, stage in enumerate(stages) if not (budget and stage.split in ('val', 'test'))]
+    chosen = [
+        i for i, stage in enumerate(stages) if not (budget and stage.split in ('val', 'test'))
+    ]
     for index in chosen:
         stage, share = stage_of(stages, state, index), budget // len(chosen)
-        pieces = 64 if isinstance(stage.source, Files) and stage.source.size > share > 0 else 1  # and the beginning of each
+        pieces = (
+            64 if isinstance(stage.source, Files) and stage.source.size > share > 0 else 1
+        )  # and the beginning of each
         size = count = 0
         for piece in range(pieces):
             for record, _, _ in records(s, stages, index, state, None, piece, pieces):
                 with suppress(Skip):
-                    for text in [text for document in documents_of(stage, record, []) for text in texts_of(document)]:
+                    for text in [
+                        text
+                        for document in documents_of(stage, record, [])
+                        for text in texts_of(document)
+                    ]:
                         yield text
                         size += len(text.encode())
                 count += 1

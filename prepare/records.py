@@ -1,4 +1,5 @@
 """What records say: the text, conversation or preference in one, or Skip with the reason why it has none."""
+
 from prepare.sources import Skip
 
 
@@ -23,7 +24,9 @@ def exchange(question, answer):
 def instruction_of(record):
     """The question of a record in Alpaca's form: its instruction, and the input to it where there is one."""
     context = text_of(record, 'input') if record.get('input') else ''
-    return '\n\n'.join(part for part in (text_of(record, 'instruction').strip(), context.strip()) if part)
+    return '\n\n'.join(
+        part for part in (text_of(record, 'instruction').strip(), context.strip()) if part
+    )
 
 
 def conversation(record):
@@ -32,7 +35,9 @@ def conversation(record):
         return _checked(record['messages'])
     if isinstance(record, dict) and 'instruction' in record:
         return exchange(instruction_of(record), text_of(record, 'output'))
-    raise Skip("no field 'messages', and none 'instruction'" if isinstance(record, dict) else 'no object')
+    raise Skip(
+        "no field 'messages', and none 'instruction'" if isinstance(record, dict) else 'no object'
+    )
 
 
 def preference(record):
@@ -53,7 +58,9 @@ def preference(record):
     for field in ('chosen', 'rejected'):
         answer = record.get(field)
         if isinstance(answer, list):
-            pair.append(_checked(answer if prompt and answer[:len(prompt)] == prompt else prompt + answer))
+            pair.append(
+                _checked(answer if prompt and answer[: len(prompt)] == prompt else prompt + answer)
+            )
         elif prompt:
             pair.append(_checked(prompt + [dict(role='assistant', content=text_of(record, field))]))
         else:
@@ -61,7 +68,13 @@ def preference(record):
     if pair[0] == pair[1]:
         raise Skip('chosen and rejected are the same')
     shared = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair)))
-    return [[message | dict(learned=i >= shared and message['role'] == 'assistant') for i, message in enumerate(messages)] for messages in pair]
+    return [
+        [
+            message | dict(learned=i >= shared and message['role'] == 'assistant')
+            for i, message in enumerate(messages)
+        ]
+        for messages in pair
+    ]
 
 
 def _checked(messages):
@@ -70,7 +83,9 @@ def _checked(messages):
         raise Skip('messages that are no list of objects')
     for message in messages:
         if message.get('role') not in ('system', 'user', 'assistant'):
-            raise Skip(f'a role {str(message.get("role"))[:20]!r}; roles are system, user and assistant')
+            raise Skip(
+                f'a role {str(message.get("role"))[:20]!r}; roles are system, user and assistant'
+            )
         if not text_of(message, 'content').strip():
             raise Skip('an empty message')
     if not any(message['role'] == 'assistant' for message in messages):
@@ -80,7 +95,12 @@ def _checked(messages):
 
 def is_title(row, before):
     """Whether a row of WikiText, which is a line, begins an article: ' = Its title = ' between empty rows; before: the row before it."""
-    return row['text'].startswith(' = ') and row['text'].rstrip('\n').endswith(' = ') and not row['text'].startswith(' = =') and not (before and before['text'].strip())
+    return (
+        row['text'].startswith(' = ')
+        and row['text'].rstrip('\n').endswith(' = ')
+        and not row['text'].startswith(' = =')
+        and not (before and before['text'].strip())
+    )
 
 
 def article(rows):

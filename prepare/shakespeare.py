@@ -2,6 +2,7 @@
 
 python prepare/shakespeare.py       writes data/shakespeare
 """
+
 import os
 import sys
 
@@ -11,11 +12,13 @@ from prepare import pipeline
 from prepare.pipeline import Stage, prepare
 from prepare.sources import tiny_shakespeare
 
-name = 'shakespeare'    # folder under data/
-input = ''              # the text, if it is here already; else data/NAME/input.txt, fetched where it is missing
-tokenizer = 'gpt2'      # as below
-val_fraction = 0.1      # the end of the text
+name = 'shakespeare'  # folder under data/
+input = ''  # the text, if it is here already; else data/NAME/input.txt, fetched where it is missing
+tokenizer = 'gpt2'  # as below
+val_fraction = 0.1  # the end of the text
 settings = configure(globals(), also=pipeline.__file__)
 
 url, sources = tiny_shakespeare(input or f'data/{name}/input.txt', val_fraction)
-prepare([Stage(source, lambda text: [text], split) for split, source in sources.items()], url, settings)
+prepare(
+    [Stage(source, lambda text: [text], split) for split, source in sources.items()], url, settings
+)

@@ -2,6 +2,7 @@
 
 python prepare/tinystories.py --tokenizer=train --vocab_size=8000       writes data/tinystories
 """
+
 import os
 import sys
 
@@ -12,9 +13,15 @@ from prepare.pipeline import Stage, prepare
 from prepare.records import text_of
 from prepare.streams import Hub
 
-name = 'tinystories'    # folder under data/
+name = 'tinystories'  # folder under data/
 repo = 'roneneldan/TinyStories'
 settings = configure(globals(), also=pipeline.__file__)
 
-prepare([Stage(Hub(repo, split=theirs, columns=['text']), lambda row: [text_of(row, 'text')], ours)
-         for theirs, ours in (('validation', 'val'), ('train', 'train'))], repo, settings)
+prepare(
+    [
+        Stage(Hub(repo, split=theirs, columns=['text']), lambda row: [text_of(row, 'text')], ours)
+        for theirs, ours in (('validation', 'val'), ('train', 'train'))
+    ],
+    repo,
+    settings,
+)

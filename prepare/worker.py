@@ -1,4 +1,5 @@
 """What the processes of the pipeline do: records in, tokens out."""
+
 import hashlib
 import json
 import os
@@ -26,10 +27,13 @@ def start(parent, *job):
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-COLUMNS = dict(hash=np.uint64, split=int, part=bool, tokens=int, bytes=int, documents=int)  # of an example; part: of a text, not its end
+COLUMNS = dict(
+    hash=np.uint64, split=int, part=bool, tokens=int, bytes=int, documents=int
+)  # of an example; part: of a text, not its end
 
 
 def tokenize(index, instead, batch):
@@ -48,18 +52,28 @@ def tokenize(index, instead, batch):
             for new, mask in encoded:
                 ids.append(new)
                 learned.append(mask)
-        except (Skip, UserError) as e:  # UserError: a character that a vocabulary of characters lacks
+        except (
+            Skip,
+            UserError,
+        ) as e:  # UserError: a character that a vocabulary of characters lacks
             noted.append((str(e), 0))
         notes += [(why, (place[0], line or place[1]), before) for why, line in noted]
     columns = zip(*examples) if examples else [()] * len(COLUMNS)
-    return {name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns)} | dict(
-        notes=notes, ids=np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
-        learned=np.concatenate(learned).astype(np.uint8) if masked else None)
+    return {
+        name: np.array(column, dtype) for (name, dtype), column in zip(COLUMNS.items(), columns)
+    } | dict(
+        notes=notes,
+        ids=np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
+        learned=np.concatenate(learned).astype(np.uint8) if masked else None,
+    )
 
 
 def _example(s, stage, encoder, record, notes):
     """A record's COLUMNS, and [(ids, whether each is learned), ...]; Skip where it gives nothing."""
-    documents, part = documents_of(stage, record, notes), isinstance(record, Text) and bool(record.key)
+    documents, part = (
+        documents_of(stage, record, notes),
+        isinstance(record, Text) and bool(record.key),
+    )
     texts = [''.join(texts_of(document)) for document in documents]
     if not part and not (texts and all(text.strip() for text in texts)):
         raise Skip('empty')
@@ -71,14 +85,27 @@ def _example(s, stage, encoder, record, notes):
         encoded.append((ids, learned))
         if not part or record.last:  # the end is learned where what it ends is
             end = end_of(encoder)
-            encoded.append((end, np.repeat(learned[-1:] if len(learned) else np.uint8(1), len(end))))
+            encoded.append(
+                (end, np.repeat(learned[-1:] if len(learned) else np.uint8(1), len(end)))
+            )
     # a document's hash says whether it has come before, and with the seed which split it is in
     key = record.key if part else texts[0] if documents == texts[:1] else repr(documents)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    draw = int.from_bytes(hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big') / 2 ** 64
+    draw = (
+        int.from_bytes(
+            hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest(), 'big'
+        )
+        / 2**64
+    )
     split = SPLITS.index(stage.split or ('val' if draw < s.val_fraction else 'train'))
-    return (int.from_bytes(digest, 'big'), split, part, sum(len(ids) for ids, _ in encoded), sum(len(text.encode()) for text in texts),
-            record.last if part else len(documents)), encoded
+    return (
+        int.from_bytes(digest, 'big'),
+        split,
+        part,
+        sum(len(ids) for ids, _ in encoded),
+        sum(len(text.encode()) for text in texts),
+        record.last if part else len(documents),
+    ), encoded
 
 
 def end_of(encoder):
@@ -94,12 +121,18 @@ def _encoded(encoder, document):
     if isinstance(document[0], dict):
         return encoder.encode_chat(document)
     pieces = [encoder.encode_array(text) for text, _ in document]
-    return np.concatenate(pieces), np.repeat([learned for _, learned in document], [len(piece) for piece in pieces])
+    return np.concatenate(pieces), np.repeat(
+        [learned for _, learned in document], [len(piece) for piece in pieces]
+    )
 
 
 def texts_of(document):
     """The texts of a document."""
-    return [document] if isinstance(document, str) else [p['content'] if isinstance(p, dict) else p[0] for p in document]
+    return (
+        [document]
+        if isinstance(document, str)
+        else [p['content'] if isinstance(p, dict) else p[0] for p in document]
+    )
 
 
 def documents_of(stage, record, notes):

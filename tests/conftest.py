@@ -1,4 +1,5 @@
 """What several test files need: small datasets, and the scripts run as a user runs them."""
+
 import json
 import os
 import subprocess
@@ -17,12 +18,31 @@ if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
 os.environ.update(OMP_NUM_THREADS='1', WANDB_MODE='offline', WANDB_SILENT='true')
 
 # a model that trains in seconds; the settings that every such run shares
-TINY = ['--dataset=tiny', '--n_layer=2', '--n_head=2', '--n_kv_head=1', '--head_dim=8', '--n_embd=16', '--block_size=16', '--batch_size=4', '--device=cpu',
-        '--max_minutes=0', '--warmup_iters=5', '--learning_rate=0.006', '--sample_tokens=8', '--log_interval=1', '--eval_interval=30', '--eval_iters=2', '--sample_interval=30']
+TINY = [
+    '--dataset=tiny',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_kv_head=1',
+    '--head_dim=8',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=4',
+    '--device=cpu',
+    '--max_minutes=0',
+    '--warmup_iters=5',
+    '--learning_rate=0.006',
+    '--sample_tokens=8',
+    '--log_interval=1',
+    '--eval_interval=30',
+    '--eval_iters=2',
+    '--sample_interval=30',
+]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.get_closest_marker('slow'))  # first, so that no process waits for the other's at the end
+    items.sort(
+        key=lambda item: not item.get_closest_marker('slow')
+    )  # first, so that no process waits for the other's at the end
 
 
 def shared(*parts):
@@ -35,8 +55,15 @@ def shared(*parts):
 
 def start(cwd, script, *args, env=None, **options):
     """Start a script of ours in cwd; returns the Popen."""
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, script), *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | (env or {}), **options)
+    return subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, script), *args],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+        **options,
+    )
 
 
 # Most of a short script's time is torch's import. A process that has done it forks one child a script, which then runs as by itself.
@@ -75,9 +102,17 @@ forks = None
 def forked(cwd, path, *args, env=None):
     """Run a script in cwd to its end; returns its exit code, stdout and stderr."""
     global forks
-    forks = forks or subprocess.Popen([sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    forks = forks or subprocess.Popen(
+        [sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        job = dict(cwd=str(cwd), argv=[path, *args], env=os.environ | (env or {}), out=out.name, err=err.name)
+        job = dict(
+            cwd=str(cwd),
+            argv=[path, *args],
+            env=os.environ | (env or {}),
+            out=out.name,
+            err=err.name,
+        )
         print(json.dumps(job), file=forks.stdin, flush=True)
         return int(forks.stdout.readline()), out.read().decode(), err.read().decode()
 
@@ -113,12 +148,15 @@ def write_tiny(folder, n_train=4000, n_val=500, vocab_size=64):
     """A dataset of `vocab_size` byte tokens with some order in it, as a prepare script leaves it."""
     from fledge.tokenizer import char_tokenizer
     from fledge.tokens import BinWriter
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for split, n in (('train', n_train), ('val', n_val)):
         with BinWriter(str(folder / f'{split}.bin'), vocab_size) as f:
             f.write(np.cumsum(rng.integers(0, 3, n)) % vocab_size)
-    char_tokenizer([chr(10)] + [chr(40 + i) for i in range(vocab_size - 1)]).save(str(folder / 'tokenizer.json'))
+    char_tokenizer([chr(10)] + [chr(40 + i) for i in range(vocab_size - 1)]).save(
+        str(folder / 'tokenizer.json')
+    )
     (folder / 'meta.json').write_text(json.dumps(dict(vocab_size=vocab_size, splits={})))
 
 

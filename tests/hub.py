@@ -9,6 +9,7 @@
 It stands in for what huggingface_hub 1 and 2 and datasets ask of huggingface.co when a public data set is streamed or files of it or of a model are downloaded:
 a repo's commit, its list of files, and the files, whole or by range. There is no git, no Xet storage, no redirect to another host and no login.
 """
+
 import contextlib
 import hashlib
 import http.server
@@ -24,8 +25,11 @@ def parquet_bytes(rows, row_group_size=None):
     """A parquet file of these rows (dicts), with row_group_size rows in each of its groups."""
     import pyarrow
     import pyarrow.parquet
+
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=row_group_size)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), buffer, row_group_size=row_group_size
+    )
     return buffer.getvalue()
 
 
@@ -39,13 +43,24 @@ class Hub:
     """
 
     def __init__(self):
-        self.repos, self.files, self.gated, self.failing, self.requests, self.down = {}, {}, set(), [], [], False
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (Handler,), {'hub': self}))
+        self.repos, self.files, self.gated, self.failing, self.requests, self.down = (
+            {},
+            {},
+            set(),
+            [],
+            [],
+            False,
+        )
+        self.server = http.server.ThreadingHTTPServer(
+            ('127.0.0.1', 0), type('Handler', (Handler,), {'hub': self})
+        )
         self.endpoint = f'http://127.0.0.1:{self.server.server_port}'
 
     def __enter__(self):
         self.home = tempfile.TemporaryDirectory(prefix='hub-')
-        threading.Thread(target=self.server.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -56,12 +71,23 @@ class Hub:
     @property
     def env(self):
         """What a script's environment needs for this hub to be its hub; its downloads go into a folder that is removed at the end."""
-        return {'HF_ENDPOINT': self.endpoint, 'HF_HOME': self.home.name, 'HF_HUB_OFFLINE': '0', 'HF_DATASETS_OFFLINE': '0', 'HF_TOKEN': '',
-                'HF_HUB_DISABLE_TELEMETRY': '1', 'http_proxy': self.endpoint, 'https_proxy': self.endpoint, 'no_proxy': '127.0.0.1,localhost'}
+        return {
+            'HF_ENDPOINT': self.endpoint,
+            'HF_HOME': self.home.name,
+            'HF_HUB_OFFLINE': '0',
+            'HF_DATASETS_OFFLINE': '0',
+            'HF_TOKEN': '',
+            'HF_HUB_DISABLE_TELEMETRY': '1',
+            'http_proxy': self.endpoint,
+            'https_proxy': self.endpoint,
+            'no_proxy': '127.0.0.1,localhost',
+        }
 
     def add(self, repo, files, revision='main'):
         """Put the repo of a data set or a model there: {path: bytes or str}. Each revision is added for itself; a later call replaces it."""
-        files = {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
+        files = {
+            path: data.encode() if isinstance(data, str) else data for path, data in files.items()
+        }
         commit = hashlib.sha1(repr((repo, revision, sorted(files.items()))).encode()).hexdigest()
         self.repos.setdefault(repo, {})[revision] = (commit, files)
 
@@ -77,10 +103,11 @@ class Hub:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-
     def do_GET(self):
         hub, method = self.hub, self.command
-        body = self.rfile.read(int(self.headers.get('Content-Length', 0))).decode()  # only paths-info has one
+        body = self.rfile.read(
+            int(self.headers.get('Content-Length', 0))
+        ).decode()  # only paths-info has one
         hub.requests.append((method, self.path))
         if hub.down:
             return self.answer(503, b'')
@@ -88,53 +115,136 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(502, b'')
         path = urlsplit(self.path).path
         if path.startswith('/files/'):
-            data = hub.files.get(unquote(path[len('/files/'):]))
+            data = hub.files.get(unquote(path[len('/files/') :]))
             return self.answer(404, b'') if data is None else self.send_file(data)
-        match = re.fullmatch(r'/(?:api/datasets/|datasets/|api/models/)?([^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?', path)
+        match = re.fullmatch(
+            r'/(?:api/datasets/|datasets/|api/models/)?([^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?',
+            path,
+        )
         if not match or match[1] not in hub.repos:
-            return self.answer(404, b'', {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'})
-        repo, what, revision, name = match[1], match[2], unquote(match[3] or 'main'), unquote(match[4] or '')
-        commit, files = next(((commit, files) for branch, (commit, files) in hub.repos[repo].items() if revision in (branch, commit)), (None, None))
+            return self.answer(
+                404,
+                b'',
+                {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'},
+            )
+        repo, what, revision, name = (
+            match[1],
+            match[2],
+            unquote(match[3] or 'main'),
+            unquote(match[4] or ''),
+        )
+        commit, files = next(
+            (
+                (commit, files)
+                for branch, (commit, files) in hub.repos[repo].items()
+                if revision in (branch, commit)
+            ),
+            (None, None),
+        )
         if commit is None:
-            return self.answer(404, b'', {'X-Error-Code': 'RevisionNotFound', 'X-Error-Message': f'Invalid rev id: {revision}'})
+            return self.answer(
+                404,
+                b'',
+                {
+                    'X-Error-Code': 'RevisionNotFound',
+                    'X-Error-Message': f'Invalid rev id: {revision}',
+                },
+            )
         if what == 'resolve':
             if repo in hub.gated:
-                return self.answer(403 if 'Authorization' in self.headers else 401, b'', {'X-Error-Code': 'GatedRepo'})
+                return self.answer(
+                    403 if 'Authorization' in self.headers else 401,
+                    b'',
+                    {'X-Error-Code': 'GatedRepo'},
+                )
             if name not in files:
-                return self.answer(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found', 'X-Repo-Commit': commit})
+                return self.answer(
+                    404,
+                    b'',
+                    {
+                        'X-Error-Code': 'EntryNotFound',
+                        'X-Error-Message': 'Entry not found',
+                        'X-Repo-Commit': commit,
+                    },
+                )
             return self.send_file(files[name], {'X-Repo-Commit': commit})
         if what in ('tree', 'paths-info'):
-            entries = {path: {'type': 'file', 'path': path, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest()} for path, data in files.items()}
-            folders = {path[:slash.start()] for path in files for slash in re.finditer('/', path)}
-            entries |= {path: {'type': 'directory', 'path': path, 'size': 0, 'oid': commit} for path in folders}
+            entries = {
+                path: {
+                    'type': 'file',
+                    'path': path,
+                    'size': len(data),
+                    'oid': hashlib.sha1(data).hexdigest(),
+                }
+                for path, data in files.items()
+            }
+            folders = {path[: slash.start()] for path in files for slash in re.finditer('/', path)}
+            entries |= {
+                path: {'type': 'directory', 'path': path, 'size': 0, 'oid': commit}
+                for path in folders
+            }
             if what == 'paths-info':
-                entries = [entries[path] for path in parse_qs(body).get('paths', []) if path in entries]
+                entries = [
+                    entries[path] for path in parse_qs(body).get('paths', []) if path in entries
+                ]
             else:
                 deep = parse_qs(urlsplit(self.path).query).get('recursive') == ['true']
-                inside = {path: path.removeprefix(name + '/' if name else '') for path in entries if not name or path.startswith(name + '/')}
-                entries = [entries[path] for path, rest in inside.items() if deep or '/' not in rest]
+                inside = {
+                    path: path.removeprefix(name + '/' if name else '')
+                    for path in entries
+                    if not name or path.startswith(name + '/')
+                }
+                entries = [
+                    entries[path] for path, rest in inside.items() if deep or '/' not in rest
+                ]
                 if name and not inside:
-                    return self.answer(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Error-Message': f'{name} does not exist on "{revision}"'})
+                    return self.answer(
+                        404,
+                        b'',
+                        {
+                            'X-Error-Code': 'EntryNotFound',
+                            'X-Error-Message': f'{name} does not exist on "{revision}"',
+                        },
+                    )
             return self.answer(200, json.dumps(entries).encode())
-        return self.answer(200, json.dumps({'id': repo, 'sha': commit, 'siblings': [{'rfilename': name} for name in files]}).encode())
+        return self.answer(
+            200,
+            json.dumps(
+                {'id': repo, 'sha': commit, 'siblings': [{'rfilename': name} for name in files]}
+            ).encode(),
+        )
 
     do_HEAD = do_POST = do_CONNECT = do_GET
 
     def send_file(self, data, headers={}):
         """Answer with a file, or the range of it that was asked for; cut short where fail() says so."""
         asked = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        start, end = (int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))) if asked else (0, len(data))
+        start, end = (
+            (int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data)))
+            if asked
+            else (0, len(data))
+        )
         if asked and start >= len(data):
             return self.answer(416, b'', {'Content-Range': f'bytes */{len(data)}'})
-        headers = headers | {'ETag': f'"{hashlib.sha1(data).hexdigest()}"', 'Accept-Ranges': 'bytes'}
+        headers = headers | {
+            'ETag': f'"{hashlib.sha1(data).hexdigest()}"',
+            'Accept-Ranges': 'bytes',
+        }
         if asked:
             headers |= {'Content-Range': f'bytes {start}-{end - 1}/{len(data)}'}
         for broken in self.hub.failing:
             part, after_bytes, times = broken
             at = start if after_bytes is None else after_bytes
-            if self.command == 'GET' and part in unquote(self.path) and start <= at < end and times != 0:
+            if (
+                self.command == 'GET'
+                and part in unquote(self.path)
+                and start <= at < end
+                and times != 0
+            ):
                 broken[2] = None if times is None else times - 1
-                return self.answer(206 if asked else 200, data[start:at], headers | {'Content-Length': end - start})
+                return self.answer(
+                    206 if asked else 200, data[start:at], headers | {'Content-Length': end - start}
+                )
         self.answer(206 if asked else 200, data[start:end], headers)
 
     def answer(self, status, body, headers={}):

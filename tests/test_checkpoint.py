@@ -1,4 +1,5 @@
 """Checkpoints survive, and never run code."""
+
 import os
 import pickle
 import random
@@ -17,14 +18,24 @@ from model import GPT, GPTConfig
 
 def a_checkpoint(**more):
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
-    return dict(model=model.state_dict(), model_args=model.config.model_args(), iter_num=3, best_val_loss=2.5) | more
+    return (
+        dict(
+            model=model.state_dict(),
+            model_args=model.config.model_args(),
+            iter_num=3,
+            best_val_loss=2.5,
+        )
+        | more
+    )
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
     checkpoint.save(path, saved)
     loaded = checkpoint.load(path)
-    assert loaded['iter_num'] == 3 and all(torch.equal(v, loaded['model'][k]) for k, v in saved['model'].items())
+    assert loaded['iter_num'] == 3 and all(
+        torch.equal(v, loaded['model'][k]) for k, v in saved['model'].items()
+    )
     checkpoint.load_model(loaded, path)
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
@@ -39,7 +50,9 @@ def test_it_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 
 def test_what_older_scripts_left_in_is_taken_out(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
-    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()} | {'_orig_mod.transformer.h.0.attn.bias': torch.ones(1)}
+    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()} | {
+        '_orig_mod.transformer.h.0.attn.bias': torch.ones(1)
+    }
     torch.save(saved, path)
     checkpoint.load_model(checkpoint.load(path), path)
 
@@ -70,7 +83,7 @@ def test_one_cut_short_is_named(tmp_path, keep):
     path = tmp_path / 'ckpt.pt'
     checkpoint.save(str(path), a_checkpoint())
     raw = path.read_bytes()
-    path.write_bytes(raw[:keep if isinstance(keep, int) else int(len(raw) * keep)])
+    path.write_bytes(raw[: keep if isinstance(keep, int) else int(len(raw) * keep)])
     with pytest.raises(UserError, match='ckpt.pt is (cut short or|no checkpoint)'):
         checkpoint.load(str(path))
 
@@ -90,14 +103,37 @@ def test_one_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match='unexpected keyword'):
         checkpoint.load_model(a_checkpoint(model_args={'width': 3}), path)
     good = a_checkpoint()
-    for odd in (dict(config=None), dict(config=dict(dataset=5)), dict(model={'a': 'b'}), dict(model={5: torch.zeros(1)})):
+    for odd in (
+        dict(config=None),
+        dict(config=dict(dataset=5)),
+        dict(model={'a': 'b'}),
+        dict(model={5: torch.zeros(1)}),
+    ):
         torch.save(good | odd, path)
-        with pytest.raises(UserError, match='holds more than named tensors, or config is no settings'):
+        with pytest.raises(
+            UserError, match='holds more than named tensors, or config is no settings'
+        ):
             checkpoint.load(path)
     with pytest.raises(UserError, match='does not fit this model'):
-        checkpoint.load_model(a_checkpoint(model_args=good['model_args'] | dict(position='rope', rope_scaling=dict(rope_type='linear'))), path)
+        checkpoint.load_model(
+            a_checkpoint(
+                model_args=good['model_args']
+                | dict(position='rope', rope_scaling=dict(rope_type='linear'))
+            ),
+            path,
+        )
     with pytest.raises(UserError, match='does not fit'):
-        checkpoint.load_model(a_checkpoint(model={'x.lora_A': torch.tensor(1.0), 'x.lora_B': torch.tensor(1.0), 'x.weight': torch.zeros(1)}, config=dict(lora_alpha=1)), path)
+        checkpoint.load_model(
+            a_checkpoint(
+                model={
+                    'x.lora_A': torch.tensor(1.0),
+                    'x.lora_B': torch.tensor(1.0),
+                    'x.weight': torch.zeros(1),
+                },
+                config=dict(lora_alpha=1),
+            ),
+            path,
+        )
     with pytest.raises(UserError, match='no checkpoint at .*nowhere'):
         checkpoint.load(str(tmp_path / 'nowhere.pt'))
 
@@ -105,8 +141,13 @@ def test_one_that_does_not_fit_is_named(tmp_path):
 def test_a_full_disk_leaves_the_previous_one(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, a_checkpoint())
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # a file may not grow past this, as on a full disk
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4000, limits[1])
+    )  # a file may not grow past this, as on a full disk
     try:
         with pytest.raises(UserError, match='what was there before is as it was'):
             checkpoint.save(path, a_checkpoint(iter_num=99))
@@ -119,10 +160,14 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path):
 @pytest.mark.slow
 def test_killed_while_saving_leaves_a_whole_one(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
-    program = ('import sys, torch\nfrom fledge import checkpoint\nbig = dict(model={"w": torch.zeros(5_000_000)}, model_args={}, iter_num=0)\n'
-               f'while True:\n    big["iter_num"] += 1\n    checkpoint.save({path!r}, big)\n    print(big["iter_num"], flush=True)\n')
+    program = (
+        'import sys, torch\nfrom fledge import checkpoint\nbig = dict(model={"w": torch.zeros(5_000_000)}, model_args={}, iter_num=0)\n'
+        f'while True:\n    big["iter_num"] += 1\n    checkpoint.save({path!r}, big)\n    print(big["iter_num"], flush=True)\n'
+    )
     for lines in (1, 2, 3):
-        process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         done = [int(process.stdout.readline()) for _ in range(lines)][-1]
         process.kill()  # SIGKILL, in the middle of the next one
         process.wait()
@@ -163,18 +208,26 @@ def test_optimizer_state_comes_back_but_settings_stay(name):
         for o in opts:
             o.step()
             o.zero_grad()
+
     first = optimizers.make_optimizers(model, name, 0.1, 0.2, (0.9, 0.95))
     step(first)
     saved = optimizers.state_dict(first)
     second = optimizers.make_optimizers(model, name, 0.3, 0.4, (0.8, 0.9))
     optimizers.load_state_dict(second, saved)
-    assert second[0].param_groups[0]['betas'] == (0.8, 0.9) and second[-1].param_groups[0]['lr'] == 0.3
+    assert (
+        second[0].param_groups[0]['betas'] == (0.8, 0.9) and second[-1].param_groups[0]['lr'] == 0.3
+    )
     for a, b in zip(first, second):
         for s, t in zip(a.state_dict()['state'].values(), b.state_dict()['state'].values()):
             assert all(torch.equal(s[k], t[k]) for k in s)
     step(second)
     with pytest.raises(UserError, match="another optimizer's"):
-        optimizers.load_state_dict(optimizers.make_optimizers(model, 'muon' if name == 'adamw' else 'adamw', 0.1, 0, (0.9, 0.95)), saved)
+        optimizers.load_state_dict(
+            optimizers.make_optimizers(
+                model, 'muon' if name == 'adamw' else 'adamw', 0.1, 0, (0.9, 0.95)
+            ),
+            saved,
+        )
 
 
 def test_every_parameter_is_in_one_group():
@@ -184,6 +237,10 @@ def test_every_parameter_is_in_one_group():
         ids = [id(p) for o in opts for g in o.param_groups for p in g['params']]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
     muon = {id(p) for p in opts[1].param_groups[0]['params']}
-    assert muon == {id(p) for n, p in model.named_parameters() if n.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))}
+    assert muon == {
+        id(p)
+        for n, p in model.named_parameters()
+        if n.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+    }
     with pytest.raises(UserError, match='none of adamw, muon'):
         optimizers.make_optimizers(model, 'sgd', 0.1, 0, (0.9, 0.95))

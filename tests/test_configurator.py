@@ -1,4 +1,5 @@
 """Config files, JSON files and flags over a script's settings."""
+
 import ast
 import json
 import os
@@ -18,8 +19,10 @@ DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'a.py').write_text('import time\nsteps = 20\nrate = 1\nname = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
-                                   'def hook(model, batch):\n    return steps\n')
+    (tmp_path / 'a.py').write_text(
+        'import time\nsteps = 20\nrate = 1\nname = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
+        'def hook(model, batch):\n    return steps\n'
+    )
     (tmp_path / 'b.py').write_text('steps = steps * 2  # sees what came before it\n')
     (tmp_path / 'c.json').write_text(json.dumps({'steps': 7, 'on': True}))
     return tmp_path
@@ -36,42 +39,100 @@ def test_overrides_apply_from_left_to_right(files):
     assert configured('b.py', 'a.py')[0]['steps'] == 20
     assert configured('a.py', 'c.json', 'b.py')[0]['steps'] == 14
     assert configured('--steps=3', 'c.json')[0]['steps'] == 7
-    assert configured('c.json', '--steps=3', '--on=False')[0] == dict(steps=3, rate=0.1, name='run', on=False, mode='auto')
+    assert configured('c.json', '--steps=3', '--on=False')[0] == dict(
+        steps=3, rate=0.1, name='run', on=False, mode='auto'
+    )
     values, settings = configured('a.py', '--steps=1')
-    assert settings['steps'] == 1 and settings['hook'](None, None) == 20 and settings['_private'] == 3 and 'hook' not in values
+    assert (
+        settings['steps'] == 1
+        and settings['hook'](None, None) == 20
+        and settings['_private'] == 3
+        and 'hook' not in values
+    )
 
 
 def test_a_run_that_goes_on_keeps_its_settings(files):
     settings = dict(DEFAULTS)
     configure(settings, ['--steps=3'])
     values = configure(settings, ['--steps=3'], saved=dict(steps=8, rate=0.5, mode=False, gone=1))
-    assert values == dict(steps=3, rate=0.5, name='run', on=False, mode=False) and settings['rate'] == 0.5 and 'gone' not in settings
+    assert (
+        values == dict(steps=3, rate=0.5, name='run', on=False, mode=False)
+        and settings['rate'] == 0.5
+        and 'gone' not in settings
+    )
     (files / 'relative.py').write_text('steps = steps * 2\nhook = lambda model, batch: steps\n')
     values = configure(settings, ['relative.py'], saved=dict(steps=20))
-    assert values['steps'] == 20 == settings['hook'](None, None)  # twice the default, and not twice what was saved
-    assert configure(settings, ['--mode=auto'], saved=dict(mode=True))['mode'] == 'auto'  # types are the defaults'
+    assert (
+        values['steps'] == 20 == settings['hook'](None, None)
+    )  # twice the default, and not twice what was saved
+    assert (
+        configure(settings, ['--mode=auto'], saved=dict(mode=True))['mode'] == 'auto'
+    )  # types are the defaults'
 
 
-@pytest.mark.parametrize('flag, name, value', [
-    ('--on', 'on', True), ('--on=True', 'on', True), ('--rate=1', 'rate', 1.0), ('--rate=6e-4', 'rate', 6e-4), ('--steps=1e3', 'steps', 1000),
-    ('--mode=False', 'mode', False), ('--name=a=b', 'name', 'a=b'), ('--name=7', 'name', '7'), ('--name=', 'name', ''), ('--name="x y"', 'name', 'x y'), ('--mode=True', 'mode', True),
-    ('--mode=auto', 'mode', 'auto'), ('--steps=-1', 'steps', -1)])
+@pytest.mark.parametrize(
+    'flag, name, value',
+    [
+        ('--on', 'on', True),
+        ('--on=True', 'on', True),
+        ('--rate=1', 'rate', 1.0),
+        ('--rate=6e-4', 'rate', 6e-4),
+        ('--steps=1e3', 'steps', 1000),
+        ('--mode=False', 'mode', False),
+        ('--name=a=b', 'name', 'a=b'),
+        ('--name=7', 'name', '7'),
+        ('--name=', 'name', ''),
+        ('--name="x y"', 'name', 'x y'),
+        ('--mode=True', 'mode', True),
+        ('--mode=auto', 'mode', 'auto'),
+        ('--steps=-1', 'steps', -1),
+    ],
+)
 def test_values_take_the_type_of_the_default(flag, name, value):
     found = configured(flag)[0][name]
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize('argument, words', [
-    ('--step=3', "no setting is called 'step'; the nearest are steps"), ('--steps=2.5', 'takes a whole number'), ('--steps=many', 'takes a whole number'),
-    ('--rate=fast', 'takes a number'), ('--on=2', 'takes True or False'), ('--on=auto', 'takes True or False'), ('--rate={[]:1}', 'takes a number'), ('exits.py', 'exits.py, line 1: SystemExit'), ('--steps=True', 'takes a whole number'), ('--steps', 'takes a whole number'),
-    ('nowhere.py', 'nowhere.py: No such file'), ('nowhere.json', 'nowhere.json: No such file'), ('steps=3', 'a setting is --key=value'),
-    ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'), ('syntax.py', 'syntax.py, line 1:'), ('typo.py', "no setting is called 'stepz'"),
-    ('type.py', 'type.py: steps: '), ('broken.json', 'broken.json is no valid JSON'), ('list.json', 'holds no object'), ('type.json', 'type.json: on: '),
-    ('typo.json', "no setting is called 'stepz'"), ('binary.py', 'is no config file')])
+@pytest.mark.parametrize(
+    'argument, words',
+    [
+        ('--step=3', "no setting is called 'step'; the nearest are steps"),
+        ('--steps=2.5', 'takes a whole number'),
+        ('--steps=many', 'takes a whole number'),
+        ('--rate=fast', 'takes a number'),
+        ('--on=2', 'takes True or False'),
+        ('--on=auto', 'takes True or False'),
+        ('--rate={[]:1}', 'takes a number'),
+        ('exits.py', 'exits.py, line 1: SystemExit'),
+        ('--steps=True', 'takes a whole number'),
+        ('--steps', 'takes a whole number'),
+        ('nowhere.py', 'nowhere.py: No such file'),
+        ('nowhere.json', 'nowhere.json: No such file'),
+        ('steps=3', 'a setting is --key=value'),
+        ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'),
+        ('syntax.py', 'syntax.py, line 1:'),
+        ('typo.py', "no setting is called 'stepz'"),
+        ('type.py', 'type.py: steps: '),
+        ('broken.json', 'broken.json is no valid JSON'),
+        ('list.json', 'holds no object'),
+        ('type.json', 'type.json: on: '),
+        ('typo.json', "no setting is called 'stepz'"),
+        ('binary.py', 'is no config file'),
+    ],
+)
 def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
     monkeypatch.chdir(tmp_path)
-    for name, text in {'exits.py': 'raise SystemExit\n', 'raises.py': 'steps = 1\nrate = 1 / 0\n', 'syntax.py': 'steps = = 1\n', 'typo.py': 'stepz = 3\n', 'type.py': 'steps = "3"\n',
-                       'broken.json': '{"steps": ', 'list.json': '[1]', 'type.json': '{"on": 3}', 'typo.json': '{"stepz": 3}'}.items():
+    for name, text in {
+        'exits.py': 'raise SystemExit\n',
+        'raises.py': 'steps = 1\nrate = 1 / 0\n',
+        'syntax.py': 'steps = = 1\n',
+        'typo.py': 'stepz = 3\n',
+        'type.py': 'steps = "3"\n',
+        'broken.json': '{"steps": ',
+        'list.json': '[1]',
+        'type.json': '{"on": 3}',
+        'typo.json': '{"stepz": 3}',
+    }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(UserError, match=words.replace('(', r'\(')):
@@ -84,20 +145,37 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
     settings = [line for line in out.splitlines() if line.startswith('  --')]
     assert len(settings) >= 8 and all(re.search(r'=\S.*\s{1,}\S', line) for line in settings), out
     if script == 'train.py':
-        assert "--out_dir='out'" in out and 'checkpoints, metrics.jsonl' in out and '--learning_rate=0.01' in out
+        assert (
+            "--out_dir='out'" in out
+            and 'checkpoints, metrics.jsonl' in out
+            and '--learning_rate=0.01' in out
+        )
 
 
 def test_the_stdlib_config_is_the_default_run():
     with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
-        defaults = {n.targets[0].id: n.value.value for n in ast.parse(f.read()).body
-                    if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and isinstance(n.value, ast.Constant)}
+        defaults = {
+            n.targets[0].id: n.value.value
+            for n in ast.parse(f.read()).body
+            if isinstance(n, ast.Assign)
+            and isinstance(n.targets[0], ast.Name)
+            and isinstance(n.value, ast.Constant)
+        }
     values = {}
     exec(open(os.path.join(ROOT, 'config', 'stdlib.py')).read(), values)
     del values['__builtins__']
     assert len(values) > 20 and values == {k: defaults[k] for k in values}
 
 
-@pytest.mark.parametrize('name, low, high', [('dolma_75m', 70e6, 80e6), ('gpt2_small_50m', 50e6, 53e6), ('gpt2_124m', 123e6, 125e6), ('shakespeare_char', 9e6, 12e6)])
+@pytest.mark.parametrize(
+    'name, low, high',
+    [
+        ('dolma_75m', 70e6, 80e6),
+        ('gpt2_small_50m', 50e6, 53e6),
+        ('gpt2_124m', 123e6, 125e6),
+        ('shakespeare_char', 9e6, 12e6),
+    ],
+)
 def test_a_config_has_the_size_that_its_name_says(name, low, high):
     values = {}
     exec(open(os.path.join(ROOT, 'config', f'{name}.py')).read(), values)
@@ -109,4 +187,9 @@ def test_a_config_has_the_size_that_its_name_says(name, low, high):
 
 def test_a_script_takes_another_ones_settings_too(tmp_path):
     out = run(tmp_path, 'bench.py', '--help')
-    assert '--rounds=5 ' in out and "--optimizer='muon' " in out and 'choose_device' not in out and '--objective' not in out
+    assert (
+        '--rounds=5 ' in out
+        and "--optimizer='muon' " in out
+        and 'choose_device' not in out
+        and '--objective' not in out
+    )

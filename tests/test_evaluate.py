@@ -1,4 +1,5 @@
 """evaluate.py: its figures by hand and by the trainer's own, in every form a model comes in; what it refuses."""
+
 import json
 import math
 import os
@@ -18,7 +19,15 @@ from model import GPT, GPTConfig
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
     write_tiny(folder / 'data' / 'tiny', n_val=501)
-    run(folder, 'train.py', *TINY, '--max_iters=60', '--eval_iters=0', '--sample_interval=0', '--dtype=float32')
+    run(
+        folder,
+        'train.py',
+        *TINY,
+        '--max_iters=60',
+        '--eval_iters=0',
+        '--sample_interval=0',
+        '--dtype=float32',
+    )
     return folder
 
 
@@ -28,32 +37,79 @@ def figures(folder, *flags):
 
 def test_the_trainers_own_loss(trained):
     found, last = figures(trained, '--dtype=float32'), metrics(trained / 'out')[-1]
-    assert found['loss'] == pytest.approx(last['val_loss'], rel=1e-6) and found['bits_per_byte'] == pytest.approx(last['val_bpb'], rel=1e-6)
-    assert list(found) == ['dataset', 'split', 'loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'bytes', 'block_size', 'dtype', 'tokens_per_second']
+    assert found['loss'] == pytest.approx(last['val_loss'], rel=1e-6) and found[
+        'bits_per_byte'
+    ] == pytest.approx(last['val_bpb'], rel=1e-6)
+    assert list(found) == [
+        'dataset',
+        'split',
+        'loss',
+        'perplexity',
+        'bits_per_byte',
+        'accuracy',
+        'tokens',
+        'bytes',
+        'block_size',
+        'dtype',
+        'tokens_per_second',
+    ]
 
 
 def test_by_hand(trained):
     model = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval()
-    ids, nats, correct = torch.from_numpy(read_bin(str(trained / 'data/tiny/val.bin')).astype(np.int64)), 0.0, 0
+    ids, nats, correct = (
+        torch.from_numpy(read_bin(str(trained / 'data/tiny/val.bin')).astype(np.int64)),
+        0.0,
+        0,
+    )
     for start in range(0, len(ids) - 1, 16):  # rows of 16, the last one short
-        x, y = ids[start:start + 16][:len(ids) - 1 - start], ids[start + 1:start + 17]
+        x, y = ids[start : start + 16][: len(ids) - 1 - start], ids[start + 1 : start + 17]
         with torch.no_grad():
             p = model(x[None], x[None])[0][0].double().log_softmax(dim=-1)
         nats -= p[range(len(y)), y].sum().item()
         correct += (p.argmax(dim=-1) == y).sum().item()
     found = figures(trained, '--dtype=float32', '--batch_size=7')
-    assert found['tokens'] == 500 and found['loss'] == pytest.approx(nats / 500, rel=1e-5) and found['accuracy'] == correct / 500
-    assert found['perplexity'] == pytest.approx(math.exp(nats / 500), rel=1e-5) and 0.1 < found['accuracy'] < 0.9
-    size = sum(len(load_tokenizer(str(trained / 'data/tiny')).token_bytes[i]) for i in ids[1:].tolist())
-    assert found['bytes'] == size and found['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert (
+        found['tokens'] == 500
+        and found['loss'] == pytest.approx(nats / 500, rel=1e-5)
+        and found['accuracy'] == correct / 500
+    )
+    assert (
+        found['perplexity'] == pytest.approx(math.exp(nats / 500), rel=1e-5)
+        and 0.1 < found['accuracy'] < 0.9
+    )
+    size = sum(
+        len(load_tokenizer(str(trained / 'data/tiny')).token_bytes[i]) for i in ids[1:].tolist()
+    )
+    assert found['bytes'] == size and found['bits_per_byte'] == pytest.approx(
+        nats / math.log(2) / size, rel=1e-5
+    )
 
 
 def digits(spec):
-    return spec | dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)]))
+    return spec | dict(
+        pre_tokenizer=dict(
+            type='Sequence',
+            pretokenizers=[
+                dict(type='Digits', individual_digits=True),
+                dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ],
+        )
+    )
 
 
-KINDS = {'on tiktoken': lambda spec: spec, "Qwen's": lambda spec: spec | dict(normalizer=dict(type='NFC')), "SmolLM's": digits,
-         'a token that is not special': lambda spec: spec | dict(added_tokens=spec['added_tokens'] + [spec['added_tokens'][0] | dict(id=300, content='[PAD]', special=False)])}
+KINDS = {
+    'on tiktoken': lambda spec: spec,
+    "Qwen's": lambda spec: spec | dict(normalizer=dict(type='NFC')),
+    "SmolLM's": digits,
+    'a token that is not special': lambda spec: (
+        spec
+        | dict(
+            added_tokens=spec['added_tokens']
+            + [spec['added_tokens'][0] | dict(id=300, content='[PAD]', special=False)]
+        )
+    ),
+}
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -62,33 +118,77 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     text = 'naïve cafés in 東京, 12 of them 😀 with Ελλάδα'
     plain = train_bpe([text] * 9, 300)
     tokenizer = Tokenizer(KINDS[kind](plain.spec))
-    assert bool(tokenizer.bpe) == (kind == 'on tiktoken') and tokenizer.agrees_with(plain) and plain.agrees_with(tokenizer)
+    assert (
+        bool(tokenizer.bpe) == (kind == 'on tiktoken')
+        and tokenizer.agrees_with(plain)
+        and plain.agrees_with(tokenizer)
+    )
     write_tiny(tmp_path / 'data/tiny')
     tokenizer.save(str(tmp_path / 'data/tiny/tokenizer.json'))
     for split in ('train', 'val'):
         with BinWriter(str(tmp_path / f'data/tiny/{split}.bin'), 301) as f:
             for document in [' '] + [text] * 20:
                 f.write(tokenizer.encode(document) + [tokenizer.end_of_text])
-    run(tmp_path, 'train.py', *TINY, '--max_iters=1', '--eval_iters=0', '--sample_interval=0', '--dtype=float32')
+    run(
+        tmp_path,
+        'train.py',
+        *TINY,
+        '--max_iters=1',
+        '--eval_iters=0',
+        '--sample_interval=0',
+        '--dtype=float32',
+    )
     found = figures(tmp_path, '--dtype=float32')
-    assert found['bytes'] == 20 * len(text.encode()) and found['tokens'] == 1 + 20 * (len(tokenizer.encode(text)) + 1)
-    assert found['bits_per_byte'] == pytest.approx(found['loss'] * found['tokens'] / math.log(2) / found['bytes'])
+    assert found['bytes'] == 20 * len(text.encode()) and found['tokens'] == 1 + 20 * (
+        len(tokenizer.encode(text)) + 1
+    )
+    assert found['bits_per_byte'] == pytest.approx(
+        found['loss'] * found['tokens'] / math.log(2) / found['bytes']
+    )
 
 
 def test_parts_of_it(trained):
-    part, train = figures(trained, '--eval_iters=3', '--batch_size=2', '--dtype=float32'), figures(trained, '--split=train', '--block_size=8')
-    model, data = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval(), read_bin(str(trained / 'data/tiny/val.bin'))
-    rows = torch.from_numpy(np.stack([data[16 * (i * 32 // 6):][:17] for i in range(6)]).astype(np.int64))  # 6 of 32 rows, evenly spread
+    part, train = (
+        figures(trained, '--eval_iters=3', '--batch_size=2', '--dtype=float32'),
+        figures(trained, '--split=train', '--block_size=8'),
+    )
+    model, data = (
+        checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval(),
+        read_bin(str(trained / 'data/tiny/val.bin')),
+    )
+    rows = torch.from_numpy(
+        np.stack([data[16 * (i * 32 // 6) :][:17] for i in range(6)]).astype(np.int64)
+    )  # 6 of 32 rows, evenly spread
     with torch.no_grad():
         expected = model(rows[:, :-1], rows[:, 1:])[1].item()
-    assert part['tokens'] == 96 and part['loss'] == pytest.approx(expected, rel=1e-5) and train['split'] == 'train' and train['tokens'] == 3999
-    assert figures(trained, '--block_size=2')['loss'] > figures(trained)['loss']  # from less before it
+    assert (
+        part['tokens'] == 96
+        and part['loss'] == pytest.approx(expected, rel=1e-5)
+        and train['split'] == 'train'
+        and train['tokens'] == 3999
+    )
+    assert (
+        figures(trained, '--block_size=2')['loss'] > figures(trained)['loss']
+    )  # from less before it
 
 
 def test_rows_are_the_runs_or_no_longer_than_1024(trained):
-    run(trained, 'train.py', *TINY, '--max_iters=1', '--batch_size=1', '--block_size=1100', '--sample_interval=0', '--eval_iters=1', '--out_dir=long')
+    run(
+        trained,
+        'train.py',
+        *TINY,
+        '--max_iters=1',
+        '--batch_size=1',
+        '--block_size=1100',
+        '--sample_interval=0',
+        '--eval_iters=1',
+        '--out_dir=long',
+    )
     run(trained, 'export.py', '--out_dir=long')
-    assert figures(trained, '--out_dir=long')['block_size'] == 1100 and figures(trained, '--init_from=long/hf', '--dataset=tiny')['block_size'] == 1024
+    assert (
+        figures(trained, '--out_dir=long')['block_size'] == 1100
+        and figures(trained, '--init_from=long/hf', '--dataset=tiny')['block_size'] == 1024
+    )
     run(trained, 'export.py', '--init_from=long/hf', '--format=ckpt', '--output=again/model.pt')
     assert figures(trained, '--init_from=again/model.pt', '--dataset=tiny')['block_size'] == 1024
 
@@ -96,16 +196,31 @@ def test_rows_are_the_runs_or_no_longer_than_1024(trained):
 def test_logits_are_made_a_part_at_a_time(tmp_path):
     """A model of 4 rows of 1,024 tokens and a vocabulary of 150,000 has 2.4 GB of them."""
     model = GPT(GPTConfig(block_size=1024, vocab_size=150_000, n_layer=1, n_head=1, n_embd=8))
-    checkpoint.save(str(tmp_path / 'model.pt'), dict(model=model.state_dict(), model_args=model.config.model_args()))
+    checkpoint.save(
+        str(tmp_path / 'model.pt'),
+        dict(model=model.state_dict(), model_args=model.config.model_args()),
+    )
     byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'data/d').mkdir(parents=True)
     with BinWriter(str(tmp_path / 'data/d/val.bin'), 256) as f:
         f.write(np.arange(4097) % 256)
-    process = start(tmp_path, 'evaluate.py', '--init_from=model.pt', '--dataset=d', '--device=cpu', '--dtype=float32')
+    process = start(
+        tmp_path,
+        'evaluate.py',
+        '--init_from=model.pt',
+        '--dataset=d',
+        '--device=cpu',
+        '--dtype=float32',
+    )
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert 'its tokens are taken for those of model.pt' in out and '4,096 tokens' in out and process.returncode == 0 and usage.ru_maxrss < 1.7e6, usage.ru_maxrss
+    assert (
+        'its tokens are taken for those of model.pt' in out
+        and '4,096 tokens' in out
+        and process.returncode == 0
+        and usage.ru_maxrss < 1.7e6
+    ), usage.ru_maxrss
 
 
 def test_a_model_in_every_form(trained):
@@ -113,12 +228,24 @@ def test_a_model_in_every_form(trained):
     run(trained, 'export.py', '--quantize=int8')
     run(trained, 'export.py', '--format=hf')
     eight = figures(trained, '--dtype=float32', '--init_from=out/int8.pt')
-    assert eight['loss'] != whole['loss'] and eight['loss'] == pytest.approx(whole['loss'], rel=0.01)
+    assert eight['loss'] != whole['loss'] and eight['loss'] == pytest.approx(
+        whole['loss'], rel=0.01
+    )
     theirs = figures(trained, '--dtype=float32', '--init_from=out/hf', '--dataset=tiny')
-    assert theirs['loss'] == pytest.approx(whole['loss'], rel=1e-6) and theirs['accuracy'] == whole['accuracy'] and theirs['bytes'] == whole['bytes']
-    assert 'out/hf does not say what it was trained on: name the data with --dataset' in fails(trained, 'evaluate.py', '--init_from=out/hf')
+    assert (
+        theirs['loss'] == pytest.approx(whole['loss'], rel=1e-6)
+        and theirs['accuracy'] == whole['accuracy']
+        and theirs['bytes'] == whole['bytes']
+    )
+    assert 'out/hf does not say what it was trained on: name the data with --dataset' in fails(
+        trained, 'evaluate.py', '--init_from=out/hf'
+    )
     half = figures(trained, '--dtype=bfloat16')
-    assert half['loss'] != whole['loss'] and half['loss'] == pytest.approx(whole['loss'], rel=0.01) and half['dtype'] == 'bfloat16'
+    assert (
+        half['loss'] != whole['loss']
+        and half['loss'] == pytest.approx(whole['loss'], rel=0.01)
+        and half['dtype'] == 'bfloat16'
+    )
 
 
 def test_a_checkpoint_that_says_nothing_of_its_run(trained):
@@ -126,14 +253,20 @@ def test_a_checkpoint_that_says_nothing_of_its_run(trained):
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
     (trained / 'bare').mkdir()
     for config in ({}, dict(config=dict(dataset=None))):
-        checkpoint.save(str(trained / 'bare/ckpt.pt'), {k: saved[k] for k in ('model', 'model_args')} | config)
-        assert figures(trained, '--out_dir=bare', '--dataset=tiny')['loss'] == figures(trained)['loss']
+        checkpoint.save(
+            str(trained / 'bare/ckpt.pt'), {k: saved[k] for k in ('model', 'model_args')} | config
+        )
+        assert (
+            figures(trained, '--out_dir=bare', '--dataset=tiny')['loss'] == figures(trained)['loss']
+        )
 
 
 def test_what_is_refused(trained):
     assert 'data/tiny has no test.bin' in fails(trained, 'evaluate.py', '--split=test')
     assert 'data/gone has no val.bin' in fails(trained, 'evaluate.py', '--dataset=gone')
-    assert 'more than the context of out/ckpt.pt, 16' in fails(trained, 'evaluate.py', '--block_size=17')
+    assert 'more than the context of out/ckpt.pt, 16' in fails(
+        trained, 'evaluate.py', '--block_size=17'
+    )
     assert 'batch_size=0 must be at least 1' in fails(trained, 'evaluate.py', '--batch_size=0')
     assert "device='meta' cannot be used here" in fails(trained, 'evaluate.py', '--device=meta')
     assert 'eval_iters=-1 must be at least 0' in fails(trained, 'evaluate.py', '--eval_iters=-1')
@@ -143,7 +276,9 @@ def test_what_is_refused(trained):
     with BinWriter(str(other / 'val.bin'), 256) as f:
         f.write(list(range(40)))
     byte_tokenizer().save(str(other / 'tokenizer.json'))
-    assert 'another tokenizer than the one of out/ckpt.pt' in fails(trained, 'evaluate.py', '--dataset=other')
+    assert 'another tokenizer than the one of out/ckpt.pt' in fails(
+        trained, 'evaluate.py', '--dataset=other'
+    )
     broken = checkpoint.load(str(trained / 'out/ckpt.pt'))
     broken['model']['transformer.ln_f.weight'][0] = float('nan')
     checkpoint.save(str(trained / 'out/broken.pt'), broken)

@@ -1,4 +1,5 @@
 """Models that leave: to transformers, GGUF and ONNX, and in 8 bits; each read back by what will read it."""
+
 import fcntl
 import json
 import os
@@ -18,8 +19,24 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
 
-from fledge import UserError, adapters, checkpoint, gguf_file, hf_folder, int8, onnx_file, pretrained
-from fledge.tokenizer import CHAT_TEMPLATE, byte_tokenizer, char_tokenizer, find_tokenizer, load_tokenizer, train_bpe
+from fledge import (
+    UserError,
+    adapters,
+    checkpoint,
+    gguf_file,
+    hf_folder,
+    int8,
+    onnx_file,
+    pretrained,
+)
+from fledge.tokenizer import (
+    CHAT_TEMPLATE,
+    byte_tokenizer,
+    char_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -37,23 +54,54 @@ def logits(model, ids):
         return model(ids, ids)[0]
 
 
-FLAGS = {'hf': [], 'q8_0': ['--format=gguf', '--dtype=q8_0', '--output=q8_0.gguf'], 'gguf': ['--format=gguf'],
-         'onnx': ['--format=onnx', '--kv_cache'], 'int8': ['--quantize=int8'], 'ckpt': ['--format=ckpt', '--output=plain/model.pt']}
+FLAGS = {
+    'hf': [],
+    'q8_0': ['--format=gguf', '--dtype=q8_0', '--output=q8_0.gguf'],
+    'gguf': ['--format=gguf'],
+    'onnx': ['--format=onnx', '--kv_cache'],
+    'int8': ['--quantize=int8'],
+    'ckpt': ['--format=ckpt', '--output=plain/model.pt'],
+}
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A folder with a run of the default settings, but few steps, on text in a tokenizer of its own, and what export.py makes of it by each of FLAGS."""
     base = tmp_path_factory.getbasetemp()
-    made = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'exported'  # one test process makes it, for all
+    made = (
+        base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+    ) / 'exported'  # one test process makes it, for all
     with open(f'{made}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (made / 'said.json').exists():
             made.mkdir()
-            (made / 'notes.jsonl').write_text(''.join(json.dumps(dict(text=f'{i} {TEXT}{i * i}')) + '\n' for i in range(300)))
-            run(made, 'prepare/text.py', '--input=notes.jsonl', '--name=notes', '--tokenizer=train', '--vocab_size=400', '--val_fraction=0.1', '--num_proc=1')
-            run(made, 'train.py', '--dataset=notes', '--max_iters=12', '--eval_iters=1', '--sample_interval=0', '--device=cpu', '--block_size=128')
-            said = {name: json.loads(run(made, 'export.py', '--json', *flags).splitlines()[-1]) for name, flags in FLAGS.items()}
+            (made / 'notes.jsonl').write_text(
+                ''.join(json.dumps(dict(text=f'{i} {TEXT}{i * i}')) + '\n' for i in range(300))
+            )
+            run(
+                made,
+                'prepare/text.py',
+                '--input=notes.jsonl',
+                '--name=notes',
+                '--tokenizer=train',
+                '--vocab_size=400',
+                '--val_fraction=0.1',
+                '--num_proc=1',
+            )
+            run(
+                made,
+                'train.py',
+                '--dataset=notes',
+                '--max_iters=12',
+                '--eval_iters=1',
+                '--sample_interval=0',
+                '--device=cpu',
+                '--block_size=128',
+            )
+            said = {
+                name: json.loads(run(made, 'export.py', '--json', *flags).splitlines()[-1])
+                for name, flags in FLAGS.items()
+            }
             (made / 'said.json').write_text(json.dumps(said))
     own = tmp_path_factory.mktemp('trained') / 'copy'
     shutil.copytree(made, own)
@@ -68,16 +116,27 @@ def exported(trained):
 
 def test_every_export_says_how_far_off_it_is(trained, exported):
     for name, said in exported.items():
-        assert (trained / said['output']).exists() and 0 <= said['difference'] <= said['tolerance'] < 2e-4, name
-    assert exported['hf']['read_by'] == f'transformers {transformers.__version__}' and exported['onnx']['read_by'].startswith('onnxruntime')
+        assert (trained / said['output']).exists() and 0 <= said['difference'] <= said[
+            'tolerance'
+        ] < 2e-4, name
+    assert exported['hf']['read_by'] == f'transformers {transformers.__version__}' and exported[
+        'onnx'
+    ]['read_by'].startswith('onnxruntime')
     rounding = {name: said['rounding'] for name, said in exported.items()}
-    assert rounding['hf'] == rounding['onnx'] == 0 < rounding['gguf'] < rounding['q8_0'] and rounding['int8'] > 0
+    assert (
+        rounding['hf'] == rounding['onnx'] == 0 < rounding['gguf'] < rounding['q8_0']
+        and rounding['int8'] > 0
+    )
     assert exported['int8']['bytes'] < exported['ckpt']['bytes'] / 1.9
     assert not debris(trained / 'out') + debris(trained)
 
 
 def debris(folder):
-    return [name for name in os.listdir(folder) if name.startswith(('.export', '.replaced')) or name.endswith('.tmp')]
+    return [
+        name
+        for name in os.listdir(folder)
+        if name.startswith(('.export', '.replaced')) or name.endswith('.tmp')
+    ]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -86,37 +145,83 @@ def test_a_family_goes_back_to_transformers_as_it_came(name, tmp_path):
     config = pretrained.write_config(model.config)
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/config.json').write_text(json.dumps(config))
-    save_file({n: t.contiguous() for n, t in pretrained.their_tensors(model, config['model_type'])}, tmp_path / 'out/model.safetensors', {'format': 'pt'})
+    save_file(
+        {n: t.contiguous() for n, t in pretrained.their_tensors(model, config['model_type'])},
+        tmp_path / 'out/model.safetensors',
+        {'format': 'pt'},
+    )
     original = load_file(tmp_path / 'in/model.safetensors')
-    assert {n.removeprefix('transformer.'): t.shape for n, t in load_file(tmp_path / 'out/model.safetensors').items()} == {
-        n.removeprefix('transformer.'): t.shape for n, t in original.items()}
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out', dtype=torch.float32).eval()
+    assert {
+        n.removeprefix('transformer.'): t.shape
+        for n, t in load_file(tmp_path / 'out/model.safetensors').items()
+    } == {n.removeprefix('transformer.'): t.shape for n, t in original.items()}
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'out', dtype=torch.float32
+    ).eval()
     ids = torch.randint(0, 64, (2, 90), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (again(ids).logits - theirs(ids).logits).abs().max() < 1e-5
         assert (again(ids).logits - logits(model, ids)).abs().max() < 1e-4
-    assert type(again) is type(theirs) and pretrained.load(str(tmp_path / 'out'))['model_args'] == model.config.model_args()
+    assert (
+        type(again) is type(theirs)
+        and pretrained.load(str(tmp_path / 'out'))['model_args'] == model.config.model_args()
+    )
 
 
 def test_gpt2_without_biases_gets_zeros(tmp_path):
-    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=False)).eval()
+    model = GPT(
+        GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, bias=False)
+    ).eval()
     config = pretrained.write_config(model.config)
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    save_file({n: t.contiguous() for n, t in pretrained.their_tensors(model, 'gpt2')}, tmp_path / 'model.safetensors', {'format': 'pt'})
-    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), torch.arange(20)[None]
+    save_file(
+        {n: t.contiguous() for n, t in pretrained.their_tensors(model, 'gpt2')},
+        tmp_path / 'model.safetensors',
+        {'format': 'pt'},
+    )
+    theirs, ids = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(),
+        torch.arange(20)[None],
+    )
     assert (theirs(ids).logits - logits(model, ids)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('change', [dict(activation='relu2'), dict(norm='layernorm'), dict(bias=True), dict(position='learned'), dict(qkv_bias=True)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(activation='relu2'),
+        dict(norm='layernorm'),
+        dict(bias=True),
+        dict(position='learned'),
+        dict(qkv_bias=True),
+    ],
+)
 def test_a_model_of_no_family_is_refused(change):
-    args = dict(block_size=32, vocab_size=50, n_layer=1, n_head=2, n_embd=16, bias=False, position='rope', norm='rmsnorm', activation='swiglu', qk_norm=True) | change
+    args = (
+        dict(
+            block_size=32,
+            vocab_size=50,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+            bias=False,
+            position='rope',
+            norm='rmsnorm',
+            activation='swiglu',
+            qk_norm=True,
+        )
+        | change
+    )
     with pytest.raises(UserError, match='none of gpt2, llama, qwen2, qwen3 has this model'):
         pretrained.write_config(GPTConfig(**args))
 
 
 def test_transformers_reads_the_same_model_tokens_and_chat(trained, exported):
     folder = trained / 'out/hf'
-    tokenizer, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(trained / 'out'))
+    tokenizer, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        load_tokenizer(str(trained / 'out')),
+    )
     model = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(theirs).__name__ == 'Qwen3ForCausalLM' and theirs.dtype == torch.float32
@@ -126,161 +231,435 @@ def test_transformers_reads_the_same_model_tokens_and_chat(trained, exported):
     for text in random_texts(1000):
         assert tokenizer(text)['input_ids'] == ours.encode(text, allow_special=True), repr(text)
         assert tokenizer.decode(ours.encode(text)) == ours.decode(ours.encode(text))
-    talk = [dict(role='system', content='Be brief.'), dict(role='user', content='Zwei?\n\n 2 '), dict(role='assistant', content='二'), dict(role='user', content='')]
+    talk = [
+        dict(role='system', content='Be brief.'),
+        dict(role='user', content='Zwei?\n\n 2 '),
+        dict(role='assistant', content='二'),
+        dict(role='user', content=''),
+    ]
     rendered = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
     assert rendered == ours.encode_chat(talk)[0].tolist()
-    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).endswith('<|im_end|>\n<|im_start|>assistant\n')
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == ours.end_of_text and theirs.generation_config.eos_token_id == [ours.end_of_text, ours.special['<|im_end|>']]
-    greedy = theirs.generate(ids[:, :20], attention_mask=torch.ones(1, 20), max_new_tokens=64, do_sample=False, eos_token_id=None)[0, 20:]
+    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False).endswith(
+        '<|im_end|>\n<|im_start|>assistant\n'
+    )
+    assert (
+        tokenizer.eos_token_id == tokenizer.pad_token_id == ours.end_of_text
+        and theirs.generation_config.eos_token_id == [ours.end_of_text, ours.special['<|im_end|>']]
+    )
+    greedy = theirs.generate(
+        ids[:, :20],
+        attention_mask=torch.ones(1, 20),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+    )[0, 20:]
     assert greedy.tolist() == model.generate(ids[:, :20], 64, temperature=0)[0, 20:].tolist()
-    assert tokenizer.model_max_length == 128 and (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
+    assert (
+        tokenizer.model_max_length == 128
+        and (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
+    )
 
 
 def test_the_model_card_tells_what_is_known(trained, exported):
     card = (trained / 'out/hf/README.md').read_text()
-    assert 'Qwen3ForCausalLM' in card and '| data | notes (notes.jsonl) |' in card and '| steps | 12 |' in card and f'{12 * 4 * 128:,}' in card and 'nats a token' in card
-    code = card.partition('```python\n')[2].partition('```')[0].replace("'.'", repr(str(trained / 'out/hf')))
-    done = subprocess.run([sys.executable, '-c', code.replace('=100', '=3')], capture_output=True, text=True)
+    assert (
+        'Qwen3ForCausalLM' in card
+        and '| data | notes (notes.jsonl) |' in card
+        and '| steps | 12 |' in card
+        and f'{12 * 4 * 128:,}' in card
+        and 'nats a token' in card
+    )
+    code = (
+        card.partition('```python\n')[2]
+        .partition('```')[0]
+        .replace("'.'", repr(str(trained / 'out/hf')))
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code.replace('=100', '=3')], capture_output=True, text=True
+    )
     assert done.returncode == 0 and 'Once upon a time' in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not os.environ.get('TIKTOKEN_CACHE_DIR'), reason='the GPT-2 vocabulary is not at hand')
+@pytest.mark.skipif(
+    not os.environ.get('TIKTOKEN_CACHE_DIR'), reason='the GPT-2 vocabulary is not at hand'
+)
 def test_gpt2s_tokenizer_is_the_same_there(tmp_path):
     ours = load_tokenizer('gpt2')
     ours.save(str(tmp_path / 'tokenizer.json'))
-    (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / 'tokenizer_config.json').write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert all(theirs(text)['input_ids'] == ours.encode(text, allow_special=True) for text in random_texts(300))
+    assert all(
+        theirs(text)['input_ids'] == ours.encode(text, allow_special=True)
+        for text in random_texts(300)
+    )
 
 
 def test_in_trained_out_and_in_again_the_losses_are_the_same(tmp_path):
     write_tiny(tmp_path / 'data/tiny')
     make('llama', tmp_path / 'base')
-    (tmp_path / 'base/tokenizer.json').write_bytes((tmp_path / 'data/tiny/tokenizer.json').read_bytes())
-    flags = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--eval_interval=10', '--eval_iters=3', '--log_interval=1', '--device=cpu', '--dtype=float32', '--sample_interval=0',
-             '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1', '--dropout=0.1']
+    (tmp_path / 'base/tokenizer.json').write_bytes(
+        (tmp_path / 'data/tiny/tokenizer.json').read_bytes()
+    )
+    flags = [
+        '--dataset=tiny',
+        '--block_size=32',
+        '--batch_size=4',
+        '--eval_interval=10',
+        '--eval_iters=3',
+        '--log_interval=1',
+        '--device=cpu',
+        '--dtype=float32',
+        '--sample_interval=0',
+        '--max_minutes=0',
+        '--learning_rate=0.001',
+        '--gradient_accumulation_steps=1',
+        '--dropout=0.1',
+    ]
     run(tmp_path, 'train.py', '--init_from=base', '--max_iters=20', '--out_dir=first', *flags)
     run(tmp_path, 'export.py', '--out_dir=first', '--output=exported')
     losses = []
-    for source in ('first/ckpt.pt', 'exported'):  # both go on from the same weights with the same rows
-        run(tmp_path, 'train.py', f'--init_from={source}', '--max_iters=20', f'--out_dir=out-{source[:2]}', *flags)
-        lines = [json.loads(line) for line in (tmp_path / f'out-{source[:2]}' / 'metrics.jsonl').read_text().splitlines()]
+    for source in (
+        'first/ckpt.pt',
+        'exported',
+    ):  # both go on from the same weights with the same rows
+        run(
+            tmp_path,
+            'train.py',
+            f'--init_from={source}',
+            '--max_iters=20',
+            f'--out_dir=out-{source[:2]}',
+            *flags,
+        )
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / f'out-{source[:2]}' / 'metrics.jsonl').read_text().splitlines()
+        ]
         losses.append([(line.get('train_loss'), line.get('val_loss')) for line in lines])
     assert losses[0] == losses[1] and len(losses[0]) == 21 and losses[0][-1][1] < losses[0][0][1]
-    first = [json.loads(line) for line in (tmp_path / 'first/metrics.jsonl').read_text().splitlines()]
+    first = [
+        json.loads(line) for line in (tmp_path / 'first/metrics.jsonl').read_text().splitlines()
+    ]
     assert abs(first[-1]['val_loss'] - losses[1][0][1]) < 1e-6
     card = (tmp_path / 'exported/README.md').read_text()
     assert '| began from | base |' in card and 'LlamaForCausalLM' in card
 
 
-REQUIRED = ('context_length', 'embedding_length', 'block_count', 'feed_forward_length', 'attention.head_count')  # by llama.cpp, of every family
+REQUIRED = (
+    'context_length',
+    'embedding_length',
+    'block_count',
+    'feed_forward_length',
+    'attention.head_count',
+)  # by llama.cpp, of every family
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_gguf_holds_every_tensor_and_what_llama_cpp_asks_for(name, tmp_path):
     import gguf
+
     model, theirs = model_of(name, tmp_path / 'in', vocab_size=300)
     kind, path, tokenizer = theirs.config.model_type, str(tmp_path / 'm.gguf'), byte_tokenizer()
     ids = torch.randint(0, 259, (1, 60), generator=torch.Generator().manual_seed(0))
     for dtype, most in (('float16', 4e-3), ('bfloat16', 4e-2), ('float32', 1e-6)):
         gguf_file.write(path, model, tokenizer, dtype, 'a name', CHAT_TEMPLATE)
         off = (logits(gguf_file.read(path).eval(), ids) - logits(model, ids)).abs().max()
-        assert off < (1e-3 if name == 'gpt2 gelu untied' and most < 1e-3 else most)  # llama.cpp's GELU is the other one
+        assert off < (
+            1e-3 if name == 'gpt2 gelu untied' and most < 1e-3 else most
+        )  # llama.cpp's GELU is the other one
     reader = gguf.GGUFReader(path)
-    value = {key: field.contents() for key, field in reader.fields.items() if not key.startswith('GGUF.')}
-    assert value['general.architecture'] == kind and value['general.name'] == 'a name' and value['general.file_type'] == 0
-    for key in REQUIRED + (('attention.layer_norm_epsilon',) if kind == 'gpt2' else ('attention.layer_norm_rms_epsilon', 'attention.head_count_kv', 'rope.freq_base', 'rope.dimension_count')):
+    value = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith('GGUF.')
+    }
+    assert (
+        value['general.architecture'] == kind
+        and value['general.name'] == 'a name'
+        and value['general.file_type'] == 0
+    )
+    for key in REQUIRED + (
+        ('attention.layer_norm_epsilon',)
+        if kind == 'gpt2'
+        else (
+            'attention.layer_norm_rms_epsilon',
+            'attention.head_count_kv',
+            'rope.freq_base',
+            'rope.dimension_count',
+        )
+    ):
         assert f'{kind}.{key}' in value, key
-    assert len(value['tokenizer.ggml.tokens']) == len(value['tokenizer.ggml.token_type']) == 300 and value['tokenizer.ggml.tokens'][299] == '[PAD299]'
-    assert value['tokenizer.ggml.model'] == 'gpt2' and value['tokenizer.ggml.pre'] == 'qwen2' and value['tokenizer.ggml.eos_token_id'] == 256
-    assert value['tokenizer.chat_template'] == CHAT_TEMPLATE and not value['tokenizer.ggml.add_bos_token']
+    assert (
+        len(value['tokenizer.ggml.tokens']) == len(value['tokenizer.ggml.token_type']) == 300
+        and value['tokenizer.ggml.tokens'][299] == '[PAD299]'
+    )
+    assert (
+        value['tokenizer.ggml.model'] == 'gpt2'
+        and value['tokenizer.ggml.pre'] == 'qwen2'
+        and value['tokenizer.ggml.eos_token_id'] == 256
+    )
+    assert (
+        value['tokenizer.chat_template'] == CHAT_TEMPLATE
+        and not value['tokenizer.ggml.add_bos_token']
+    )
     arch = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == kind)
     names = gguf.get_tensor_name_map(arch, 2)
-    state = {n: t for n, t in theirs.state_dict().items() if not (n == 'lm_head.weight' and model.config.tie_embeddings)}
+    state = {
+        n: t
+        for n, t in theirs.state_dict().items()
+        if not (n == 'lm_head.weight' and model.config.tie_embeddings)
+    }
     expected = {names.get_name(n, try_suffixes=('.weight', '.bias')): t for n, t in state.items()}
     held = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     assert None not in expected and held.keys() - {'rope_freqs.weight'} == expected.keys()
     for n, tensor in expected.items():
-        if kind == 'llama' and n.endswith(('attn_q.weight', 'attn_k.weight')):  # pairs side by side: row 2i is i, row 2i + 1 is head_dim / 2 + i
+        if kind == 'llama' and n.endswith(
+            ('attn_q.weight', 'attn_k.weight')
+        ):  # pairs side by side: row 2i is i, row 2i + 1 is head_dim / 2 + i
             d = model.config.head_dim
-            rows = [h * d + half * d // 2 + i for h in range(len(tensor) // d) for i in range(d // 2) for half in (0, 1)]
+            rows = [
+                h * d + half * d // 2 + i
+                for h in range(len(tensor) // d)
+                for i in range(d // 2)
+                for half in (0, 1)
+            ]
             tensor = tensor[rows]
-        if kind == 'gpt2' and n.endswith(('attn_qkv.weight', 'attn_output.weight', 'ffn_up.weight', 'ffn_down.weight')):
+        if kind == 'gpt2' and n.endswith(
+            ('attn_qkv.weight', 'attn_output.weight', 'ffn_up.weight', 'ffn_down.weight')
+        ):
             tensor = tensor.T
         assert np.array_equal(held[n], tensor.numpy()), n
     if name == 'llama 3':
         inv_freq = theirs.model.rotary_emb.inv_freq
         plain = 500000.0 ** -(torch.arange(0, 10, 2) / 10)
-        assert np.allclose(plain.numpy() / held['rope_freqs.weight'], inv_freq.numpy()) and held['rope_freqs.weight'].max() == 8
+        assert (
+            np.allclose(plain.numpy() / held['rope_freqs.weight'], inv_freq.numpy())
+            and held['rope_freqs.weight'].max() == 8
+        )
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'qwen2', 'qwen3'])
 def test_q8_0_of_each_family(kind, tmp_path):
     import gguf
+
     torch.manual_seed(0)
-    llama = dict(n_kv_head=2, position='rope', norm='rmsnorm', activation='swiglu', bias=False, n_inner=96, qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3')
-    model = GPT(GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=4, n_embd=64, **({} if kind == 'gpt2' else llama))).eval().requires_grad_(False)
+    llama = dict(
+        n_kv_head=2,
+        position='rope',
+        norm='rmsnorm',
+        activation='swiglu',
+        bias=False,
+        n_inner=96,
+        qkv_bias=kind == 'qwen2',
+        qk_norm=kind == 'qwen3',
+    )
+    model = (
+        GPT(
+            GPTConfig(
+                block_size=64,
+                vocab_size=300,
+                n_layer=2,
+                n_head=4,
+                n_embd=64,
+                **({} if kind == 'gpt2' else llama),
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
     ids = torch.randint(0, 259, (1, 60))
     gguf_file.write(str(tmp_path / 'm.gguf'), model, byte_tokenizer(), 'q8_0', 'x')
-    types = {t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / 'm.gguf')).tensors if len(t.shape) > 1 and 'position' not in t.name}
+    types = {
+        t.tensor_type.name
+        for t in gguf.GGUFReader(str(tmp_path / 'm.gguf')).tensors
+        if len(t.shape) > 1 and 'position' not in t.name
+    }
     exact = logits(model, ids)
     gguf_file.round_weights(model, 'q8_0')
     off = logits(gguf_file.read(str(tmp_path / 'm.gguf')).eval(), ids) - logits(model, ids)
-    assert types == {'Q8_0'} and off.abs().max() < 1e-5 and 1e-3 < (logits(model, ids) - exact).abs().max() < 0.2
+    assert (
+        types == {'Q8_0'}
+        and off.abs().max() < 1e-5
+        and 1e-3 < (logits(model, ids) - exact).abs().max() < 0.2
+    )
 
 
 def test_q8_0_is_within_its_rounding_and_what_does_not_fit_a_block_is_float16(tmp_path):
     import gguf
+
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=2, n_embd=64, n_inner=80, bias=False, position='rope', norm='rmsnorm', activation='swiglu')).eval()
+    model = GPT(
+        GPTConfig(
+            block_size=32,
+            vocab_size=300,
+            n_layer=1,
+            n_head=2,
+            n_embd=64,
+            n_inner=80,
+            bias=False,
+            position='rope',
+            norm='rmsnorm',
+            activation='swiglu',
+        )
+    ).eval()
     gguf_file.write(str(tmp_path / 'm.gguf'), model, byte_tokenizer(), 'q8_0', 'x')
     held = {t.name: t for t in gguf.GGUFReader(str(tmp_path / 'm.gguf')).tensors}
     kinds = {n: t.tensor_type.name for n, t in held.items()}
-    assert kinds['token_embd.weight'] == kinds['blk.0.ffn_gate.weight'] == 'Q8_0' and kinds['blk.0.ffn_down.weight'] == 'F16' and kinds['output_norm.weight'] == 'F32'
+    assert (
+        kinds['token_embd.weight'] == kinds['blk.0.ffn_gate.weight'] == 'Q8_0'
+        and kinds['blk.0.ffn_down.weight'] == 'F16'
+        and kinds['output_norm.weight'] == 'F32'
+    )
     weight = model.transformer.h[0].mlp.c_fc.weight[:80].detach().numpy()
     blocks = np.abs(weight.reshape(-1, 32)).max(axis=1, keepdims=True)
-    off = np.abs(gguf.quants.dequantize(held['blk.0.ffn_gate.weight'].data, gguf.GGMLQuantizationType.Q8_0) - weight).reshape(-1, 32)
-    assert (off <= blocks / 127 * 0.51 + blocks * 2 ** -11).all() and off.max() > 0  # half a step, and the scale's own float16
+    off = np.abs(
+        gguf.quants.dequantize(held['blk.0.ffn_gate.weight'].data, gguf.GGMLQuantizationType.Q8_0)
+        - weight
+    ).reshape(-1, 32)
+    assert (
+        off <= blocks / 127 * 0.51 + blocks * 2**-11
+    ).all() and off.max() > 0  # half a step, and the scale's own float16
 
 
 def test_gguf_of_other_tokenizers(tmp_path):
     import gguf
-    model = GPT(GPTConfig(block_size=32, vocab_size=400, n_layer=1, n_head=2, n_embd=16, bias=False, position='rope', norm='rmsnorm', activation='swiglu'))
+
+    model = GPT(
+        GPTConfig(
+            block_size=32,
+            vocab_size=400,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+            bias=False,
+            position='rope',
+            norm='rmsnorm',
+            activation='swiglu',
+        )
+    )
 
     def pre(tokenizer):
         gguf_file.write(str(tmp_path / 'm.gguf'), model, tokenizer, 'float32', 'x')
-        return {key: field.contents() for key, field in gguf.GGUFReader(str(tmp_path / 'm.gguf')).fields.items() if key.startswith('tokenizer')}
-    assert pre(byte_tokenizer())['tokenizer.ggml.merges'] == ['no merge']  # without any, llama.cpp does not open the file
+        return {
+            key: field.contents()
+            for key, field in gguf.GGUFReader(str(tmp_path / 'm.gguf')).fields.items()
+            if key.startswith('tokenizer')
+        }
+
+    assert pre(byte_tokenizer())['tokenizer.ggml.merges'] == [
+        'no merge'
+    ]  # without any, llama.cpp does not open the file
     trained = train_bpe([TEXT] * 20, 300)
     assert pre(train_bpe([TEXT] * 20, 300, split='gpt2'))['tokenizer.ggml.pre'] == 'gpt-2'
     byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
-    digits = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), byte_level])
-    assert pre(type(trained)(trained.spec | dict(pre_tokenizer=digits)))['tokenizer.ggml.pre'] == 'smollm'  # SmolLM2's
-    begin = dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<|im_start|>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))], pair=[],
-                 special_tokens={'<|im_start|>': dict(id='<|im_start|>', ids=[298], tokens=['<|im_start|>'])})
+    digits = dict(
+        type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), byte_level]
+    )
+    assert (
+        pre(type(trained)(trained.spec | dict(pre_tokenizer=digits)))['tokenizer.ggml.pre']
+        == 'smollm'
+    )  # SmolLM2's
+    begin = dict(
+        type='TemplateProcessing',
+        single=[
+            dict(SpecialToken=dict(id='<|im_start|>', type_id=0)),
+            dict(Sequence=dict(id='A', type_id=0)),
+        ],
+        pair=[],
+        special_tokens={
+            '<|im_start|>': dict(id='<|im_start|>', ids=[298], tokens=['<|im_start|>'])
+        },
+    )
     said = pre(type(trained)(trained.spec | dict(post_processor=begin)))
     assert said['tokenizer.ggml.add_bos_token'] and said['tokenizer.ggml.bos_token_id'] == 298
-    unnamed = [t | dict(content=t['content'].replace('endoftext', 'fin')) for t in trained.spec['added_tokens']]  # an end of another name
+    unnamed = [
+        t | dict(content=t['content'].replace('endoftext', 'fin'))
+        for t in trained.spec['added_tokens']
+    ]  # an end of another name
     said = pre(type(trained)(trained.spec | dict(post_processor=begin, added_tokens=unnamed)))
     assert said['tokenizer.ggml.bos_token_id'] == 298 and 'tokenizer.ggml.eos_token_id' not in said
-    for part, message in ((dict(normalizer=dict(type='Lowercase')), 'no normalizer like'), (dict(pre_tokenizer=byte_level | dict(add_prefix_space=True)), 'no name for the way')):
+    for part, message in (
+        (dict(normalizer=dict(type='Lowercase')), 'no normalizer like'),
+        (dict(pre_tokenizer=byte_level | dict(add_prefix_space=True)), 'no name for the way'),
+    ):
         with pytest.raises(UserError, match=message):
             pre(type(trained)(trained.spec | part))
     with pytest.raises(UserError, match='no tokenizer like this one .characters.'):
         pre(char_tokenizer('abc'))
     with pytest.raises(UserError, match='no name for the way this tokenizer splits text'):
-        pre(type(trained)(trained.spec | dict(pre_tokenizer=dict(type='Sequence', pretokenizers=[dict(type='Split', pattern=dict(Regex='x'), behavior='Isolated', invert=False), byte_level | dict(use_regex=False)]))))
-    vocab = {'<unk>': 0, '<s>': 1, '</s>': 2} | {f'<0x{b:02X}>': 3 + b for b in range(256)} | {c: 259 + i for i, c in enumerate(['▁', 'a', 'b', '▁a', 'ab', '▁ab'])}
-    spec = dict(version='1.0', added_tokens=[dict(id=i, content=t, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False) for i, t in enumerate(['<unk>', '<s>', '</s>'])],
-                normalizer=dict(type='Sequence', normalizers=[dict(type='Prepend', prepend='▁'), dict(type='Replace', pattern=dict(String=' '), content='▁')]), pre_tokenizer=None, post_processor=None,
-                decoder=None, model=dict(type='BPE', unk_token='<unk>', byte_fallback=True, fuse_unk=True, vocab=vocab, merges=['▁ a', 'a b', '▁a b']))
+        pre(
+            type(trained)(
+                trained.spec
+                | dict(
+                    pre_tokenizer=dict(
+                        type='Sequence',
+                        pretokenizers=[
+                            dict(
+                                type='Split',
+                                pattern=dict(Regex='x'),
+                                behavior='Isolated',
+                                invert=False,
+                            ),
+                            byte_level | dict(use_regex=False),
+                        ],
+                    )
+                )
+            )
+        )
+    vocab = (
+        {'<unk>': 0, '<s>': 1, '</s>': 2}
+        | {f'<0x{b:02X}>': 3 + b for b in range(256)}
+        | {c: 259 + i for i, c in enumerate(['▁', 'a', 'b', '▁a', 'ab', '▁ab'])}
+    )
+    spec = dict(
+        version='1.0',
+        added_tokens=[
+            dict(
+                id=i,
+                content=t,
+                special=True,
+                single_word=False,
+                lstrip=False,
+                rstrip=False,
+                normalized=False,
+            )
+            for i, t in enumerate(['<unk>', '<s>', '</s>'])
+        ],
+        normalizer=dict(
+            type='Sequence',
+            normalizers=[
+                dict(type='Prepend', prepend='▁'),
+                dict(type='Replace', pattern=dict(String=' '), content='▁'),
+            ],
+        ),
+        pre_tokenizer=None,
+        post_processor=None,
+        decoder=None,
+        model=dict(
+            type='BPE',
+            unk_token='<unk>',
+            byte_fallback=True,
+            fuse_unk=True,
+            vocab=vocab,
+            merges=['▁ a', 'a b', '▁a b'],
+        ),
+    )
     said = pre(type(trained)(spec))  # as TinyLlama's
-    assert said['tokenizer.ggml.model'] == 'llama' and said['tokenizer.ggml.add_space_prefix'] and said['tokenizer.ggml.scores'][262] > said['tokenizer.ggml.scores'][264]
-    assert said['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6] and said['tokenizer.ggml.tokens'][264] == '▁ab'
-    newer = spec | dict(normalizer=None, pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False))
+    assert (
+        said['tokenizer.ggml.model'] == 'llama'
+        and said['tokenizer.ggml.add_space_prefix']
+        and said['tokenizer.ggml.scores'][262] > said['tokenizer.ggml.scores'][264]
+    )
+    assert (
+        said['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6]
+        and said['tokenizer.ggml.tokens'][264] == '▁ab'
+    )
+    newer = spec | dict(
+        normalizer=None,
+        pre_tokenizer=dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False),
+    )
     assert pre(type(trained)(newer))['tokenizer.ggml.add_space_prefix']
     newer['pre_tokenizer']['prepend_scheme'] = 'never'
     assert not pre(type(trained)(newer))['tokenizer.ggml.add_space_prefix']
@@ -293,20 +672,42 @@ def test_gguf_of_other_tokenizers(tmp_path):
 
 def test_modelfile(trained, exported):
     lines = (trained / 'out/Modelfile').read_text().splitlines()
-    assert lines[1:3] == ['FROM ./model.gguf', 'PARAMETER num_ctx 128'] and 'PARAMETER stop "<|im_end|>"' in lines and lines[-1] == 'TEMPLATE """{{ .Prompt }}"""'  # it learned text
+    assert (
+        lines[1:3] == ['FROM ./model.gguf', 'PARAMETER num_ctx 128']
+        and 'PARAMETER stop "<|im_end|>"' in lines
+        and lines[-1] == 'TEMPLATE """{{ .Prompt }}"""'
+    )  # it learned text
     meta = json.loads((trained / 'data/notes/meta.json').read_text())
-    (trained / 'data/notes/meta.json').write_text(json.dumps(meta | dict(masked=True)))  # as if it had been conversations
+    (trained / 'data/notes/meta.json').write_text(
+        json.dumps(meta | dict(masked=True))
+    )  # as if it had been conversations
     run(trained, 'export.py', '--format=gguf', '--output=talks.gguf')
     (trained / 'data/notes/meta.json').write_text(json.dumps(meta))
     modelfile = (trained / 'Modelfile').read_text()
-    assert 'FROM ./talks.gguf' in modelfile and '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""' in modelfile
+    assert (
+        'FROM ./talks.gguf' in modelfile
+        and '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""'
+        in modelfile
+    )
     (trained / 'mine').mkdir()
     (trained / 'mine/Modelfile').write_text('FROM x\n')
-    assert 'stays as it is' in run(trained, 'export.py', '--format=gguf', '--output=mine/a.gguf') and (trained / 'mine/Modelfile').read_text() == 'FROM x\n'
+    assert (
+        'stays as it is' in run(trained, 'export.py', '--format=gguf', '--output=mine/a.gguf')
+        and (trained / 'mine/Modelfile').read_text() == 'FROM x\n'
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, kv_cache', [('gpt2', False), ('gpt2 gelu untied', True), ('llama 3', True), ('qwen2', False), ('qwen3', True)])
+@pytest.mark.parametrize(
+    'name, kv_cache',
+    [
+        ('gpt2', False),
+        ('gpt2 gelu untied', True),
+        ('llama 3', True),
+        ('qwen2', False),
+        ('qwen3', True),
+    ],
+)
 def test_onnx_for_any_batch_and_length(name, kv_cache, tmp_path):
     model, _ = model_of(name, tmp_path / 'in')
     path = str(tmp_path / 'm.onnx')
@@ -316,27 +717,65 @@ def test_onnx_for_any_batch_and_length(name, kv_cache, tmp_path):
         assert (onnx_file.run(path, ids, kv_cache) - logits(model, ids)).abs().max() < 1e-4
     if kv_cache:  # token after token, as a runtime generates
         import onnxruntime
+
         session, row, fed = onnxruntime.InferenceSession(path), [1, 2, 3], [1, 2, 3]
-        past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs()[1:]}
+        past = {
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in session.get_inputs()[1:]
+        }
         for _ in range(12):
             out = session.run(None, {'input_ids': np.array([fed]), **past})
             past, fed = dict(zip(past, out[1:])), [int(out[0][0, -1].argmax())]
             row += fed
-        assert row == model.generate(torch.tensor([[1, 2, 3]]), 12, temperature=0)[0].tolist() and [o.name for o in session.get_outputs()[:2]] == ['logits', 'present.0.key']
+        assert row == model.generate(torch.tensor([[1, 2, 3]]), 12, temperature=0)[0].tolist() and [
+            o.name for o in session.get_outputs()[:2]
+        ] == ['logits', 'present.0.key']
 
 
 def test_int8_checkpoint_samples_like_the_flag_and_is_not_trained(trained, exported):
-    args = ['--start=the quick', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--device=cpu', '--dtype=bfloat16']
+    args = [
+        '--start=the quick',
+        '--num_samples=1',
+        '--max_new_tokens=20',
+        '--temperature=0',
+        '--device=cpu',
+        '--dtype=bfloat16',
+    ]
     text = run(trained, 'sample.py', '--init_from=out/int8.pt', *args)
     assert text == run(trained, 'sample.py', '--quantize=int8', *args)
-    saved, model = checkpoint.load(str(trained / 'out/int8.pt')), checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'x').eval()
-    assert saved['model']['lm_head.weight'].dtype == torch.int8 and saved['model']['transformer.wte.weight'].dtype == torch.bfloat16
-    quantized, ids = checkpoint.load_model(saved, 'x').to(torch.bfloat16).eval(), torch.arange(40)[None]
+    saved, model = (
+        checkpoint.load(str(trained / 'out/int8.pt')),
+        checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'x').eval(),
+    )
+    assert (
+        saved['model']['lm_head.weight'].dtype == torch.int8
+        and saved['model']['transformer.wte.weight'].dtype == torch.bfloat16
+    )
+    quantized, ids = (
+        checkpoint.load_model(saved, 'x').to(torch.bfloat16).eval(),
+        torch.arange(40)[None],
+    )
     assert quantized.lm_head.scale.dtype == torch.float32
     expected = logits(int8.quantize(model), ids)
     assert (logits(quantized.float(), ids) - expected).abs().max() < 0.02 * expected.abs().max()
-    assert '8-bit weights, which cannot be trained' in fails(trained, 'train.py', '--init_from=out/int8.pt', '--dataset=notes', '--out_dir=no', '--device=cpu')
-    assert 'val loss' in run(trained, 'train.py', '--init_from=out/int8.pt', '--dataset=notes', '--out_dir=no', '--device=cpu', '--eval_only', '--eval_iters=1')
+    assert '8-bit weights, which cannot be trained' in fails(
+        trained,
+        'train.py',
+        '--init_from=out/int8.pt',
+        '--dataset=notes',
+        '--out_dir=no',
+        '--device=cpu',
+    )
+    assert 'val loss' in run(
+        trained,
+        'train.py',
+        '--init_from=out/int8.pt',
+        '--dataset=notes',
+        '--out_dir=no',
+        '--device=cpu',
+        '--eval_only',
+        '--eval_iters=1',
+    )
     assert 'export what it was made of' in fails(trained, 'export.py', '--init_from=out/int8.pt')
 
 
@@ -355,11 +794,16 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
     checkpoint.save(str(trained / 'lora/ckpt.pt'), saved)
     run(trained, 'export.py', '--out_dir=lora', '--format=ckpt')
     merged = checkpoint.load(str(trained / 'lora/model.pt'))
-    assert merged['model'].keys() == checkpoint.load(str(trained / 'out/ckpt.pt'))['model'].keys() and 'optimizer' not in merged
+    assert (
+        merged['model'].keys() == checkpoint.load(str(trained / 'out/ckpt.pt'))['model'].keys()
+        and 'optimizer' not in merged
+    )
     assert all(torch.allclose(merged['model'][n], t, atol=1e-5) for n, t in expected.items())
     run(trained, 'export.py', '--out_dir=lora')
-    query = load_file(trained / 'lora/hf/model.safetensors')['model.layers.1.self_attn.q_proj.weight']
-    assert torch.allclose(query, expected[weight][:len(query)], atol=1e-5)
+    query = load_file(trained / 'lora/hf/model.safetensors')[
+        'model.layers.1.self_attn.q_proj.weight'
+    ]
+    assert torch.allclose(query, expected[weight][: len(query)], atol=1e-5)
     for broken in (dict(lora_A=torch.zeros(4, 5)), dict(lora_B=torch.zeros(7, 4))):
         state = saved['model'] | {f'transformer.h.1.attn.c_attn.{n}': t for n, t in broken.items()}
         with pytest.raises(UserError, match='c_attn does not fit'):
@@ -368,29 +812,51 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
         adapters.merge(saved['model'], None, 'x')
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--format=pickle'], "format='pickle' is none of auto, hf, gguf, onnx, ckpt"),
-    (['--dtype=q8_0'], "dtype='q8_0' is none of float32, float16, bfloat16"),
-    (['--format=gguf', '--quantize=int8'], '8 bits in GGUF are --dtype=q8_0'),
-    (['--kv_cache'], '--kv_cache is of --format=onnx'),
-    (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
-    (['--output=occupied'], 'occupied is there, and is no earlier export'),
-    (['--output=out/hf', '--init_from=out/hf'], 'the very model that is exported'),
-    (['--format=gguf', '--output=occupied'], 'occupied is a folder; --format=gguf writes a file'),
-    (['--format=ckpt', '--output=out/ckpt.pt'], 'out/ckpt.pt is the very model that is exported'),
-    (['--format=ckpt', '--output=weights.pt'], 'weights.pt is there, and is no earlier export'),
-    (['--output=theirs'], 'theirs is there, and is no earlier export'),
-    (['--output=readme'], 'readme is there, and is no earlier export'),
-    (['--format=onnx', '--output=lonely.onnx'], 'lonely.onnx.data is there without its model'),
-    (['--output=out/hf/.', '--init_from=out/hf'], 'the very model that is exported'),
-    (['--quantize=int8', '--init_from=out/ckpt.pt', '--output=out/best.pt'], 'out/best.pt is there, and is no earlier export'),
-    (['--format=gguf', '--output=out/tokenizer.json'], 'what --format=gguf writes is called *.gguf'),
-    (['--format=gguf', '--output=occupied/theirs.gguf'], 'theirs.gguf is there, and is no earlier export'),
-    (['--output=notes.jsonl/hf'], 'cannot write notes.jsonl/hf: Not a directory'),
-    (['--format=onnx', '--output=/'], '/ is a folder'),
-    (['--start=\udcff'], '--start or --name is no valid UTF-8'),
-    (['--format=onnx', '--output=occupied/m.onnx'], 'occupied/tokenizer.json is another tokenizer'),
-    (['--output=notes.jsonl'], 'notes.jsonl is a file')])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--format=pickle'], "format='pickle' is none of auto, hf, gguf, onnx, ckpt"),
+        (['--dtype=q8_0'], "dtype='q8_0' is none of float32, float16, bfloat16"),
+        (['--format=gguf', '--quantize=int8'], '8 bits in GGUF are --dtype=q8_0'),
+        (['--kv_cache'], '--kv_cache is of --format=onnx'),
+        (['--out_dir=nowhere'], 'no checkpoint at nowhere/ckpt.pt'),
+        (['--output=occupied'], 'occupied is there, and is no earlier export'),
+        (['--output=out/hf', '--init_from=out/hf'], 'the very model that is exported'),
+        (
+            ['--format=gguf', '--output=occupied'],
+            'occupied is a folder; --format=gguf writes a file',
+        ),
+        (
+            ['--format=ckpt', '--output=out/ckpt.pt'],
+            'out/ckpt.pt is the very model that is exported',
+        ),
+        (['--format=ckpt', '--output=weights.pt'], 'weights.pt is there, and is no earlier export'),
+        (['--output=theirs'], 'theirs is there, and is no earlier export'),
+        (['--output=readme'], 'readme is there, and is no earlier export'),
+        (['--format=onnx', '--output=lonely.onnx'], 'lonely.onnx.data is there without its model'),
+        (['--output=out/hf/.', '--init_from=out/hf'], 'the very model that is exported'),
+        (
+            ['--quantize=int8', '--init_from=out/ckpt.pt', '--output=out/best.pt'],
+            'out/best.pt is there, and is no earlier export',
+        ),
+        (
+            ['--format=gguf', '--output=out/tokenizer.json'],
+            'what --format=gguf writes is called *.gguf',
+        ),
+        (
+            ['--format=gguf', '--output=occupied/theirs.gguf'],
+            'theirs.gguf is there, and is no earlier export',
+        ),
+        (['--output=notes.jsonl/hf'], 'cannot write notes.jsonl/hf: Not a directory'),
+        (['--format=onnx', '--output=/'], '/ is a folder'),
+        (['--start=\udcff'], '--start or --name is no valid UTF-8'),
+        (
+            ['--format=onnx', '--output=occupied/m.onnx'],
+            'occupied/tokenizer.json is another tokenizer',
+        ),
+        (['--output=notes.jsonl'], 'notes.jsonl is a file'),
+    ],
+)
 def test_mistakes_cost_a_line(flags, message, trained, exported):
     (trained / 'occupied').mkdir(exist_ok=True)
     byte_tokenizer().save(str(trained / 'occupied/tokenizer.json'))
@@ -402,7 +868,21 @@ def test_mistakes_cost_a_line(flags, message, trained, exported):
     (trained / 'lonely.onnx.data').write_text('mine')
     plain = checkpoint.load(str(trained / 'out/ckpt.pt'))
     checkpoint.save(str(trained / 'weights.pt'), {k: plain[k] for k in ('model', 'model_args')})
-    before = {n: (trained / n).stat().st_mtime_ns for n in ('out/ckpt.pt', 'out/best.pt', 'out/tokenizer.json', 'occupied/tokenizer.json', 'occupied/thesis.txt', 'notes.jsonl', 'theirs/model.safetensors', 'readme/README.md', 'lonely.onnx.data', 'weights.pt')}
+    before = {
+        n: (trained / n).stat().st_mtime_ns
+        for n in (
+            'out/ckpt.pt',
+            'out/best.pt',
+            'out/tokenizer.json',
+            'occupied/tokenizer.json',
+            'occupied/thesis.txt',
+            'notes.jsonl',
+            'theirs/model.safetensors',
+            'readme/README.md',
+            'lonely.onnx.data',
+            'weights.pt',
+        )
+    }
     error = fails(trained, 'export.py', *flags)
     assert message in error and len(error.strip().splitlines()) == 1
     assert before == {n: (trained / n).stat().st_mtime_ns for n in before}
@@ -410,12 +890,30 @@ def test_mistakes_cost_a_line(flags, message, trained, exported):
 
 def test_a_model_of_characters(tmp_path):
     write_tiny(tmp_path / 'data/tiny')
-    run(tmp_path, 'train.py', *TINY, '--max_iters=2', '--sample_interval=0', '--position=learned', '--norm=layernorm', '--activation=gelu', '--qk_norm=False', '--n_kv_head=0', '--bias=True')
+    run(
+        tmp_path,
+        'train.py',
+        *TINY,
+        '--max_iters=2',
+        '--sample_interval=0',
+        '--position=learned',
+        '--norm=layernorm',
+        '--activation=gelu',
+        '--qk_norm=False',
+        '--n_kv_head=0',
+        '--bias=True',
+    )
     assert 'transformers' in run(tmp_path, 'export.py')
     text = '(' + chr(70) + chr(80)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out/hf')(text)['input_ids'] == find_tokenizer(str(tmp_path / 'out')).encode(text)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out/hf')(text)[
+        'input_ids'
+    ] == find_tokenizer(str(tmp_path / 'out')).encode(text)
     for output in ('out/model.gguf', 'new/folder/m.gguf'):
-        assert 'llama.cpp has no tokenizer like this one' in fails(tmp_path, 'export.py', '--format=gguf', f'--output={output}') and not (tmp_path / output).exists()
+        assert (
+            'llama.cpp has no tokenizer like this one'
+            in fails(tmp_path, 'export.py', '--format=gguf', f'--output={output}')
+            and not (tmp_path / output).exists()
+        )
     assert not (tmp_path / 'new').exists()
     assert not debris(tmp_path / 'out')
 
@@ -446,12 +944,23 @@ gguf.GGUFWriter.add_layer_norm_rms_eps = lambda self, value: write(self, 1e-4)""
 @pytest.mark.parametrize('error', WRONG)
 def test_what_came_out_wrong_is_not_left_behind(error, trained, exported, tmp_path):
     before = (trained / 'out/hf/model.safetensors').read_bytes()
-    (tmp_path / 'broken.py').write_text(f'import sys\nsys.path.insert(0, {ROOT!r})\nfrom fledge import pretrained\n{WRONG[error]}\n'
-                                        f'sys.argv[0] = {os.path.join(ROOT, "export.py")!r}\nimport runpy\nrunpy.run_path(sys.argv[0], run_name="__main__")\n')
+    (tmp_path / 'broken.py').write_text(
+        f'import sys\nsys.path.insert(0, {ROOT!r})\nfrom fledge import pretrained\n{WRONG[error]}\n'
+        f'sys.argv[0] = {os.path.join(ROOT, "export.py")!r}\nimport runpy\nrunpy.run_path(sys.argv[0], run_name="__main__")\n'
+    )
     flags = ['--dtype=bfloat16'] if 'trade' in error else ['--format=gguf', '--dtype=q8_0']
-    done = subprocess.run([sys.executable, str(tmp_path / 'broken.py'), *flags], cwd=trained, capture_output=True, text=True)
-    assert done.returncode == 2 and 'nothing is left of the export' in done.stderr, done.stdout + done.stderr
-    assert (trained / 'out/hf/model.safetensors').read_bytes() == before and not debris(trained / 'out')
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / 'broken.py'), *flags],
+        cwd=trained,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and 'nothing is left of the export' in done.stderr, (
+        done.stdout + done.stderr
+    )
+    assert (trained / 'out/hf/model.safetensors').read_bytes() == before and not debris(
+        trained / 'out'
+    )
 
 
 def test_an_interruption_as_it_takes_its_name_leaves_the_old_one(trained, exported, tmp_path):
@@ -466,20 +975,42 @@ def cut(a, b):
     rename(a, b)
 os.rename, sys.argv[0] = cut, {os.path.join(ROOT, 'export.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')""")
-    done = subprocess.run([sys.executable, str(tmp_path / 'cut.py'), '--output=kept', '--dtype=bfloat16'], cwd=trained, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / 'cut.py'), '--output=kept', '--dtype=bfloat16'],
+        cwd=trained,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 130, done.stderr
     assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
-    shutil.copytree(trained / 'kept', trained / '.replaced-kept')  # of a process that was killed as the new one had its name
+    shutil.copytree(
+        trained / 'kept', trained / '.replaced-kept'
+    )  # of a process that was killed as the new one had its name
     run(trained, 'export.py', '--output=kept', '--dtype=bfloat16')
-    assert (trained / 'kept/model.safetensors').stat().st_size < 0.6 * len(before) and not debris(trained)
+    assert (trained / 'kept/model.safetensors').stat().st_size < 0.6 * len(before) and not debris(
+        trained
+    )
 
 
 def test_an_earlier_export_is_replaced_by_another(trained, exported, tmp_path):
     trained = shutil.copytree(trained, tmp_path / 'own')
     small = ['--init_from=small/ckpt.pt']
-    run(trained, 'train.py', '--dataset=notes', '--max_iters=1', '--eval_iters=1', '--sample_interval=0', '--device=cpu', '--n_layer=1', '--block_size=64', '--out_dir=small')
+    run(
+        trained,
+        'train.py',
+        '--dataset=notes',
+        '--max_iters=1',
+        '--eval_iters=1',
+        '--sample_interval=0',
+        '--device=cpu',
+        '--n_layer=1',
+        '--block_size=64',
+        '--out_dir=small',
+    )
     (trained / 'out/model.onnx.data').write_text('weights of an earlier, larger model')
-    (trained / 'killed.onnx.data').write_text('of an export that was killed before its model followed')
+    (trained / 'killed.onnx.data').write_text(
+        'of an export that was killed before its model followed'
+    )
     (trained / '.export-killed.onnx').mkdir()
     run(trained, 'export.py', *small, '--format=onnx', '--output=killed.onnx')
     for name, flags in ((name, FLAGS[name]) for name in ('hf', 'onnx', 'int8')):
@@ -488,7 +1019,11 @@ def test_an_earlier_export_is_replaced_by_another(trained, exported, tmp_path):
         size = before.stat().st_size
         run(trained, 'export.py', *small, *flags, f'--output={exported[name]["output"]}')
         assert before.stat().st_size < 0.9 * size, name
-    assert not (trained / 'out/model.onnx.data').exists() and not (trained / 'killed.onnx.data').exists() and not debris(trained / 'out') + debris(trained)
+    assert (
+        not (trained / 'out/model.onnx.data').exists()
+        and not (trained / 'killed.onnx.data').exists()
+        and not debris(trained / 'out') + debris(trained)
+    )
     with safe_open(trained / 'out/hf/model.safetensors', 'pt') as f:
         assert f.metadata() == {'format': 'pt', 'made_by': 'fledge'}
 
@@ -501,7 +1036,12 @@ def test_a_link_stays_a_link(trained, exported):
     assert (trained / 'real/m.gguf').exists() and not (trained / 'm.gguf').exists()
     for dtype, most in (('float32', 1.0), ('bfloat16', 0.6)):
         run(trained, 'export.py', '--output=linked/', f'--dtype={dtype}')
-        assert (trained / 'linked').is_symlink() and (trained / 'real/hf/model.safetensors').stat().st_size < most * exported['hf']['bytes'] and not debris(trained) + debris(trained / 'real')
+        assert (
+            (trained / 'linked').is_symlink()
+            and (trained / 'real/hf/model.safetensors').stat().st_size
+            < most * exported['hf']['bytes']
+            and not debris(trained) + debris(trained / 'real')
+        )
 
 
 def test_a_type_that_ruins_the_model_is_refused(trained, exported):
@@ -514,20 +1054,34 @@ def test_a_type_that_ruins_the_model_is_refused(trained, exported):
     (trained / 'ruined').mkdir()
     shutil.copy(trained / 'out/tokenizer.json', trained / 'ruined')
     checkpoint.save(str(trained / 'ruined/ckpt.pt'), saved)
-    assert 'take a larger type' in fails(trained, 'export.py', '--out_dir=ruined', '--quantize=int8') and not debris(trained / 'ruined')
+    assert 'take a larger type' in fails(
+        trained, 'export.py', '--out_dir=ruined', '--quantize=int8'
+    ) and not debris(trained / 'ruined')
     run(trained, 'export.py', '--out_dir=ruined', '--format=ckpt')
     bigger = json.loads((trained / 'ruined/tokenizer.json').read_text())
     n = saved['model']['lm_head.weight'].shape[0]
     bigger['added_tokens'].append(bigger['added_tokens'][-1] | dict(id=n, content='<|more|>'))
     (trained / 'ruined/tokenizer.json').write_text(json.dumps(bigger))
-    assert f'the tokenizer has {n + 1} tokens, and the model of ruined/ckpt.pt {n}' in fails(trained, 'export.py', '--out_dir=ruined')
+    assert f'the tokenizer has {n + 1} tokens, and the model of ruined/ckpt.pt {n}' in fails(
+        trained, 'export.py', '--out_dir=ruined'
+    )
 
 
-@pytest.mark.parametrize('began, base, said', [('HuggingFaceTB/SmolLM2-135M', True, 'HuggingFaceTB/SmolLM2-135M'), ('gpt2', False, 'gpt2'), ('scratch', False, 'scratch'),
-                                               ('somebody/secret/out/ckpt.pt', False, 'ckpt.pt'), ('/home/me/models/mine/', False, 'mine')])
+@pytest.mark.parametrize(
+    'began, base, said',
+    [
+        ('HuggingFaceTB/SmolLM2-135M', True, 'HuggingFaceTB/SmolLM2-135M'),
+        ('gpt2', False, 'gpt2'),
+        ('scratch', False, 'scratch'),
+        ('somebody/secret/out/ckpt.pt', False, 'ckpt.pt'),
+        ('/home/me/models/mine/', False, 'mine'),
+    ],
+)
 def test_the_card_says_what_it_began_from(began, base, said):
     model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
-    card = hf_folder.card('a name', model, dict(config=dict(dataset='notes'), iter_num=7), {}, began)
+    card = hf_folder.card(
+        'a name', model, dict(config=dict(dataset='notes'), iter_num=7), {}, began
+    )
     assert f'| began from | {said} |' in card and (f'base_model: {began}\n' in card) == base
 
 
@@ -545,45 +1099,102 @@ def test_two_at_once(trained, exported):
 @pytest.mark.parametrize('split', ['gpt2', 'qwen2'])
 def test_transformers_takes_any_tokenizer_as_it_is(kind, split, tmp_path):
     """Its AutoTokenizer has ideas of its own for some model types."""
-    rope = dict(position='rope', norm='rmsnorm', activation='swiglu', bias=False, qk_norm=kind == 'qwen3')
-    model, ours = GPT(GPTConfig(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, **({} if kind == 'gpt2' else rope))).eval(), train_bpe([TEXT] * 30, 400, split=split)
+    rope = dict(
+        position='rope', norm='rmsnorm', activation='swiglu', bias=False, qk_norm=kind == 'qwen3'
+    )
+    model, ours = (
+        GPT(
+            GPTConfig(
+                block_size=64,
+                vocab_size=400,
+                n_layer=1,
+                n_head=2,
+                n_embd=16,
+                **({} if kind == 'gpt2' else rope),
+            )
+        ).eval(),
+        train_bpe([TEXT] * 30, 400, split=split),
+    )
     hf_folder.write(str(tmp_path), model, ours, torch.float32, 'a card')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert all(theirs(text)['input_ids'] == ours.encode(text, allow_special=True) for text in random_texts(300))
+    assert all(
+        theirs(text)['input_ids'] == ours.encode(text, allow_special=True)
+        for text in random_texts(300)
+    )
 
 
 def test_qwen2_has_qwens_tokenizer_or_none(tmp_path):
-    args = dict(block_size=64, vocab_size=400, n_layer=1, n_head=2, n_embd=16, position='rope', norm='rmsnorm', activation='swiglu', bias=False, qkv_bias=True)
+    args = dict(
+        block_size=64,
+        vocab_size=400,
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        position='rope',
+        norm='rmsnorm',
+        activation='swiglu',
+        bias=False,
+        qkv_bias=True,
+    )
     model, ours = GPT(GPTConfig(**args)).eval(), train_bpe([TEXT] * 30, 400)
     with pytest.raises(UserError, match="for Qwen2's own, which this one is not"):
         hf_folder.write(str(tmp_path), model, ours, torch.float32, 'a card')
     qwens = type(ours)(ours.spec | dict(normalizer=dict(type='NFC')))
     hf_folder.write(str(tmp_path), model, qwens, torch.float32, 'a card')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert all(theirs(text)['input_ids'] == qwens.encode(text, allow_special=True) for text in random_texts(300))
+    assert all(
+        theirs(text)['input_ids'] == qwens.encode(text, allow_special=True)
+        for text in random_texts(300)
+    )
 
 
 OWN = '{{ messages[0].content }}!'
 
 
-@pytest.mark.parametrize('template', [OWN, [dict(name='tool_use', template='no'), dict(name='default', template=OWN)]])
+@pytest.mark.parametrize(
+    'template', [OWN, [dict(name='tool_use', template='no'), dict(name='default', template=OWN)]]
+)
 def test_a_template_and_settings_of_its_own_go_along(template, tmp_path):
     make('llama', tmp_path / 'in', vocab_size=300)
     byte_tokenizer().save(str(tmp_path / 'in/tokenizer.json'))
-    (tmp_path / 'in/tokenizer_config.json').write_text(json.dumps(dict(chat_template=template, eos_token=dict(content='<|im_end|>'), pad_token=['odd'])))
-    (tmp_path / 'in/generation_config.json').write_text('{"eos_token_id": [256, 7], "temperature": 0.1}')
+    (tmp_path / 'in/tokenizer_config.json').write_text(
+        json.dumps(
+            dict(chat_template=template, eos_token=dict(content='<|im_end|>'), pad_token=['odd'])
+        )
+    )
+    (tmp_path / 'in/generation_config.json').write_text(
+        '{"eos_token_id": [256, 7], "temperature": 0.1}'
+    )
     run(tmp_path, 'export.py', '--init_from=in', '--output=hf')
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
-    assert again.apply_chat_template([dict(role='user', content='hi')], tokenize=False) == 'hi!' and again.eos_token_id == 258
-    assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['eos_token_id'] == [256, 7]
+    assert (
+        again.apply_chat_template([dict(role='user', content='hi')], tokenize=False) == 'hi!'
+        and again.eos_token_id == 258
+    )
+    assert json.loads((tmp_path / 'hf/generation_config.json').read_text())['eos_token_id'] == [
+        256,
+        7,
+    ]
 
 
 def test_a_full_disk_and_a_kill_leave_what_was_there(trained, exported):
     before = (trained / 'out/model.gguf').read_bytes()
     for flags in (['--format=gguf', '--dtype=f32'], [], ['--format=ckpt']):
-        process = start(trained, 'export.py', *flags, preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))))
+        process = start(
+            trained,
+            'export.py',
+            *flags,
+            preexec_fn=lambda: (
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+            ),
+        )
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and len(err.strip().splitlines()) == 1 and not debris(trained / 'out'), err
+        assert (
+            process.returncode == 2
+            and len(err.strip().splitlines()) == 1
+            and not debris(trained / 'out')
+        ), err
     process = start(trained, 'export.py', '--format=gguf', '--dtype=f32')
     while not (trained / 'out/.export-model.gguf').exists():
         assert process.poll() is None

@@ -1,4 +1,5 @@
 """Muon: its update against one written out, and its state against torch's."""
+
 import pytest
 import torch
 
@@ -27,7 +28,9 @@ def test_orthogonalize_equals_a_written_out_one(shape):
         torch.testing.assert_close(ours.double(), written_out(one), atol=1e-5, rtol=0)
     singular = torch.linalg.svdvals(orthogonalize(g).float())
     assert singular.min() > 0.5 and singular.max() < 1.3  # near orthogonal, in bfloat16 as well
-    assert torch.equal(orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16))
+    assert torch.equal(
+        orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize('together', [1, 1 << 22])  # one by one, and in batches
@@ -37,14 +40,20 @@ def test_muons_steps_equal_written_out_ones(together, monkeypatch):
     torch.manual_seed(0)
     shapes, lr, decay = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12)], 0.02, 0.1
     parameters = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-    expected, momenta = [p.detach().double() for p in parameters], [torch.zeros(s).double() for s in shapes]
+    expected, momenta = (
+        [p.detach().double() for p in parameters],
+        [torch.zeros(s).double() for s in shapes],
+    )
     muon = Muon(parameters, lr=lr, weight_decay=decay)
     for _ in range(3):
         for i, p in enumerate(parameters):
             p.grad = torch.randn(shapes[i])
             g = p.grad.double()
             momenta[i] = 0.95 * momenta[i] + 0.05 * g
-            update = written_out(0.05 * g + 0.95 * momenta[i]) * max(1, shapes[i][0] / shapes[i][1]) ** 0.5
+            update = (
+                written_out(0.05 * g + 0.95 * momenta[i])
+                * max(1, shapes[i][0] / shapes[i][1]) ** 0.5
+            )
             expected[i] = expected[i] * (1 - lr * decay) - lr * update
         muon.step()
         for p, e in zip(parameters, expected):
@@ -53,8 +62,14 @@ def test_muons_steps_equal_written_out_ones(together, monkeypatch):
 
 def test_torchs_own_muon_reads_the_state_and_does_the_same():
     torch.manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(p) for p in ps] for ps in zip(*[(x, x.clone()) for x in torch.randn(3, 8, 12).unbind()]))
-    a, b = Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    ours, theirs = (
+        [torch.nn.Parameter(p) for p in ps]
+        for ps in zip(*[(x, x.clone()) for x in torch.randn(3, 8, 12).unbind()])
+    )
+    a, b = (
+        Muon(ours, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
+    )
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(8, 12)

@@ -1,4 +1,5 @@
 """The scripts in prepare/, on real and on broken text."""
+
 import contextlib
 import gzip
 import json
@@ -34,16 +35,27 @@ def test_stdlib_is_this_pythons_own_source(tmp_path):
     run(tmp_path, 'prepare/stdlib.py')
     folder = str(tmp_path / 'data' / 'stdlib')
     meta = read_meta(folder)
-    assert meta['vocab_size'] == 4096 == load_tokenizer(folder).vocab_size and meta['source'].endswith(sys.version.split()[0])
+    assert meta['vocab_size'] == 4096 == load_tokenizer(folder).vocab_size and meta[
+        'source'
+    ].endswith(sys.version.split()[0])
     train, val = texts_of(folder, 'train'), texts_of(folder, 'val')
     for split, texts in (('train', train), ('val', val)):
         n = meta['splits'][split]
-        assert n['documents'] == len(texts) and n['bytes'] == sum(len(t.encode()) for t in texts) and n['tokens'] == len(read_bin(f'{folder}/{split}.bin'))
+        assert (
+            n['documents'] == len(texts)
+            and n['bytes'] == sum(len(t.encode()) for t in texts)
+            and n['tokens'] == len(read_bin(f'{folder}/{split}.bin'))
+        )
     with open(os.__file__, encoding='utf-8') as f:
         assert f.read() in train + val
-    first = {n: (tmp_path / 'data' / 'stdlib' / n).read_bytes() for n in ('train.bin', 'val.bin', 'tokenizer.json')}
+    first = {
+        n: (tmp_path / 'data' / 'stdlib' / n).read_bytes()
+        for n in ('train.bin', 'val.bin', 'tokenizer.json')
+    }
     run(tmp_path, 'prepare/stdlib.py', '--num_proc=1')
-    assert first == {n: (tmp_path / 'data' / 'stdlib' / n).read_bytes() for n in first}  # the same bytes again
+    assert first == {
+        n: (tmp_path / 'data' / 'stdlib' / n).read_bytes() for n in first
+    }  # the same bytes again
 
 
 def test_shakespeare_char_is_nanogpts(tmp_path):
@@ -62,14 +74,19 @@ def test_shakespeare_in_gpt2s_tokens(tmp_path):
     shared('tiktoken')
     run(tmp_path, 'prepare/shakespeare.py', f'--input={shared("tinyshakespeare", "input.txt")}')
     meta = read_meta(str(tmp_path / 'data' / 'shakespeare'))
-    assert {s: n['tokens'] for s, n in meta['splits'].items()} == {'train': 301967, 'val': 36060}  # nanoGPT's, and an end of text each
+    assert {s: n['tokens'] for s, n in meta['splits'].items()} == {
+        'train': 301967,
+        'val': 36060,
+    }  # nanoGPT's, and an end of text each
 
 
 @pytest.mark.parametrize('script', ['shakespeare', 'shakespeare_char'])
 def test_no_network_is_one_line(tmp_path, script):
     if script == 'shakespeare':
         shared('tiktoken')
-    assert 'cannot fetch https://' in fails(tmp_path, f'prepare/{script}.py', env={'https_proxy': 'http://127.0.0.1:9'})
+    assert 'cannot fetch https://' in fails(
+        tmp_path, f'prepare/{script}.py', env={'https_proxy': 'http://127.0.0.1:9'}
+    )
 
 
 @pytest.fixture
@@ -80,7 +97,10 @@ def notes(tmp_path):
     texts = [f'note {i}: naïve 😀\r\n\ttext' for i in range(40)]
     (folder / 'a.txt').write_bytes(texts[0].encode())
     (folder / 'deep' / 'b.md').write_bytes(texts[1].encode())
-    (folder / 'c.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts[2:20]) + '{"broken\n\n{"title": "no text"}\n{"text": 3}\n')
+    (folder / 'c.jsonl').write_text(
+        ''.join(json.dumps({'text': t}) + '\n' for t in texts[2:20])
+        + '{"broken\n\n{"title": "no text"}\n{"text": 3}\n'
+    )
     pyarrow.parquet.write_table(pyarrow.table({'text': texts[20:] + [None]}), folder / 'd.parquet')
     (folder / 'image.png').write_bytes(b'\x89PNG')
     (folder / 'empty.txt').write_text('')
@@ -92,31 +112,66 @@ def test_own_text_of_every_kind(notes, tokenizer):
     folder, texts = notes
     if tokenizer == 'gpt2':
         shared('tiktoken')
-    run(folder, 'prepare/text.py', '--input=notes/', '--name=notes', '--val_fraction=0.2', *f'--tokenizer={tokenizer}'.split())
+    run(
+        folder,
+        'prepare/text.py',
+        '--input=notes/',
+        '--name=notes',
+        '--val_fraction=0.2',
+        *f'--tokenizer={tokenizer}'.split(),
+    )
     data = str(folder / 'data' / 'notes')
     train, val = texts_of(data, 'train'), texts_of(data, 'val')
     assert sorted(train + val) == sorted(texts) and 2 <= len(val) <= 16
     assert sorted(os.listdir(data)) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
     assert 'prepare/text.py --input=notes/' in read_meta(data)['command']
-    again = run(folder, 'prepare/text.py', '--input=notes/', '--name=again', '--val_fraction=0.2', '--num_proc=1', f'--tokenizer={data}')
+    again = run(
+        folder,
+        'prepare/text.py',
+        '--input=notes/',
+        '--name=again',
+        '--val_fraction=0.2',
+        '--num_proc=1',
+        f'--tokenizer={data}',
+    )
     assert texts_of(str(folder / 'data' / 'again'), 'val') == val, again
 
 
 @pytest.mark.parametrize('n', [1, 2, 5])
 def test_a_few_documents_have_a_val_too(tmp_path, n):
-    (tmp_path / 'few.jsonl').write_text(''.join(json.dumps({'text': f'{i} ' * 100 + 'é\ud800'}) + '\n' for i in range(n)))
+    (tmp_path / 'few.jsonl').write_text(
+        ''.join(json.dumps({'text': f'{i} ' * 100 + 'é\ud800'}) + '\n' for i in range(n))
+    )
     run(tmp_path, 'prepare/text.py', '--input=few.jsonl', '--name=few', '--tokenizer=bytes')
     meta = read_meta(str(tmp_path / 'data' / 'few'))
-    assert meta['splits']['val']['tokens'] > 1 and sum(s['bytes'] for s in meta['splits'].values()) == n * 205  # half a pair becomes U+FFFD
+    assert (
+        meta['splits']['val']['tokens'] > 1
+        and sum(s['bytes'] for s in meta['splits'].values()) == n * 205
+    )  # half a pair becomes U+FFFD
     assert meta['repaired'] == dict(count=n, first=[f'few.jsonl:{i + 1}' for i in range(min(n, 3))])
-    train, val = texts_of(str(tmp_path / 'data' / 'few'), 'train'), texts_of(str(tmp_path / 'data' / 'few'), 'val')
-    assert ''.join(train + val) == ''.join(f'{i} ' * 100 + 'é�' for i in range(n)) and val[-1].endswith('�')
+    train, val = (
+        texts_of(str(tmp_path / 'data' / 'few'), 'train'),
+        texts_of(str(tmp_path / 'data' / 'few'), 'val'),
+    )
+    assert ''.join(train + val) == ''.join(f'{i} ' * 100 + 'é�' for i in range(n)) and val[
+        -1
+    ].endswith('�')
 
 
 def test_one_document_is_cut_in_two(tmp_path):
     (tmp_path / 'one.txt').write_text('abcdefghij' * 10)
-    run(tmp_path, 'prepare/text.py', '--input=one.txt', '--name=one', '--tokenizer=chars', '--val_fraction=0.1')
-    assert len(read_bin(str(tmp_path / 'data/one/train.bin'))) == 90 and len(read_bin(str(tmp_path / 'data/one/val.bin'))) == 10
+    run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=one.txt',
+        '--name=one',
+        '--tokenizer=chars',
+        '--val_fraction=0.1',
+    )
+    assert (
+        len(read_bin(str(tmp_path / 'data/one/train.bin'))) == 90
+        and len(read_bin(str(tmp_path / 'data/one/val.bin'))) == 10
+    )
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -132,25 +187,52 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'name= is needed' in fails(tmp_path, 'prepare/text.py', '--input=some.txt')
     assert 'nowhere does not exist' in text('--input=nowhere')
     assert 'no .txt, .md, .jsonl, .jsonl.gz, .json or .parquet files there' in text('--input=empty')
-    assert 'empty.txt gives no documents; 1 x an empty file (empty.txt:0)' in text('--input=empty.txt', '--tokenizer=bytes')
+    assert 'empty.txt gives no documents; 1 x an empty file (empty.txt:0)' in text(
+        '--input=empty.txt', '--tokenizer=bytes'
+    )
     assert 'no tokenizer at nowhere' in text('--input=some.txt', '--tokenizer=nowhere')
     assert 'needs at least 259' in text('--input=some.txt', '--tokenizer=train', '--vocab_size=100')
-    assert '1 x a file that cannot be read any further (ArrowInvalid' in text('--input=broken.parquet', '--tokenizer=bytes')
-    assert '1 x a file that cannot be read any further (JSONDecodeError' in text('--input=broken.json', '--tokenizer=bytes')
+    assert '1 x a file that cannot be read any further (ArrowInvalid' in text(
+        '--input=broken.parquet', '--tokenizer=bytes'
+    )
+    assert '1 x a file that cannot be read any further (JSONDecodeError' in text(
+        '--input=broken.json', '--tokenizer=bytes'
+    )
     err = text('--input=lines.jsonl', '--tokenizer=bytes')
-    assert all(why in err for why in ("no field 'text' (lines.jsonl:1)", 'no object (lines.jsonl:2)', "'text' that is no text (lines.jsonl:3)", 'no JSON (lines.jsonl:4)')), err
+    assert all(
+        why in err
+        for why in (
+            "no field 'text' (lines.jsonl:1)",
+            'no object (lines.jsonl:2)',
+            "'text' that is no text (lines.jsonl:3)",
+            'no JSON (lines.jsonl:4)',
+        )
+    ), err
     assert 'no documents' in text('--input=lines.jsonl', '--tokenizer=train', '--vocab_size=300')
-    assert 'val_fraction=0.0 is not between 0 and 1' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=0')
+    assert 'val_fraction=0.0 is not between 0 and 1' in text(
+        '--input=some.txt', '--tokenizer=bytes', '--val_fraction=0'
+    )
     assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')
     assert 'val_fraction=2' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=2')
-    assert 'shard=2 is none of the 2 shards' in text('--input=some.txt', '--tokenizer=bytes', '--shard=2', '--num_shards=2')
-    assert 'each of the 2 shards would make another one' in text('--input=some.txt', '--tokenizer=train', '--num_shards=2')
-    assert "1 x the character 'x' is not in this vocabulary of 6 characters (some.txt:1)" in text('--input=some.txt', f'--tokenizer={char_file(tmp_path)}')
+    assert 'shard=2 is none of the 2 shards' in text(
+        '--input=some.txt', '--tokenizer=bytes', '--shard=2', '--num_shards=2'
+    )
+    assert 'each of the 2 shards would make another one' in text(
+        '--input=some.txt', '--tokenizer=train', '--num_shards=2'
+    )
+    assert "1 x the character 'x' is not in this vocabulary of 6 characters (some.txt:1)" in text(
+        '--input=some.txt', f'--tokenizer={char_file(tmp_path)}'
+    )
     (tmp_path / 'linked').mkdir()
     os.symlink('nowhere', tmp_path / 'linked' / 'link.txt')
-    assert 'a file that cannot be read any further (No such file or directory) (linked/link.txt:0)' in text('--input=linked', '--tokenizer=bytes')
+    assert (
+        'a file that cannot be read any further (No such file or directory) (linked/link.txt:0)'
+        in text('--input=linked', '--tokenizer=bytes')
+    )
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a']}), tmp_path / 'body.parquet')
-    assert "a .parquet without a column 'text'; it has body" in text('--input=body.parquet', '--tokenizer=bytes')
+    assert "a .parquet without a column 'text'; it has body" in text(
+        '--input=body.parquet', '--tokenizer=bytes'
+    )
     assert not (tmp_path / 'data' / 'x').exists()
 
 
@@ -163,43 +245,104 @@ def test_broken_records_are_counted_named_and_left_out(tmp_path):
     folder = tmp_path / 'mixed'
     (folder / 'none').mkdir(parents=True)
     good = [json.dumps({'text': f'document {i}'}).encode() for i in range(300)]
-    good[3:3] = [b'{"broken', b'', b'{"title": "x"}', b'{"text": 5}', b'{"text": null}', b'[1]', b'{"text": "  \\n"}', good[0], b'{"text": "caf\xe9"}', b'{"text": "tiny"}']
+    good[3:3] = [
+        b'{"broken',
+        b'',
+        b'{"title": "x"}',
+        b'{"text": 5}',
+        b'{"text": null}',
+        b'[1]',
+        b'{"text": "  \\n"}',
+        good[0],
+        b'{"text": "caf\xe9"}',
+        b'{"text": "tiny"}',
+    ]
     (folder / 'a.jsonl').write_bytes(b'\xef\xbb\xbf' + b'\r\n'.join(good) + b'\r\n')
     (folder / 'b.md').write_bytes(b'fine\nnot \xff fine\n')
     (folder / 'c.txt').write_bytes(b'')
     (folder / 'd.parquet').write_bytes(b'PAR1')
     (folder / 'e.json').write_text(json.dumps([{'text': 'from a list'}, 7]))
-    (folder / 'f.jsonl.gz').write_bytes(gzip.compress(b'{"text": "packed text"}\n' * 2)[:-9])  # cut short
-    out = run(tmp_path, 'prepare/text.py', '--input=mixed,mixed/none', '--name=x', '--tokenizer=bytes', '--min_length=5', '--val_fraction=0.1')
+    (folder / 'f.jsonl.gz').write_bytes(
+        gzip.compress(b'{"text": "packed text"}\n' * 2)[:-9]
+    )  # cut short
+    out = run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=mixed,mixed/none',
+        '--name=x',
+        '--tokenizer=bytes',
+        '--min_length=5',
+        '--val_fraction=0.1',
+    )
     meta = read_meta(str(tmp_path / 'data/x'))
     a = 'mixed/a.jsonl:'
     assert {why: (n['count'], n['first']) for why, n in meta['dropped'].items()} == {
-        'a folder without text files': (1, ['mixed/none:0']), 'no JSON': (1, [a + '4']), "no field 'text'": (2, [a + '6', a + '8']), "a field 'text' that is no text": (1, [a + '7']),
-        'no object': (2, [a + '9', 'mixed/e.json:2']), 'empty': (1, [a + '10']), 'shorter than min_length=5': (2, [a + '12', a + '13']), 'an empty file': (1, ['mixed/c.txt:0']),
-        next(w for w in meta['dropped'] if 'ArrowInvalid' in w): (1, ['mixed/d.parquet:0']), next(w for w in meta['dropped'] if 'EOFError' in w): (1, ['mixed/f.jsonl.gz:0']),
-        'a duplicate': (2, [])}
+        'a folder without text files': (1, ['mixed/none:0']),
+        'no JSON': (1, [a + '4']),
+        "no field 'text'": (2, [a + '6', a + '8']),
+        "a field 'text' that is no text": (1, [a + '7']),
+        'no object': (2, [a + '9', 'mixed/e.json:2']),
+        'empty': (1, [a + '10']),
+        'shorter than min_length=5': (2, [a + '12', a + '13']),
+        'an empty file': (1, ['mixed/c.txt:0']),
+        next(w for w in meta['dropped'] if 'ArrowInvalid' in w): (1, ['mixed/d.parquet:0']),
+        next(w for w in meta['dropped'] if 'EOFError' in w): (1, ['mixed/f.jsonl.gz:0']),
+        'a duplicate': (2, []),
+    }
     assert meta['repaired'] == dict(count=2, first=[a + '12', 'mixed/b.md:2'])
     texts = texts_of(str(tmp_path / 'data/x'), 'train') + texts_of(str(tmp_path / 'data/x'), 'val')
-    assert sorted(texts) == sorted([f'document {i}' for i in range(300)] + ['fine\nnot � fine\n', 'from a list', 'packed text'])
+    assert sorted(texts) == sorted(
+        [f'document {i}' for i in range(300)] + ['fine\nnot � fine\n', 'from a list', 'packed text']
+    )
     assert f'left out: 1 x no JSON ({a}4)' in out and 'repaired: 2 x invalid UTF-8' in out
 
 
 def test_a_set_of_a_single_mistake_is_no_duplicate_of_itself(tmp_path):
     """Documents that differ in nothing are one; those that differ in a space are two."""
-    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in ['a b', 'a b', 'a  b', 'a b '] * 50))
-    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--tokenizer=bytes', '--val_fraction=0.4')
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(json.dumps({'text': t}) + '\n' for t in ['a b', 'a b', 'a  b', 'a b '] * 50)
+    )
+    run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=x.jsonl',
+        '--name=x',
+        '--tokenizer=bytes',
+        '--val_fraction=0.4',
+    )
     meta = read_meta(str(tmp_path / 'data/x'))
-    assert sum(n['documents'] for n in meta['splits'].values()) in (3, 4) and meta['dropped']['a duplicate']['count'] == 197
+    assert (
+        sum(n['documents'] for n in meta['splits'].values()) in (3, 4)
+        and meta['dropped']['a duplicate']['count'] == 197
+    )
 
 
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bytes', 'chars', 'train --vocab_size=400'])
 def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
     if tokenizer == 'gpt2':
         shared('tiktoken')
-    texts = [t for t in random_texts(300, seed=3) if t.strip()] + ['x' * 1_000_000, ' ' * 1_000_000 + 'y', '中' * 400_000, 'a\r\nb\r\n', '\x00\x01']
+    texts = [t for t in random_texts(300, seed=3) if t.strip()] + [
+        'x' * 1_000_000,
+        ' ' * 1_000_000 + 'y',
+        '中' * 400_000,
+        'a\r\nb\r\n',
+        '\x00\x01',
+    ]
     texts = [t for t in texts if t.encode('utf-8', errors='replace').decode() == t]
-    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': t}, ensure_ascii=i % 2 == 0) + '\n' for i, t in enumerate(texts)), encoding='utf-8')
-    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--val_fraction=0.2', *f'--tokenizer={tokenizer}'.split())
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(
+            json.dumps({'text': t}, ensure_ascii=i % 2 == 0) + '\n' for i, t in enumerate(texts)
+        ),
+        encoding='utf-8',
+    )
+    run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=x.jsonl',
+        '--name=x',
+        '--val_fraction=0.2',
+        *f'--tokenizer={tokenizer}'.split(),
+    )
     folder = str(tmp_path / 'data/x')
     if tokenizer == 'chars':  # no end of text between them
         decoded = load_tokenizer(folder).decode(read_bin(f'{folder}/train.bin'))
@@ -216,39 +359,84 @@ def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
 def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
     """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a character."""
     rng = random.Random(0)
-    content = {'words': lambda: '\n'.join(' '.join(rng.choices(['the', 'naïve', 'x1;', '\t', '  ', 'end.'], k=9)) for _ in range(300_000)).encode(),
-               'no newline': lambda: 'é中😀'.encode() * 700_000, 'broken bytes': lambda: bytes(rng.choices(range(128, 256), k=5_000_000))}[kind]()
+    content = {
+        'words': lambda: '\n'.join(
+            ' '.join(rng.choices(['the', 'naïve', 'x1;', '\t', '  ', 'end.'], k=9))
+            for _ in range(300_000)
+        ).encode(),
+        'no newline': lambda: 'é中😀'.encode() * 700_000,
+        'broken bytes': lambda: bytes(rng.choices(range(128, 256), k=5_000_000)),
+    }[kind]()
     (tmp_path / 'long.txt').write_bytes(content)
     (tmp_path / 'twin.txt').write_bytes(content)
-    out = run(tmp_path, 'prepare/text.py', '--input=long.txt,twin.txt', '--name=x', '--tokenizer=bytes', '--val_fraction=0.01')
+    out = run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=long.txt,twin.txt',
+        '--name=x',
+        '--tokenizer=bytes',
+        '--val_fraction=0.01',
+    )
     folder = str(tmp_path / 'data/x')
     train, val = texts_of(folder, 'train'), texts_of(folder, 'val')
     text = content.decode(errors='replace')
     assert (len(train), len(val)) == (1, 1) and '1 x a duplicate' in out
-    if kind == 'broken bytes':  # a character cut between two reads may be two U+FFFD in place of one
+    if (
+        kind == 'broken bytes'
+    ):  # a character cut between two reads may be two U+FFFD in place of one
         assert abs(len(train[0] + val[0]) - len(text)) < 5
     else:
         assert train[0] + val[0] == text
     if kind == 'words':
         shared('tiktoken')
-        run(tmp_path, 'prepare/text.py', '--input=long.txt', '--name=y', '--tokenizer=gpt2', '--shard_tokens=500000')
-        got = np.concatenate([read_bin(p) for split in ('train', 'val') for p in split_files(str(tmp_path / 'data/y'), split)])
+        run(
+            tmp_path,
+            'prepare/text.py',
+            '--input=long.txt',
+            '--name=y',
+            '--tokenizer=gpt2',
+            '--shard_tokens=500000',
+        )
+        got = np.concatenate(
+            [
+                read_bin(p)
+                for split in ('train', 'val')
+                for p in split_files(str(tmp_path / 'data/y'), split)
+            ]
+        )
         assert np.array_equal(got[got != 50256], gpt2_tokenizer().encode_array(text))
 
 
 def slow_tokenizer(folder):
     """One that runs on `tokenizers`, a tenth as fast as tiktoken."""
-    (folder / 'slow.json').write_text(json.dumps(byte_tokenizer().spec | {'normalizer': {'type': 'NFC'}}))
+    (folder / 'slow.json').write_text(
+        json.dumps(byte_tokenizer().spec | {'normalizer': {'type': 'NFC'}})
+    )
     return folder / 'slow.json'
 
 
 def write_many(folder, n=8000):
     """18 MB of documents, a tenth of them duplicates, a line broken here and there."""
     rng = random.Random(1)
-    lines = [json.dumps({'text': f'{i} ' + ' '.join(rng.choices(['alpha', 'béta', '\n', 'gamma'], k=400))}) for i in range(n)]
-    lines = [rng.choice(lines[:i + 1]) if rng.random() < 0.1 else line for i, line in enumerate(lines)]
-    (folder / 'many.jsonl').write_text('\n'.join('{' if i % 997 == 5 else line for i, line in enumerate(lines)), encoding='utf-8')
-    return ['prepare/text.py', '--input=many.jsonl', '--val_fraction=0.05', f'--tokenizer={slow_tokenizer(folder)}', '--shard_tokens=3000000']
+    lines = [
+        json.dumps(
+            {'text': f'{i} ' + ' '.join(rng.choices(['alpha', 'béta', '\n', 'gamma'], k=400))}
+        )
+        for i in range(n)
+    ]
+    lines = [
+        rng.choice(lines[: i + 1]) if rng.random() < 0.1 else line for i, line in enumerate(lines)
+    ]
+    (folder / 'many.jsonl').write_text(
+        '\n'.join('{' if i % 997 == 5 else line for i, line in enumerate(lines)), encoding='utf-8'
+    )
+    return [
+        'prepare/text.py',
+        '--input=many.jsonl',
+        '--val_fraction=0.05',
+        f'--tokenizer={slow_tokenizer(folder)}',
+        '--shard_tokens=3000000',
+    ]
 
 
 def contents(folder):
@@ -263,7 +451,9 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
     command = write_many(tmp_path)
     run(tmp_path, *command, '--name=whole', '--num_proc=1')
     whole = contents(tmp_path / 'data/whole')
-    assert {'train_000000.bin', 'train_000002.bin', 'val.bin'} <= whole.keys() and whole['meta']['dropped']['a duplicate']['count'] > 300
+    assert {'train_000000.bin', 'train_000002.bin', 'val.bin'} <= whole.keys() and whole['meta'][
+        'dropped'
+    ]['a duplicate']['count'] > 300
     run(tmp_path, *command, '--name=three', '--num_proc=3')
     assert contents(tmp_path / 'data/three') == whole
     states, kept = lambda: list((tmp_path / 'data/killed').glob('partial-*/state.json')), 0
@@ -277,9 +467,15 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
         if end:
             process.send_signal(end)
         err = process.communicate(timeout=120)[1]
-        assert process.returncode == {None: 0, signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[end], err
+        assert (
+            process.returncode
+            == {None: 0, signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[end]
+        ), err
         if end:
-            assert not (tmp_path / 'data/killed/train_000000.bin').exists() and not (tmp_path / 'data/killed/meta.json').exists()
+            assert (
+                not (tmp_path / 'data/killed/train_000000.bin').exists()
+                and not (tmp_path / 'data/killed/meta.json').exists()
+            )
             before, kept = kept, json.loads(states()[0].read_text())['bytes']
             assert kept > before or end == signal.SIGKILL
     assert contents(tmp_path / 'data/killed') == whole
@@ -312,7 +508,13 @@ runpy.run_path(script, run_name='__main__')
 
 def crash(cwd, n, script, *args):
     """Run a script until its n-th change of a file's name or wish that it be on the disk, and end it there; whether it got so far."""
-    done = subprocess.run([sys.executable, '-c', CRASH, str(n), os.path.join(ROOT, script), *args], cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, '-c', CRASH, str(n), os.path.join(ROOT, script), *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode in (0, 137), done.stderr
     return done.returncode == 137
 
@@ -322,17 +524,38 @@ def crash(cwd, n, script, *args):
 def test_killed_at_any_step_it_ends_the_same(tmp_path, kind):
     """At each step of the commits, of giving val the end of a text, of taking the final names and of tidying up."""
     (tmp_path / 'one.txt').write_text('some words. ' * 500)
-    command = {'masked shards': ['prepare/copy_task.py', '--examples=60', '--shard_tokens=400', '--num_proc=1'],
-               'one text': ['prepare/text.py', '--input=one.txt', '--tokenizer=bytes', '--num_proc=1', '--val_fraction=0.1']}[kind]
+    command = {
+        'masked shards': [
+            'prepare/copy_task.py',
+            '--examples=60',
+            '--shard_tokens=400',
+            '--num_proc=1',
+        ],
+        'one text': [
+            'prepare/text.py',
+            '--input=one.txt',
+            '--tokenizer=bytes',
+            '--num_proc=1',
+            '--val_fraction=0.1',
+        ],
+    }[kind]
     run(tmp_path, *command, '--name=whole')
-    run(tmp_path, command[0], *command[1:], '--name=x', '--seed=5')  # an older dataset of the same name
+    run(
+        tmp_path, command[0], *command[1:], '--name=x', '--seed=5'
+    )  # an older dataset of the same name
     whole, n = contents(tmp_path / 'data/whole'), 0
     while crash(tmp_path, n, *command, '--name=x'):
         assert n < 90
         folder = tmp_path / 'data/x'
-        if (folder / 'train.bin').exists() or (folder / 'train_000000.bin').exists():  # it looks prepared: then it is, the old one or the new
+        if (folder / 'train.bin').exists() or (
+            folder / 'train_000000.bin'
+        ).exists():  # it looks prepared: then it is, the old one or the new
             Tokens(str(folder), 'train', 8, 300)
-            masks = [p for p in split_files(str(folder), 'train') if kind == 'masked shards' and not os.path.exists(p[:-4] + '.mask.bin')]
+            masks = [
+                p
+                for p in split_files(str(folder), 'train')
+                if kind == 'masked shards' and not os.path.exists(p[:-4] + '.mask.bin')
+            ]
             assert not masks
         run(tmp_path, *command, '--name=x')
         assert contents(folder) == whole, n
@@ -342,9 +565,21 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path, kind):
 
 @pytest.mark.slow
 def test_a_merge_killed_at_any_step_ends_the_same(tmp_path):
-    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(60)))
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(60))
+    )
     for i in range(2):
-        run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=shards', '--tokenizer=bytes', '--val_fraction=0.2', '--num_shards=2', f'--shard={i}', '--shard_tokens=400')
+        run(
+            tmp_path,
+            'prepare/text.py',
+            '--input=x.jsonl',
+            '--name=shards',
+            '--tokenizer=bytes',
+            '--val_fraction=0.2',
+            '--num_shards=2',
+            f'--shard={i}',
+            '--shard_tokens=400',
+        )
     shutil.copytree(tmp_path / 'data/shards', tmp_path / 'data/whole')
     run(tmp_path, 'prepare/merge.py', '--name=whole')
     whole, n, more = contents(tmp_path / 'data/whole'), 0, True
@@ -365,12 +600,25 @@ def test_a_merge_killed_at_any_step_ends_the_same(tmp_path):
 
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
     import resource
+
     command = write_many(tmp_path, 3000) + ['--shard_tokens=50000000']
     run(tmp_path, *command, '--name=whole')
-    process = start(tmp_path, *command, '--name=full', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)))
+    process = start(
+        tmp_path,
+        *command,
+        '--name=full',
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)),
+    )
     err = process.communicate(timeout=120)[1]
-    kept = bool(list((tmp_path / 'data/full').glob('partial-*/state.json')))  # not where the first seconds were the last
-    assert process.returncode == 2 and err.count('\n') == 1 and f'File too large{"; what is prepared is kept, and the same command goes on" * kept}\n' in err
+    kept = bool(
+        list((tmp_path / 'data/full').glob('partial-*/state.json'))
+    )  # not where the first seconds were the last
+    assert (
+        process.returncode == 2
+        and err.count('\n') == 1
+        and f'File too large{"; what is prepared is kept, and the same command goes on" * kept}\n'
+        in err
+    )
     run(tmp_path, *command, '--name=full')
     assert contents(tmp_path / 'data/full') == contents(tmp_path / 'data/whole')
 
@@ -380,17 +628,25 @@ def test_a_terminal_shows_progress(tmp_path):
     import pty
     import struct
     import termios
+
     command = write_many(tmp_path, 800)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, command[0]), *command[1:], '--name=x'], cwd=tmp_path, stdout=slave, stderr=slave)
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, command[0]), *command[1:], '--name=x'],
+        cwd=tmp_path,
+        stdout=slave,
+        stderr=slave,
+    )
     os.close(slave)
     shown = b''
     with contextlib.suppress(OSError):  # the other end is closed when it ends
         while part := os.read(master, 4096):
             shown += part
     os.close(master)
-    assert process.wait() == 0 and re.search(r'\d+%\|.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]B/s, [\d,]+ tokens\]', shown.decode()), shown[-500:]
+    assert process.wait() == 0 and re.search(
+        r'\d+%\|.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]B/s, [\d,]+ tokens\]', shown.decode()
+    ), shown[-500:]
 
 
 def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_is_whole(tmp_path):
@@ -398,10 +654,16 @@ def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_i
     run(tmp_path, *command, '--name=x', '--shard_tokens=100000')
     old = contents(tmp_path / 'data/x')
     assert 'train_000001.bin' in old
-    assert 'tokenizer' in fails(tmp_path, *command, '--name=x', '--tokenizer=nowhere') and contents(tmp_path / 'data/x') == old
+    assert (
+        'tokenizer' in fails(tmp_path, *command, '--name=x', '--tokenizer=nowhere')
+        and contents(tmp_path / 'data/x') == old
+    )
     run(tmp_path, *command, '--name=x', '--seed=7')
     new = contents(tmp_path / 'data/x')
-    assert sorted(new) == ['meta', 'tokenizer.json', 'train.bin', 'val.bin'] and new['val.bin'] != old['val.bin']
+    assert (
+        sorted(new) == ['meta', 'tokenizer.json', 'train.bin', 'val.bin']
+        and new['val.bin'] != old['val.bin']
+    )
     run(tmp_path, *command, '--name=x', '--target_tokens=50000')
     assert 50_000 <= read_meta(str(tmp_path / 'data/x'))['splits']['train']['tokens'] < 55_000
 
@@ -411,26 +673,40 @@ def test_shards_of_several_machines_are_joined(tmp_path):
     run(tmp_path, *command, '--name=whole')
     for i in (2, 0):
         run(tmp_path, *command, '--name=x', '--num_shards=3', f'--shard={i}')
-    assert 'shard_00001_of_00003 is not prepared yet' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+    assert 'shard_00001_of_00003 is not prepared yet' in fails(
+        tmp_path, 'prepare/merge.py', '--name=x'
+    )
     run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1', '--seed=8')
     assert 'different settings or tokenizers' in fails(tmp_path, 'prepare/merge.py', '--name=x')
     run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1')
     out = run(tmp_path, 'prepare/merge.py', '--name=x')
     whole, folder = str(tmp_path / 'data/whole'), str(tmp_path / 'data/x')
-    assert not list((tmp_path / 'data/x').glob('shard_*')) and 'documents are in several shards' in out
+    assert (
+        not list((tmp_path / 'data/x').glob('shard_*')) and 'documents are in several shards' in out
+    )
     n, m = read_meta(folder)['splits'], read_meta(whole)['splits']
     repeated = read_meta(folder)['in_several_shards']
     assert sum(n[s]['documents'] for s in n) == sum(m[s]['documents'] for s in m) + repeated
     for split in ('train', 'val'):
-        assert sum(len(read_bin(p)) for p in split_files(folder, split)) == n[split]['tokens'] and len(split_files(folder, split)) == n[split]['files']
-        joined, one = ({t for p in split_files(f, split) for t in documents_of(f, p)} for f in (folder, whole))
-        assert joined == one  # a duplicate falls into the same split everywhere, so val is never in train
+        assert (
+            sum(len(read_bin(p)) for p in split_files(folder, split)) == n[split]['tokens']
+            and len(split_files(folder, split)) == n[split]['files']
+        )
+        joined, one = (
+            {t for p in split_files(f, split) for t in documents_of(f, p)} for f in (folder, whole)
+        )
+        assert (
+            joined == one
+        )  # a duplicate falls into the same split everywhere, so val is never in train
     assert 'holds no shards' in fails(tmp_path, 'prepare/merge.py', '--name=x')
 
 
 def documents_of(folder, path):
     tokenizer, ids = load_tokenizer(folder), read_bin(path)
-    return [tokenizer.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)[:-1]]
+    return [
+        tokenizer.decode(part[:-1])
+        for part in np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)[:-1]
+    ]
 
 
 @pytest.mark.slow
@@ -440,7 +716,15 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     with open(tmp_path / 'large.jsonl', 'w') as f:
         for i in range(150_000):
             f.write(line.replace('document', f'document {i}') + '\n')
-    process = start(tmp_path, 'prepare/text.py', '--input=large.jsonl', '--name=x', '--tokenizer=bytes', '--num_proc=2', start_new_session=True)
+    process = start(
+        tmp_path,
+        'prepare/text.py',
+        '--input=large.jsonl',
+        '--name=x',
+        '--tokenizer=bytes',
+        '--num_proc=2',
+        start_new_session=True,
+    )
     peak = 0
     while process.poll() is None:
         total = 0
@@ -459,15 +743,40 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
 
 def test_wikitext_2_and_gsm8k_as_published(tmp_path):
     shared('tiktoken')
-    run(tmp_path, 'prepare/text.py', f'--input={shared("wikitext-2", "valid.txt")},{shared("wikitext-2", "test.txt")}', '--name=wt', '--val_fraction=0.1')
-    texts = texts_of(str(tmp_path / 'data/wt'), 'train') + texts_of(str(tmp_path / 'data/wt'), 'val')
-    with open(shared('wikitext-2', 'valid.txt'), encoding='utf-8', newline='') as f, open(shared('wikitext-2', 'test.txt'), encoding='utf-8', newline='') as g:
+    run(
+        tmp_path,
+        'prepare/text.py',
+        f'--input={shared("wikitext-2", "valid.txt")},{shared("wikitext-2", "test.txt")}',
+        '--name=wt',
+        '--val_fraction=0.1',
+    )
+    texts = texts_of(str(tmp_path / 'data/wt'), 'train') + texts_of(
+        str(tmp_path / 'data/wt'), 'val'
+    )
+    with (
+        open(shared('wikitext-2', 'valid.txt'), encoding='utf-8', newline='') as f,
+        open(shared('wikitext-2', 'test.txt'), encoding='utf-8', newline='') as g,
+    ):
         valid, test = f.read(), g.read()
     assert ''.join(texts) in (valid + test, test + valid)
-    run(tmp_path, 'prepare/text.py', f'--input={shared("gsm8k", "train.jsonl")}', '--name=gsm', '--field=question', '--tokenizer=train', '--vocab_size=1000')
+    run(
+        tmp_path,
+        'prepare/text.py',
+        f'--input={shared("gsm8k", "train.jsonl")}',
+        '--name=gsm',
+        '--field=question',
+        '--tokenizer=train',
+        '--vocab_size=1000',
+    )
     with open(shared('gsm8k', 'train.jsonl'), encoding='utf-8') as f:
         questions = {json.loads(line)['question'] for line in f}
-    assert set(texts_of(str(tmp_path / 'data/gsm'), 'train') + texts_of(str(tmp_path / 'data/gsm'), 'val')) == questions
+    assert (
+        set(
+            texts_of(str(tmp_path / 'data/gsm'), 'train')
+            + texts_of(str(tmp_path / 'data/gsm'), 'val')
+        )
+        == questions
+    )
 
 
 def learned_of(folder, split):
@@ -476,7 +785,10 @@ def learned_of(folder, split):
     mask = np.fromfile(f'{folder}/{split}.mask.bin', np.uint8)
     assert len(mask) == len(ids) and set(mask) <= {0, 1}
     ends = np.flatnonzero(ids == tokenizer.end_of_text) + 1
-    return [(tokenizer.decode(part), tokenizer.decode(part[kept == 1])) for part, kept in zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1])]
+    return [
+        (tokenizer.decode(part), tokenizer.decode(part[kept == 1]))
+        for part, kept in zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1])
+    ]
 
 
 def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
@@ -484,8 +796,15 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     path = shared('instructions', 'instruction-data.json')
     run(tmp_path, 'prepare/chat.py', f'--input={path}', '--name=talks', '--val_fraction=0.05')
     tokenizer = load_tokenizer(str(tmp_path / 'data/talks'))
-    assert tokenizer.vocab_size == 50259 and tokenizer.special == {'<|endoftext|>': 50256, '<|im_start|>': 50257, '<|im_end|>': 50258}
-    pairs = dict(learned_of(str(tmp_path / 'data/talks'), 'train') + learned_of(str(tmp_path / 'data/talks'), 'val'))
+    assert tokenizer.vocab_size == 50259 and tokenizer.special == {
+        '<|endoftext|>': 50256,
+        '<|im_start|>': 50257,
+        '<|im_end|>': 50258,
+    }
+    pairs = dict(
+        learned_of(str(tmp_path / 'data/talks'), 'train')
+        + learned_of(str(tmp_path / 'data/talks'), 'val')
+    )
     with open(path, encoding='utf-8') as f:
         rows = json.load(f)
     for row in rows:
@@ -498,36 +817,107 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
     say = lambda *turns: {'messages': [{'role': r, 'content': c} for r, c in turns]}
-    good = [say(('system', 'Be brief.'), ('user', f'{i}? <|im_end|> <|endoftext|>'), ('assistant', ' Yes. '), ('user', 'Why?'), ('assistant', f'Because {i}.')) for i in range(30)]
-    bad = [say(('user', 'alone')), say(('robot', 'x')), {'messages': 'x'}, say(('user', ''), ('assistant', 'y')), {'text': 'x'}, {'messages': [{'role': 'user', 'content': ['x']}]}]
+    good = [
+        say(
+            ('system', 'Be brief.'),
+            ('user', f'{i}? <|im_end|> <|endoftext|>'),
+            ('assistant', ' Yes. '),
+            ('user', 'Why?'),
+            ('assistant', f'Because {i}.'),
+        )
+        for i in range(30)
+    ]
+    bad = [
+        say(('user', 'alone')),
+        say(('robot', 'x')),
+        {'messages': 'x'},
+        say(('user', ''), ('assistant', 'y')),
+        {'text': 'x'},
+        {'messages': [{'role': 'user', 'content': ['x']}]},
+    ]
     (tmp_path / 'talks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in good + bad))
-    run(tmp_path, 'prepare/chat.py', '--input=talks.jsonl', '--name=talks', '--tokenizer=bytes', '--val_fraction=0.2')
-    meta, got = read_meta(str(tmp_path / 'data/talks')), learned_of(str(tmp_path / 'data/talks'), 'train') + learned_of(str(tmp_path / 'data/talks'), 'val')
-    assert sorted(learned for _, learned in got) == sorted(f'Yes.<|im_end|>Because {i}.<|im_end|>' for i in range(30)) and sum(n['count'] for n in meta['dropped'].values()) == len(bad)
+    run(
+        tmp_path,
+        'prepare/chat.py',
+        '--input=talks.jsonl',
+        '--name=talks',
+        '--tokenizer=bytes',
+        '--val_fraction=0.2',
+    )
+    meta, got = (
+        read_meta(str(tmp_path / 'data/talks')),
+        learned_of(str(tmp_path / 'data/talks'), 'train')
+        + learned_of(str(tmp_path / 'data/talks'), 'val'),
+    )
+    assert sorted(learned for _, learned in got) == sorted(
+        f'Yes.<|im_end|>Because {i}.<|im_end|>' for i in range(30)
+    ) and sum(n['count'] for n in meta['dropped'].values()) == len(bad)
     ids = read_bin(str(tmp_path / 'data/talks/train.bin'))
-    assert (ids == 256).sum() == meta['splits']['train']['documents']  # an end of text spelled out in a message is text
-    assert meta['splits']['train']['learned'] == np.fromfile(tmp_path / 'data/talks/train.mask.bin', np.uint8).sum()
+    assert (ids == 256).sum() == meta['splits']['train'][
+        'documents'
+    ]  # an end of text spelled out in a message is text
+    assert (
+        meta['splits']['train']['learned']
+        == np.fromfile(tmp_path / 'data/talks/train.mask.bin', np.uint8).sum()
+    )
 
 
 def test_preferences_are_pairs_that_stay_together(tmp_path):
     path = shared('instructions', 'instruction-data-with-preference.json')
-    run(tmp_path, 'prepare/preferences.py', f'--input={path}', '--name=pairs', '--tokenizer=bytes', '--val_fraction=0.1')
+    run(
+        tmp_path,
+        'prepare/preferences.py',
+        f'--input={path}',
+        '--name=pairs',
+        '--tokenizer=bytes',
+        '--val_fraction=0.1',
+    )
     with open(path, encoding='utf-8') as f:
-        rows = {(r['chosen'].strip() + '<|im_end|>', r['rejected'].strip() + '<|im_end|>') for r in json.load(f)}
+        rows = {
+            (r['chosen'].strip() + '<|im_end|>', r['rejected'].strip() + '<|im_end|>')
+            for r in json.load(f)
+        }
     for split in ('train', 'val'):
         got = learned_of(str(tmp_path / 'data/pairs'), split)
         assert len(got) % 2 == 0 and got
         for chosen, rejected in zip(got[::2], got[1::2]):
-            assert (chosen[1], rejected[1]) in rows and chosen[0].split('<|im_start|>assistant')[0] == rejected[0].split('<|im_start|>assistant')[0]
-    turns = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'r'}]
+            assert (chosen[1], rejected[1]) in rows and chosen[0].split('<|im_start|>assistant')[
+                0
+            ] == rejected[0].split('<|im_start|>assistant')[0]
+    turns = [
+        {'role': 'user', 'content': 'q'},
+        {'role': 'assistant', 'content': 'a'},
+        {'role': 'user', 'content': 'r'},
+    ]
     say = lambda text: [{'role': 'assistant', 'content': text}]
-    rows = [dict(prompt=turns, chosen=say(f'good {i}'), rejected=say('bad')) for i in range(9)] + [dict(chosen=turns + say(f'good {i}'), rejected=turns + say('bad')) for i in range(9, 18)]
-    rows += [dict(prompt='q', chosen='same', rejected='same'), dict(chosen='x', rejected='y'), dict(prompt='q', chosen='x')]
+    rows = [dict(prompt=turns, chosen=say(f'good {i}'), rejected=say('bad')) for i in range(9)] + [
+        dict(chosen=turns + say(f'good {i}'), rejected=turns + say('bad')) for i in range(9, 18)
+    ]
+    rows += [
+        dict(prompt='q', chosen='same', rejected='same'),
+        dict(chosen='x', rejected='y'),
+        dict(prompt='q', chosen='x'),
+    ]
     (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    out = run(tmp_path, 'prepare/preferences.py', '--input=p.jsonl', '--name=p', '--tokenizer=bytes', '--val_fraction=0.3')
-    got = learned_of(str(tmp_path / 'data/p'), 'train') + learned_of(str(tmp_path / 'data/p'), 'val')
-    assert sorted(x for _, x in got) == sorted([f'good {i}<|im_end|>' for i in range(18)] + ['bad<|im_end|>'] * 18)
-    assert 'chosen and rejected are the same' in out and "no field 'prompt'" in out and "no field 'rejected'" in out
+    out = run(
+        tmp_path,
+        'prepare/preferences.py',
+        '--input=p.jsonl',
+        '--name=p',
+        '--tokenizer=bytes',
+        '--val_fraction=0.3',
+    )
+    got = learned_of(str(tmp_path / 'data/p'), 'train') + learned_of(
+        str(tmp_path / 'data/p'), 'val'
+    )
+    assert sorted(x for _, x in got) == sorted(
+        [f'good {i}<|im_end|>' for i in range(18)] + ['bad<|im_end|>'] * 18
+    )
+    assert (
+        'chosen and rejected are the same' in out
+        and "no field 'prompt'" in out
+        and "no field 'rejected'" in out
+    )
 
 
 def test_the_copy_task_learns_the_copy(tmp_path):
@@ -536,32 +926,72 @@ def test_the_copy_task_learns_the_copy(tmp_path):
     got = learned_of(folder, 'train') + learned_of(folder, 'val')
     assert len({text for text, _ in got}) == len(got) > 300
     for text, learned in got:
-        assert text == learned.removesuffix('<|endoftext|>') + '>' + learned and 4 <= len(learned) - 13 <= 6
+        assert (
+            text == learned.removesuffix('<|endoftext|>') + '>' + learned
+            and 4 <= len(learned) - 13 <= 6
+        )
     assert 'symbols without >' in fails(tmp_path, 'prepare/copy_task.py', '--symbols=a>')
 
 
 def test_a_dataset_without_masks_takes_the_place_of_one_with_them(tmp_path):
     run(tmp_path, 'prepare/copy_task.py', '--examples=200', '--name=x', '--shard_tokens=1000')
-    assert (tmp_path / 'data/x/train_000001.mask.bin').exists() and read_meta(str(tmp_path / 'data/x'))['masked']
+    assert (tmp_path / 'data/x/train_000001.mask.bin').exists() and read_meta(
+        str(tmp_path / 'data/x')
+    )['masked']
     run(tmp_path, 'prepare/copy_task.py', '--examples=200', '--name=x')
-    assert (tmp_path / 'data/x/train.mask.bin').exists() and not (tmp_path / 'data/x/train_000001.mask.bin').exists()
+    assert (tmp_path / 'data/x/train.mask.bin').exists() and not (
+        tmp_path / 'data/x/train_000001.mask.bin'
+    ).exists()
     (tmp_path / 'x.txt').write_text('some text ' * 100)
     run(tmp_path, 'prepare/text.py', '--input=x.txt', '--name=x', '--tokenizer=bytes')
-    assert sorted(os.listdir(tmp_path / 'data/x')) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path / 'data/x')) == [
+        'meta.json',
+        'tokenizer.json',
+        'train.bin',
+        'val.bin',
+    ]
 
 
 def test_a_tokenizer_is_made_first_for_shards(tmp_path):
-    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(200)))
-    run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=mine', '--tokenizer=train', '--vocab_size=280', '--target_tokens=1')
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(200))
+    )
+    run(
+        tmp_path,
+        'prepare/text.py',
+        '--input=x.jsonl',
+        '--name=mine',
+        '--tokenizer=train',
+        '--vocab_size=280',
+        '--target_tokens=1',
+    )
     for i in range(2):
-        run(tmp_path, 'prepare/text.py', '--input=x.jsonl', '--name=x', '--tokenizer=data/mine', '--val_fraction=0.1', '--num_shards=2', f'--shard={i}')
+        run(
+            tmp_path,
+            'prepare/text.py',
+            '--input=x.jsonl',
+            '--name=x',
+            '--tokenizer=data/mine',
+            '--val_fraction=0.1',
+            '--num_shards=2',
+            f'--shard={i}',
+        )
     run(tmp_path, 'prepare/merge.py', '--name=x')
-    assert (tmp_path / 'data/x/tokenizer.json').read_bytes() == (tmp_path / 'data/mine/tokenizer.json').read_bytes()
+    assert (tmp_path / 'data/x/tokenizer.json').read_bytes() == (
+        tmp_path / 'data/mine/tokenizer.json'
+    ).read_bytes()
 
 
 def test_one_conversation_alone_cannot_be_split(tmp_path):
     (tmp_path / 'one.json').write_text(json.dumps([{'instruction': 'hi', 'output': 'ho'}]))
-    assert 'gives no val text' in fails(tmp_path, 'prepare/chat.py', '--input=one.json', '--name=x', '--tokenizer=bytes')
-    (tmp_path / 'two.json').write_text(json.dumps([{'instruction': 'hi', 'output': 'ho'}, {'instruction': 'hu', 'output': 'he'}]))
+    assert 'gives no val text' in fails(
+        tmp_path, 'prepare/chat.py', '--input=one.json', '--name=x', '--tokenizer=bytes'
+    )
+    (tmp_path / 'two.json').write_text(
+        json.dumps([{'instruction': 'hi', 'output': 'ho'}, {'instruction': 'hu', 'output': 'he'}])
+    )
     run(tmp_path, 'prepare/chat.py', '--input=two.json', '--name=x', '--tokenizer=bytes')
-    assert [x for s in ('train', 'val') for _, x in learned_of(str(tmp_path / 'data/x'), s)] == ['ho<|im_end|>', 'he<|im_end|>']
+    assert [x for s in ('train', 'val') for _, x in learned_of(str(tmp_path / 'data/x'), s)] == [
+        'ho<|im_end|>',
+        'he<|im_end|>',
+    ]

@@ -1,4 +1,5 @@
 """Models of the four families, made at random by transformers in odd sizes, are the same models here."""
+
 import json
 import os
 import subprocess
@@ -17,18 +18,51 @@ from fledge.checkpoint import load, load_model
 from fledge.tokenizer import byte_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip('transformers')
-SHARED = dict(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=96)
-LLAMA3 = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SHARED = dict(
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+)
+LLAMA3 = dict(
+    rope_type='llama3',
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 FAMILIES = {
-    'gpt2': lambda: transformers.GPT2Config(vocab_size=64, n_positions=96, n_embd=24, n_layer=2, n_head=3, n_inner=56),
-    'gpt2 gelu untied': lambda: transformers.GPT2Config(vocab_size=64, n_positions=96, n_embd=24, n_layer=2, n_head=3, activation_function='gelu', tie_word_embeddings=False),
-    'llama': lambda: transformers.LlamaConfig(**SHARED, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=5000.0)),
+    'gpt2': lambda: transformers.GPT2Config(
+        vocab_size=64, n_positions=96, n_embd=24, n_layer=2, n_head=3, n_inner=56
+    ),
+    'gpt2 gelu untied': lambda: transformers.GPT2Config(
+        vocab_size=64,
+        n_positions=96,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        activation_function='gelu',
+        tie_word_embeddings=False,
+    ),
+    'llama': lambda: transformers.LlamaConfig(
+        **SHARED, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=5000.0)
+    ),
     'llama tied': lambda: transformers.LlamaConfig(**SHARED, tie_word_embeddings=True),
-    'llama 3': lambda: transformers.LlamaConfig(**SHARED, head_dim=10, rope_parameters=LLAMA3 | dict(rope_theta=500000.0)),
-    'llama linear': lambda: transformers.LlamaConfig(**SHARED | dict(intermediate_size=96), rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=10000.0)),
+    'llama 3': lambda: transformers.LlamaConfig(
+        **SHARED, head_dim=10, rope_parameters=LLAMA3 | dict(rope_theta=500000.0)
+    ),
+    'llama linear': lambda: transformers.LlamaConfig(
+        **SHARED | dict(intermediate_size=96),
+        rope_parameters=dict(rope_type='linear', factor=4.0, rope_theta=10000.0),
+    ),
     'qwen2': lambda: transformers.Qwen2Config(**SHARED, tie_word_embeddings=True),
     'qwen3': lambda: transformers.Qwen3Config(**SHARED, head_dim=10, rms_norm_eps=1e-5),
-    'qwen3 one kv head': lambda: transformers.Qwen3Config(**SHARED | dict(num_key_value_heads=1), head_dim=16, tie_word_embeddings=True),
+    'qwen3 one kv head': lambda: transformers.Qwen3Config(
+        **SHARED | dict(num_key_value_heads=1), head_dim=16, tie_word_embeddings=True
+    ),
 }
 
 
@@ -37,7 +71,11 @@ def make(name, folder, vocab_size=64, **saved):
     torch.manual_seed(0)
     config = FAMILIES[name]()
     config.vocab_size = vocab_size
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').float().eval()
+    theirs = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager')
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -52,10 +90,19 @@ def test_logits_and_greedy_text_are_theirs(name, tmp_path):
     ids = torch.randint(0, 64, (2, 90), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids).logits
-        logits = torch.stack([ours(ids[:, :n])[0][:, -1] for n in (1, 40, 90)], 1)  # ours gives the last position's
+        logits = torch.stack(
+            [ours(ids[:, :n])[0][:, -1] for n in (1, 40, 90)], 1
+        )  # ours gives the last position's
     assert (logits - expected[:, [0, 39, 89]]).abs().max() < 1e-4
     start = ids[:1, :20]
-    greedy = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 20:]
+    greedy = theirs.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 20:]
     assert ours.generate(start, 64, temperature=0)[0, 20:].tolist() == greedy.tolist()
 
 
@@ -64,21 +111,29 @@ def test_several_shards_and_plain_pickles_are_read(name, tmp_path):
     make(name, tmp_path / 'whole')
     make(name, tmp_path / 'shards', max_shard_size='20kB')
     assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 1
-    whole, shards = pretrained.load(str(tmp_path / 'whole')), pretrained.load(str(tmp_path / 'shards'))
-    assert whole['model_args'] == shards['model_args'] and all(torch.equal(t, shards['model'][n]) for n, t in whole['model'].items())
+    whole, shards = (
+        pretrained.load(str(tmp_path / 'whole')),
+        pretrained.load(str(tmp_path / 'shards')),
+    )
+    assert whole['model_args'] == shards['model_args'] and all(
+        torch.equal(t, shards['model'][n]) for n, t in whole['model'].items()
+    )
     tensors = load_file(tmp_path / 'whole/model.safetensors')
     os.remove(tmp_path / 'whole/model.safetensors')
     torch.save(tensors, tmp_path / 'whole/pytorch_model.bin')
     again = pretrained.load(str(tmp_path / 'whole'))
     assert all(torch.equal(t, again['model'][n]) for n, t in whole['model'].items())
 
-    torch.save(tensors, tmp_path / 'whole/pytorch_model.bin', _use_new_zipfile_serialization=False)  # as before torch 1.6
+    torch.save(
+        tensors, tmp_path / 'whole/pytorch_model.bin', _use_new_zipfile_serialization=False
+    )  # as before torch 1.6
     again = pretrained.load(str(tmp_path / 'whole'))
     assert all(torch.equal(t, again['model'][n]) for n, t in whole['model'].items())
 
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'owned'),)
+
     torch.save({'x': Payload()}, tmp_path / 'whole/pytorch_model.bin')
     with pytest.raises(UserError, match='holds more than plain tensors'):
         pretrained.load(str(tmp_path / 'whole'))
@@ -90,25 +145,65 @@ def test_both_spellings_of_rope_are_the_same(tmp_path):
     config = json.loads((tmp_path / 'config.json').read_text())
     new = pretrained.read_config(config, 'x')
     rope = config.pop('rope_parameters')
-    old = pretrained.read_config(config | dict(rope_theta=rope.pop('rope_theta'), rope_scaling=rope), 'x')
-    assert old == new and new['rope_scaling']['rope_type'] == 'llama3' and new['rope_theta'] == 500000.0
+    old = pretrained.read_config(
+        config | dict(rope_theta=rope.pop('rope_theta'), rope_scaling=rope), 'x'
+    )
+    assert (
+        old == new
+        and new['rope_scaling']['rope_type'] == 'llama3'
+        and new['rope_theta'] == 500000.0
+    )
 
 
-@pytest.mark.parametrize('name, change', [
-    ('llama', dict(rope_parameters=LLAMA3, rope_theta=5000.0, original_max_position_embeddings=64)),
-    ('llama', dict(rope_parameters={k: v for k, v in LLAMA3.items() if k != 'original_max_position_embeddings'})),
-    ('llama', dict(rope_parameters=dict(rope_theta=5.0), rope_scaling=dict(rope_type='linear', factor=2.0))),
-    ('llama', dict(rope_parameters=None, rope_theta=300.0, partial_rotary_factor=None)),
-    ('llama', dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=2.0))),
-    ('llama', dict(hidden_act='swish')),
-    ('qwen2', dict(use_sliding_window=True, sliding_window=8, max_window_layers=2, layer_types=None)),
-    ('qwen2', dict(use_sliding_window=True, sliding_window=None, max_window_layers=0, layer_types=None)),
-    ('gpt2', dict(activation_function='gelu_fast')), ('gpt2', dict(activation_function='gelu_python'))])
+@pytest.mark.parametrize(
+    'name, change',
+    [
+        (
+            'llama',
+            dict(rope_parameters=LLAMA3, rope_theta=5000.0, original_max_position_embeddings=64),
+        ),
+        (
+            'llama',
+            dict(
+                rope_parameters={
+                    k: v for k, v in LLAMA3.items() if k != 'original_max_position_embeddings'
+                }
+            ),
+        ),
+        (
+            'llama',
+            dict(
+                rope_parameters=dict(rope_theta=5.0),
+                rope_scaling=dict(rope_type='linear', factor=2.0),
+            ),
+        ),
+        ('llama', dict(rope_parameters=None, rope_theta=300.0, partial_rotary_factor=None)),
+        ('llama', dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=2.0))),
+        ('llama', dict(hidden_act='swish')),
+        (
+            'qwen2',
+            dict(use_sliding_window=True, sliding_window=8, max_window_layers=2, layer_types=None),
+        ),
+        (
+            'qwen2',
+            dict(
+                use_sliding_window=True, sliding_window=None, max_window_layers=0, layer_types=None
+            ),
+        ),
+        ('gpt2', dict(activation_function='gelu_fast')),
+        ('gpt2', dict(activation_function='gelu_python')),
+    ],
+)
 def test_what_a_config_may_say_means_what_it_means_to_transformers(name, change, tmp_path):
     make(name, tmp_path)
     path = tmp_path / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation='eager').eval(), torch.arange(90)[None] % 64
+    theirs, ids = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation='eager'
+        ).eval(),
+        torch.arange(90)[None] % 64,
+    )
     ours = load_model(pretrained.load(str(tmp_path)), str(tmp_path)).eval()
     with torch.no_grad():
         assert (ours(ids, ids)[0] - theirs(ids).logits).abs().max() < 1e-4
@@ -118,14 +213,30 @@ def test_what_a_config_may_say_means_what_it_means_to_transformers(name, change,
 def test_a_head_of_its_own_is_kept_whatever_the_config_says(name, tmp_path):
     make(name, tmp_path)
     tensors, ids = load_file(tmp_path / 'model.safetensors'), torch.arange(30)[None]
-    embedding = next(t for n, t in tensors.items() if n.endswith(('wte.weight', 'embed_tokens.weight')))
-    save_file(tensors | {'lm_head.weight': embedding.clone()}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    embedding = next(
+        t for n, t in tensors.items() if n.endswith(('wte.weight', 'embed_tokens.weight'))
+    )
+    save_file(
+        tensors | {'lm_head.weight': embedding.clone()},
+        tmp_path / 'model.safetensors',
+        {'format': 'pt'},
+    )
     assert pretrained.load(str(tmp_path))['model_args'].get('tie_embeddings', True)
-    save_file(tensors | {'lm_head.weight': torch.randn(embedding.shape)}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    save_file(
+        tensors | {'lm_head.weight': torch.randn(embedding.shape)},
+        tmp_path / 'model.safetensors',
+        {'format': 'pt'},
+    )
     state = pretrained.load(str(tmp_path))
-    ours, theirs = load_model(state, 'x').eval(), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours, theirs = (
+        load_model(state, 'x').eval(),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+    )
     with torch.no_grad():
-        assert state['model_args']['tie_embeddings'] is False and (ours(ids, ids)[0] - theirs(ids).logits).abs().max() < 1e-4
+        assert (
+            state['model_args']['tie_embeddings'] is False
+            and (ours(ids, ids)[0] - theirs(ids).logits).abs().max() < 1e-4
+        )
 
 
 def test_a_single_file_goes_before_the_index_of_earlier_shards(tmp_path):
@@ -135,7 +246,9 @@ def test_a_single_file_goes_before_the_index_of_earlier_shards(tmp_path):
         whole.model.norm.weight.add_(1.0)
     whole.save_pretrained(tmp_path / 'new')
     os.replace(tmp_path / 'new/model.safetensors', tmp_path / 'model.safetensors')
-    assert torch.equal(pretrained.load(str(tmp_path))['model']['transformer.ln_f.weight'], whole.model.norm.weight)
+    assert torch.equal(
+        pretrained.load(str(tmp_path))['model']['transformer.ln_f.weight'], whole.model.norm.weight
+    )
     for path in tmp_path.glob('*.safetensors*'):
         path.unlink()
     (tmp_path / 'pytorch_model.bin.index.json').write_text('{}')
@@ -147,18 +260,54 @@ def test_a_gpt2_vocabulary_of_before_tokenizer_json(tmp_path):
     make('gpt2', tmp_path, vocab_size=602)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator(random_texts(400), tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=['<|endoftext|>'], show_progress=False, max_token_length=8,
-                                                                            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        random_texts(400),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=['<|endoftext|>'],
+            show_progress=False,
+            max_token_length=8,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     bpe.model.save(str(tmp_path))
     (tmp_path / 'added_tokens.json').write_text('{"<|x|>": 601, "<|pad|>": 600}')
-    ours, theirs = load_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.hf and ours.vocab_size == len(theirs) == 602 and ours.end_of_text == 0 and len(ours.token_bytes) == 602 and ours.special == {'<|endoftext|>': 0}
-    assert all(ours.encode(text, allow_special=True) == theirs(text)['input_ids'] for text in random_texts(300, seed=1))
-    assert ours.encode('a<|endoftext|>b<|pad|><|x|>', allow_special=True) == theirs('a<|endoftext|>b<|pad|><|x|>')['input_ids']
+    ours, theirs = (
+        load_tokenizer(str(tmp_path)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert (
+        ours.hf
+        and ours.vocab_size == len(theirs) == 602
+        and ours.end_of_text == 0
+        and len(ours.token_bytes) == 602
+        and ours.special == {'<|endoftext|>': 0}
+    )
+    assert all(
+        ours.encode(text, allow_special=True) == theirs(text)['input_ids']
+        for text in random_texts(300, seed=1)
+    )
+    assert (
+        ours.encode('a<|endoftext|>b<|pad|><|x|>', allow_special=True)
+        == theirs('a<|endoftext|>b<|pad|><|x|>')['input_ids']
+    )
     (tmp_path / 'added_tokens.json').unlink()
-    (tmp_path / 'merges.txt').write_text('\ufeff' + (tmp_path / 'merges.txt').read_text().replace('\n', '\r\n'))
-    assert load_tokenizer(str(tmp_path)).bpe and load_tokenizer(str(tmp_path)).encode('naïve text') == theirs('naïve text')['input_ids']
-    assert 'a' in run(tmp_path, 'sample.py', f'--init_from={tmp_path}', '--start=a', '--max_new_tokens=2', '--num_samples=1', '--device=cpu')
+    (tmp_path / 'merges.txt').write_text(
+        '\ufeff' + (tmp_path / 'merges.txt').read_text().replace('\n', '\r\n')
+    )
+    assert (
+        load_tokenizer(str(tmp_path)).bpe
+        and load_tokenizer(str(tmp_path)).encode('naïve text') == theirs('naïve text')['input_ids']
+    )
+    assert 'a' in run(
+        tmp_path,
+        'sample.py',
+        f'--init_from={tmp_path}',
+        '--start=a',
+        '--max_new_tokens=2',
+        '--num_samples=1',
+        '--device=cpu',
+    )
     make('qwen2', tmp_path / 'qwen')
     bpe.model.save(str(tmp_path / 'qwen'))
     with pytest.raises(UserError, match='is read of GPT-2 models alone'):
@@ -168,7 +317,10 @@ def test_a_gpt2_vocabulary_of_before_tokenizer_json(tmp_path):
 def test_old_files_without_a_prefix_and_with_buffers(tmp_path):
     make('gpt2', tmp_path)
     before = pretrained.load(str(tmp_path))
-    tensors = {n.removeprefix('transformer.'): t.clone() for n, t in load_file(tmp_path / 'model.safetensors').items()}
+    tensors = {
+        n.removeprefix('transformer.'): t.clone()
+        for n, t in load_file(tmp_path / 'model.safetensors').items()
+    }
     tensors |= {'h.0.attn.bias': torch.ones(1, 1, 4, 4), 'h.0.attn.masked_bias': torch.tensor(-1e4)}
     save_file(tensors, tmp_path / 'model.safetensors')
     after = pretrained.load(str(tmp_path))
@@ -178,40 +330,83 @@ def test_old_files_without_a_prefix_and_with_buffers(tmp_path):
 def test_fewer_positions_and_with_rope_more(tmp_path):
     make('gpt2', tmp_path / 'gpt2')
     make('qwen3', tmp_path / 'qwen3')
-    assert pretrained.load(str(tmp_path / 'gpt2'), 32)['model']['transformer.wpe.weight'].shape == (32, 24)
+    assert pretrained.load(str(tmp_path / 'gpt2'), 32)['model']['transformer.wpe.weight'].shape == (
+        32,
+        24,
+    )
     with pytest.raises(UserError, match='has 96 learned positions; block_size=200 is more'):
         pretrained.load(str(tmp_path / 'gpt2'), 200)
     assert pretrained.load(str(tmp_path / 'qwen3'), 200)['model_args']['block_size'] == 200
 
 
-@pytest.mark.parametrize('name, change, message', [
-    ('llama', dict(model_type='mixtral'), "model_type 'mixtral' is none of gpt2, llama, qwen2, qwen3"),
-    ('qwen2', dict(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None), 'use_sliding_window=True is not supported'),
-    ('llama', dict(hidden_act='gelu'), "hidden_act='gelu' is not supported"),
-    ('llama', dict(attention_bias=True), 'attention_bias=True is not supported'),
-    ('gpt2', dict(activation_function='relu'), "activation_function='relu' is not supported"),
-    ('llama', dict(rope_parameters=dict(rope_type='yarn', factor=2.0, rope_theta=1e4)), "RoPE of type 'yarn' is not supported"),
-    ('llama', dict(num_attention_heads=5), 'n_head=5 is not divisible by n_kv_head=2'),
-    ('llama', dict(hidden_size=30), 'is expected'),
-    ('llama', dict(num_local_experts=8), 'num_local_experts=8 is not supported'),
-    ('llama', dict(residual_multiplier=0.2), 'residual_multiplier=0.2 is not supported'),
-    ('llama', dict(quantization_config=dict(quant_method='fp8')), 'quantization_config=.*fp8.* is not supported'),
-    ('qwen2', dict(layer_types=['full_attention', 'chunked_attention']), 'layer_types has chunked_attention'),
-    ('qwen2', dict(layer_types=5), 'describes no model'),
-    ('llama', dict(rope_parameters=dict(full_attention=dict(rope_type='default'))), 'RoPE of several kinds'),
-    ('llama', dict(rope_parameters='x'), 'describes no model'),
-    ('llama', dict(rope_scaling=[1]), 'describes no model'),
-    ('llama', dict(rope_scaling=dict(rope_type='linear', factor=0)), 'factor=0 is no float that a model can have'),
-    ('llama', dict(rope_scaling=dict(rope_type='linear')), "lacks 'factor'"),
-    ('llama', dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)), 'low_freq_factor = high_freq_factor'),
-    ('llama', dict(rope_parameters=None, rope_theta=float('nan')), 'rope_theta=nan is no float'),
-    ('qwen3', dict(rms_norm_eps='x'), "norm_eps='x' is no float"),
-    ('qwen3', dict(max_position_embeddings=1.5), 'block_size=1.5 is no int'),
-    ('qwen3', dict(intermediate_size=0), 'n_inner=-1 is no int'),
-    ('qwen3', dict(num_key_value_heads=True), 'n_kv_head=True is no int'),
-    ('llama', dict(model_type=['llama']), "model_type .'llama'. is none of"),
-    ('llama', dict(num_hidden_layers=3), 'has no tensor model.layers.2.input_layernorm.weight'),
-    ('llama', dict(num_hidden_layers=1), r'tensor model.layers.1\S+ is none of a llama model')])
+@pytest.mark.parametrize(
+    'name, change, message',
+    [
+        (
+            'llama',
+            dict(model_type='mixtral'),
+            "model_type 'mixtral' is none of gpt2, llama, qwen2, qwen3",
+        ),
+        (
+            'qwen2',
+            dict(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None),
+            'use_sliding_window=True is not supported',
+        ),
+        ('llama', dict(hidden_act='gelu'), "hidden_act='gelu' is not supported"),
+        ('llama', dict(attention_bias=True), 'attention_bias=True is not supported'),
+        ('gpt2', dict(activation_function='relu'), "activation_function='relu' is not supported"),
+        (
+            'llama',
+            dict(rope_parameters=dict(rope_type='yarn', factor=2.0, rope_theta=1e4)),
+            "RoPE of type 'yarn' is not supported",
+        ),
+        ('llama', dict(num_attention_heads=5), 'n_head=5 is not divisible by n_kv_head=2'),
+        ('llama', dict(hidden_size=30), 'is expected'),
+        ('llama', dict(num_local_experts=8), 'num_local_experts=8 is not supported'),
+        ('llama', dict(residual_multiplier=0.2), 'residual_multiplier=0.2 is not supported'),
+        (
+            'llama',
+            dict(quantization_config=dict(quant_method='fp8')),
+            'quantization_config=.*fp8.* is not supported',
+        ),
+        (
+            'qwen2',
+            dict(layer_types=['full_attention', 'chunked_attention']),
+            'layer_types has chunked_attention',
+        ),
+        ('qwen2', dict(layer_types=5), 'describes no model'),
+        (
+            'llama',
+            dict(rope_parameters=dict(full_attention=dict(rope_type='default'))),
+            'RoPE of several kinds',
+        ),
+        ('llama', dict(rope_parameters='x'), 'describes no model'),
+        ('llama', dict(rope_scaling=[1]), 'describes no model'),
+        (
+            'llama',
+            dict(rope_scaling=dict(rope_type='linear', factor=0)),
+            'factor=0 is no float that a model can have',
+        ),
+        ('llama', dict(rope_scaling=dict(rope_type='linear')), "lacks 'factor'"),
+        (
+            'llama',
+            dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)),
+            'low_freq_factor = high_freq_factor',
+        ),
+        (
+            'llama',
+            dict(rope_parameters=None, rope_theta=float('nan')),
+            'rope_theta=nan is no float',
+        ),
+        ('qwen3', dict(rms_norm_eps='x'), "norm_eps='x' is no float"),
+        ('qwen3', dict(max_position_embeddings=1.5), 'block_size=1.5 is no int'),
+        ('qwen3', dict(intermediate_size=0), 'n_inner=-1 is no int'),
+        ('qwen3', dict(num_key_value_heads=True), 'n_kv_head=True is no int'),
+        ('llama', dict(model_type=['llama']), "model_type .'llama'. is none of"),
+        ('llama', dict(num_hidden_layers=3), 'has no tensor model.layers.2.input_layernorm.weight'),
+        ('llama', dict(num_hidden_layers=1), r'tensor model.layers.1\S+ is none of a llama model'),
+    ],
+)
 def test_what_does_not_fit_is_one_line_that_names_it(name, change, message, tmp_path):
     make(name, tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
@@ -228,12 +423,19 @@ def test_broken_folders_and_names(tmp_path):
         pretrained.load(str(tmp_path))
     make('llama', tmp_path)
     tensors = load_file(tmp_path / 'model.safetensors')
-    save_file(tensors | {'model.norm.weight': torch.ones(24, dtype=torch.int8)}, tmp_path / 'model.safetensors')
-    with pytest.raises(UserError, match='tensor model.norm.weight is int8; only weights that are not quantized'):
+    save_file(
+        tensors | {'model.norm.weight': torch.ones(24, dtype=torch.int8)},
+        tmp_path / 'model.safetensors',
+    )
+    with pytest.raises(
+        UserError, match='tensor model.norm.weight is int8; only weights that are not quantized'
+    ):
         pretrained.load(str(tmp_path))
     (tmp_path / 'model.safetensors').rename(tmp_path / 'aside')
     for weight_map in ({'model.norm.weight': '../outside.safetensors'}, ['a'], None):
-        (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=weight_map)))
+        (tmp_path / 'model.safetensors.index.json').write_text(
+            json.dumps(dict(weight_map=weight_map))
+        )
         with pytest.raises(UserError, match='has no weight_map of files beside it'):
             pretrained.load(str(tmp_path))
     (tmp_path / 'model.safetensors.index.json').unlink()
@@ -252,12 +454,27 @@ def test_broken_folders_and_names(tmp_path):
     (tmp_path / 'model.safetensors').unlink()
     with pytest.raises(UserError, match='has no model.safetensors'):
         pretrained.load(str(tmp_path))
-    with pytest.raises(UserError, match='is no file or folder, and no name on the Hugging Face hub'):
+    with pytest.raises(
+        UserError, match='is no file or folder, and no name on the Hugging Face hub'
+    ):
         pretrained.load('no/such/place')
 
 
-FLAGS = ['--dataset=tiny', '--block_size=32', '--batch_size=4', '--max_iters=3', '--eval_interval=3', '--eval_iters=1', '--log_interval=1', '--device=cpu', '--dtype=float32',
-         '--sample_interval=0', '--max_minutes=0', '--learning_rate=0.001', '--gradient_accumulation_steps=1']
+FLAGS = [
+    '--dataset=tiny',
+    '--block_size=32',
+    '--batch_size=4',
+    '--max_iters=3',
+    '--eval_interval=3',
+    '--eval_iters=1',
+    '--log_interval=1',
+    '--device=cpu',
+    '--dtype=float32',
+    '--sample_interval=0',
+    '--max_minutes=0',
+    '--learning_rate=0.001',
+    '--gradient_accumulation_steps=1',
+]
 
 
 def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
@@ -265,14 +482,32 @@ def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
     make('qwen3', tmp_path / 'base')
     assert 'step 3' in run(tmp_path, 'train.py', '--init_from=base', '--dropout=0.25', *FLAGS)
     assert load(str(tmp_path / 'out/ckpt.pt'))['model_args']['dropout'] == 0.25
-    (tmp_path / 'base/tokenizer.json').write_bytes((tmp_path / 'data/tiny/tokenizer.json').read_bytes())
-    assert run(tmp_path, 'sample.py', '--init_from=base', '--start=((', '--max_new_tokens=5', '--device=cpu').startswith('((')
-    (tmp_path / 'data/tiny/tokenizer.json').unlink()  # the data says nothing: then it is the model's
+    (tmp_path / 'base/tokenizer.json').write_bytes(
+        (tmp_path / 'data/tiny/tokenizer.json').read_bytes()
+    )
+    assert run(
+        tmp_path,
+        'sample.py',
+        '--init_from=base',
+        '--start=((',
+        '--max_new_tokens=5',
+        '--device=cpu',
+    ).startswith('((')
+    (
+        tmp_path / 'data/tiny/tokenizer.json'
+    ).unlink()  # the data says nothing: then it is the model's
     run(tmp_path, 'train.py', '--init_from=base', '--out_dir=with', *FLAGS)
-    assert load_tokenizer(str(tmp_path / 'with')).chars == load_tokenizer(str(tmp_path / 'base')).chars
+    assert (
+        load_tokenizer(str(tmp_path / 'with')).chars == load_tokenizer(str(tmp_path / 'base')).chars
+    )
     byte_tokenizer().save(str(tmp_path / 'data/tiny/tokenizer.json'))
-    assert 'was prepared with another tokenizer than the one of base: prepare it with --tokenizer=base' in fails(tmp_path, 'train.py', '--init_from=base', '--out_dir=no', *FLAGS)
-    assert 'is no file or folder, and no name on the Hugging Face hub' in fails(tmp_path, 'train.py', '--init_from=no such', *FLAGS)
+    assert (
+        'was prepared with another tokenizer than the one of base: prepare it with --tokenizer=base'
+        in fails(tmp_path, 'train.py', '--init_from=base', '--out_dir=no', *FLAGS)
+    )
+    assert 'is no file or folder, and no name on the Hugging Face hub' in fails(
+        tmp_path, 'train.py', '--init_from=no such', *FLAGS
+    )
     (tmp_path / 'base/tokenizer.json').unlink()
     assert 'has no tokenizer.json beside it' in fails(tmp_path, 'sample.py', '--init_from=base')
 
@@ -280,26 +515,67 @@ def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
 def test_by_a_name_on_the_hub(tmp_path):
     make('llama', tmp_path / 'model', vocab_size=259, max_shard_size='20kB')
     spec = byte_tokenizer().spec
-    begin = dict(type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<|im_start|>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))], pair=[],
-                 special_tokens={'<|im_start|>': dict(id='<|im_start|>', ids=[257], tokens=['<|im_start|>'])})
+    begin = dict(
+        type='TemplateProcessing',
+        single=[
+            dict(SpecialToken=dict(id='<|im_start|>', type_id=0)),
+            dict(Sequence=dict(id='A', type_id=0)),
+        ],
+        pair=[],
+        special_tokens={
+            '<|im_start|>': dict(id='<|im_start|>', ids=[257], tokens=['<|im_start|>'])
+        },
+    )
     (tmp_path / 'model/tokenizer.json').write_text(json.dumps(spec | dict(post_processor=begin)))
     files = {path.name: path.read_bytes() for path in (tmp_path / 'model').iterdir()}
     (tmp_path / 'notes.txt').write_text('some words. ' * 4000)
-    (tmp_path / 'many.jsonl').write_text(''.join(f'{{"text": "note {i}, of some words"}}\n' for i in range(400)))
+    (tmp_path / 'many.jsonl').write_text(
+        ''.join(f'{{"text": "note {i}, of some words"}}\n' for i in range(400))
+    )
     with Hub() as hub:
         hub.add('someone/model', files | {'unwanted.bin': b'x' * 1000})
-        hub.add('someone/pickled', {'config.json': files['config.json'], 'tokenizer.json': files['tokenizer.json'], 'pytorch_model.bin': b'no pickle'})
+        hub.add(
+            'someone/pickled',
+            {
+                'config.json': files['config.json'],
+                'tokenizer.json': files['tokenizer.json'],
+                'pytorch_model.bin': b'no pickle',
+            },
+        )
         hub.add('someone/gated', files)
         hub.gated.add('someone/gated')
-        greedy = ['--max_new_tokens=12', '--num_samples=1', '--temperature=0', '--start=some', '--device=cpu']
+        greedy = [
+            '--max_new_tokens=12',
+            '--num_samples=1',
+            '--temperature=0',
+            '--start=some',
+            '--device=cpu',
+        ]
         text = run(tmp_path, 'sample.py', '--init_from=someone/model', *greedy, env=hub.env)
         assert not [path for _, path in hub.requests if 'unwanted' in path and '/resolve/' in path]
-        theirs, model = ['--init_from=model', *greedy], load_model(pretrained.load(str(tmp_path / 'model')), 'model').eval()
-        ids = model.generate([[257, *b'some']], 12, temperature=0)[0]  # with what the tokenizer puts in front
-        assert text == run(tmp_path, 'sample.py', *theirs) and text.startswith('some' + load_tokenizer(str(tmp_path / 'model')).decode(ids[5:]))
-        run(tmp_path, 'prepare/text.py', '--input=many.jsonl', '--name=tiny', '--tokenizer=someone/model', '--val_fraction=0.1', env=hub.env)
+        theirs, model = (
+            ['--init_from=model', *greedy],
+            load_model(pretrained.load(str(tmp_path / 'model')), 'model').eval(),
+        )
+        ids = model.generate([[257, *b'some']], 12, temperature=0)[
+            0
+        ]  # with what the tokenizer puts in front
+        assert text == run(tmp_path, 'sample.py', *theirs) and text.startswith(
+            'some' + load_tokenizer(str(tmp_path / 'model')).decode(ids[5:])
+        )
+        run(
+            tmp_path,
+            'prepare/text.py',
+            '--input=many.jsonl',
+            '--name=tiny',
+            '--tokenizer=someone/model',
+            '--val_fraction=0.1',
+            env=hub.env,
+        )
         assert load_tokenizer(str(tmp_path / 'data/tiny')).spec['post_processor']
-        assert 'step 3' in run(tmp_path, 'train.py', '--init_from=someone/model', *FLAGS, env=hub.env)
+        assert 'step 3' in run(
+            tmp_path, 'train.py', '--init_from=someone/model', *FLAGS, env=hub.env
+        )
         script = """import sys
 from fledge import UserError, pretrained
 for name in sys.argv[1:]:
@@ -307,19 +583,54 @@ for name in sys.argv[1:]:
         pretrained.load(name)
     except UserError as e:
         print(e)"""
-        done = subprocess.run([sys.executable, '-c', script, 'someone/none', 'someone/gated', 'someone/pickled'], cwd=ROOT, env=os.environ | hub.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, '-c', script, 'someone/none', 'someone/gated', 'someone/pickled'],
+            cwd=ROOT,
+            env=os.environ | hub.env,
+            capture_output=True,
+            text=True,
+        )
         none, gated, pickled = done.stdout.splitlines()
-        assert 'the Hugging Face hub has no such model' in none and 'is gated on the Hugging Face hub: accept its terms' in gated and 'holds more than plain tensors, or is broken' in pickled
+        assert (
+            'the Hugging Face hub has no such model' in none
+            and 'is gated on the Hugging Face hub: accept its terms' in gated
+            and 'holds more than plain tensors, or is broken' in pickled
+        )
         hub.down = True
-        assert text == run(tmp_path, 'sample.py', '--init_from=someone/model', *greedy, env=hub.env)  # from the cache
-        assert 'cannot be had from the Hugging Face hub' in fails(tmp_path, 'sample.py', '--init_from=someone/other', env=hub.env)
-    assert 'cannot be had from the Hugging Face hub' in fails(tmp_path, 'prepare/text.py', '--tokenizer=someone/none', '--input=notes.txt', '--name=x', env=hub.env)  # no network at all
-    assert 'no tokenizer at data/none' in fails(tmp_path, 'prepare/text.py', '--tokenizer=data/none', '--input=notes.txt', '--name=x', env=hub.env)
+        assert text == run(
+            tmp_path, 'sample.py', '--init_from=someone/model', *greedy, env=hub.env
+        )  # from the cache
+        assert 'cannot be had from the Hugging Face hub' in fails(
+            tmp_path, 'sample.py', '--init_from=someone/other', env=hub.env
+        )
+    assert 'cannot be had from the Hugging Face hub' in fails(
+        tmp_path,
+        'prepare/text.py',
+        '--tokenizer=someone/none',
+        '--input=notes.txt',
+        '--name=x',
+        env=hub.env,
+    )  # no network at all
+    assert 'no tokenizer at data/none' in fails(
+        tmp_path,
+        'prepare/text.py',
+        '--tokenizer=data/none',
+        '--input=notes.txt',
+        '--name=x',
+        env=hub.env,
+    )
 
 
 @pytest.mark.slow
 def test_loading_takes_one_model_and_one_tensor(tmp_path):
-    config = transformers.LlamaConfig(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8)
+    config = transformers.LlamaConfig(
+        vocab_size=20000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
     theirs = transformers.AutoModelForCausalLM.from_config(config).float()
     size = sum(p.numel() for p in theirs.parameters()) * 4
     theirs.save_pretrained(tmp_path)
@@ -329,5 +640,13 @@ peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read
 before = peak()
 model = checkpoint.load_model(pretrained.load(sys.argv[1]), 'x')
 print(peak() - before)"""
-    done = subprocess.run([sys.executable, '-c', script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 0.9 * size < int(done.stdout) < size + 20000 * 512 * 4 * 2.5 < 1.5 * size  # what is mapped of the file counts as well
+    done = subprocess.run(
+        [sys.executable, '-c', script, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (
+        0.9 * size < int(done.stdout) < size + 20000 * 512 * 4 * 2.5 < 1.5 * size
+    )  # what is mapped of the file counts as well

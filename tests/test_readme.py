@@ -1,4 +1,5 @@
 """README's commands, read from README and run as written, with smaller models and fewer steps appended."""
+
 import os
 import re
 import shlex
@@ -10,15 +11,22 @@ import pytest
 from conftest import ROOT, SHARED, forked, write_tiny
 from test_bench import NANOGPT
 
-SMALL = ('--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
-         '--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu')
+SMALL = (
+    '--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
+    '--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu'
+)
 
 
 def commands():
     """Every line of README's sh blocks, without its comment."""
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         blocks = re.findall(r'```sh\n(.*?)```', f.read(), re.S)
-    return [line.split('  #')[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith('#')]
+    return [
+        line.split('  #')[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if line.strip() and not line.startswith('#')
+    ]
 
 
 def test_readme_names_the_two_commands():
@@ -31,14 +39,27 @@ def test_readme_names_the_two_commands():
 def test_readmes_table_has_every_corpus():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         named = set(re.findall(r'`(?:python )?prepare/(\w+)\.py', f.read()))
-    scripts = {n[:-3] for n in os.listdir(os.path.join(ROOT, 'prepare')) if n.endswith('.py') and 'configure(globals()' in open(os.path.join(ROOT, 'prepare', n)).read()}
+    scripts = {
+        n[:-3]
+        for n in os.listdir(os.path.join(ROOT, 'prepare'))
+        if n.endswith('.py')
+        and 'configure(globals()' in open(os.path.join(ROOT, 'prepare', n)).read()
+    }
     assert named == scripts - {'text', 'chat', 'look', 'merge'}  # those have examples of their own
 
 
 def test_readmes_map_is_true():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        named = set(re.findall(r'^\s*([\w/]+\.py)\s{2,}', re.search(r'```\n(model\.py.*?)```', f.read(), re.S)[1], re.M))
-    there = {n for n in os.listdir(ROOT) if n.endswith('.py')} | {n for n in os.listdir(os.path.join(ROOT, 'fledge')) if n.endswith('.py')}
+        named = set(
+            re.findall(
+                r'^\s*([\w/]+\.py)\s{2,}',
+                re.search(r'```\n(model\.py.*?)```', f.read(), re.S)[1],
+                re.M,
+            )
+        )
+    there = {n for n in os.listdir(ROOT) if n.endswith('.py')} | {
+        n for n in os.listdir(os.path.join(ROOT, 'fledge')) if n.endswith('.py')
+    }
     assert named - {n for n in named if '/' in n} == there - {'__init__.py'}
 
 
@@ -54,8 +75,12 @@ def test_readmes_commands_run(tmp_path):
     (tmp_path / 'notes' / 'a.md').write_text('some words of my own. ' * 500)
     (tmp_path / 'talk.txt').write_text('more of them, and others. ' * 500)
     (tmp_path / 'notes' / 'b.txt').write_text('a second file, longer than the first one is. ' * 500)
-    (tmp_path / 'notes' / 'many.jsonl').write_text(''.join(f'{{"text": "note {i}"}}\n' for i in range(900)))
-    (tmp_path / 'talks.jsonl').write_text('{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]}\n')
+    (tmp_path / 'notes' / 'many.jsonl').write_text(
+        ''.join(f'{{"text": "note {i}"}}\n' for i in range(900))
+    )
+    (tmp_path / 'talks.jsonl').write_text(
+        '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
+    )
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'model.py').write_text(NANOGPT)
@@ -71,10 +96,15 @@ def test_readmes_commands_run(tmp_path):
         elif words[0] == 'python':
             words[0] = sys.executable
         if 'train.py' in words:
-            missing = [w for w in words if 'dolma' in w or 'gpt2_' in w]  # corpora too large to have here
+            missing = [
+                w for w in words if 'dolma' in w or 'gpt2_' in w
+            ]  # corpora too large to have here
             words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
         if 'bench.py' in words:
-            words += SMALL.split() + '--vocab_size=64 --rounds=1 --seconds=0 --new_tokens=3 --prompt_tokens=3 --compile=False'.split()
+            words += (
+                SMALL.split()
+                + '--vocab_size=64 --rounds=1 --seconds=0 --new_tokens=3 --prompt_tokens=3 --compile=False'.split()
+            )
             words = [w.replace('../nanoGPT', str(tmp_path / 'theirs')) for w in words]
         if 'sample.py' in words:
             words += ['--max_new_tokens=5']
@@ -82,7 +112,9 @@ def test_readmes_commands_run(tmp_path):
             words += ['--eval_iters=5', '--device=cpu']
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
-        if words[:2] in ([sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')):
+        if words[:2] in (
+            [sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')
+        ):
             code, out, err = forked(tmp_path, str(tmp_path / words[1]), *words[2:])
         else:
             done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,5 @@
 """sample.py, as a person runs it."""
+
 import json
 import re
 
@@ -18,25 +19,53 @@ def trained(tmp_path_factory):
 
 
 def test_samples_continue_the_prompt(trained):
-    out = run(trained, 'sample.py', '--start=012', '--num_samples=3', '--max_new_tokens=40', '--json')
+    out = run(
+        trained, 'sample.py', '--start=012', '--num_samples=3', '--max_new_tokens=40', '--json'
+    )
     samples = out.split('---------------\n')
-    assert len(samples) == 4 and all(s.startswith('012') for s in samples[:3]) and len(set(samples[:3])) == 3
+    assert (
+        len(samples) == 4
+        and all(s.startswith('012') for s in samples[:3])
+        and len(set(samples[:3])) == 3
+    )
     last = json.loads(samples[3])
-    assert last['start'] == '012' and last['samples'] == [s[:-1] for s in samples[:3]] and last['tokens'] == [40] * 3
+    assert (
+        last['start'] == '012'
+        and last['samples'] == [s[:-1] for s in samples[:3]]
+        and last['tokens'] == [40] * 3
+    )
 
 
 def test_flags_of_sampling(trained):
-    one = lambda *flags: run(trained, 'sample.py', '--start=012', '--num_samples=1', '--max_new_tokens=30', *flags)
+    one = lambda *flags: run(
+        trained, 'sample.py', '--start=012', '--num_samples=1', '--max_new_tokens=30', *flags
+    )
     assert one() == one() != one('--seed=2')
-    assert one('--temperature=0') == one('--top_k=1') == one('--top_p=0.00001') == one('--min_p=1.0')
+    assert (
+        one('--temperature=0') == one('--top_k=1') == one('--top_p=0.00001') == one('--min_p=1.0')
+    )
     (trained / 'prompt.txt').write_text('34\n5')
     assert one('--start=FILE:prompt.txt').startswith('34\n5')
     assert one('--init_from=out/best.pt', '--dtype=float32').startswith('012')
 
 
 def test_a_run_samples_without_its_data(trained, tmp_path):
-    run(tmp_path, 'sample.py', f'--out_dir={trained}/out', '--start=1', '--num_samples=1', '--max_new_tokens=5')
-    run(trained / 'out', 'sample.py', '--init_from=ckpt.pt', '--start=1', '--num_samples=1', '--max_new_tokens=5')
+    run(
+        tmp_path,
+        'sample.py',
+        f'--out_dir={trained}/out',
+        '--start=1',
+        '--num_samples=1',
+        '--max_new_tokens=5',
+    )
+    run(
+        trained / 'out',
+        'sample.py',
+        '--init_from=ckpt.pt',
+        '--start=1',
+        '--num_samples=1',
+        '--max_new_tokens=5',
+    )
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
@@ -46,9 +75,12 @@ def test_mistakes_are_one_line(trained, tmp_path):
     for flag in ('--top_p=0', '--min_p=2', '--repetition_penalty=0'):
         assert 'must be in' in fails(trained, 'sample.py', flag)
     assert 'temperature=-1.0' in fails(trained, 'sample.py', '--temperature=-1')
-    assert re.search('no setting is called .num_sample.; the nearest are num_samples', fails(trained, 'sample.py', '--num_sample=1'))
+    assert re.search(
+        'no setting is called .num_sample.; the nearest are num_samples',
+        fails(trained, 'sample.py', '--num_sample=1'),
+    )
     raw = (trained / 'out' / 'ckpt.pt').read_bytes()
-    (tmp_path / 'cut.pt').write_bytes(raw[:len(raw) // 2])
+    (tmp_path / 'cut.pt').write_bytes(raw[: len(raw) // 2])
     assert 'cut short' in fails(tmp_path, 'sample.py', '--init_from=cut.pt')
     state = checkpoint.load(str(trained / 'out' / 'ckpt.pt'))
     state['config'] = re.compile('x')  # a class that plain tensors do not need

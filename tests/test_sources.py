@@ -1,4 +1,5 @@
 """Reading goes on from any position exactly where it was, and the shards of a source are together the whole of it."""
+
 import gzip
 import json
 import os
@@ -22,7 +23,11 @@ def files_of_every_kind(folder):
     (folder / 'b.jsonl.gz').write_bytes(gzip.compress('\n'.join(lines[:20]).encode()))
     (folder / 'c.json').write_text(json.dumps([{'text': f'item {i}'} for i in range(15)]))
     (folder / 'd.json').write_text('\n'.join(lines[5:9]))
-    pyarrow.parquet.write_table(pyarrow.table({'text': [f'row {i}' for i in range(50)], 'other': range(50)}), folder / 'e.parquet', row_group_size=12)
+    pyarrow.parquet.write_table(
+        pyarrow.table({'text': [f'row {i}' for i in range(50)], 'other': range(50)}),
+        folder / 'e.parquet',
+        row_group_size=12,
+    )
     (folder / 'f.txt').write_bytes(b'short \xff text')
     (folder / 'g.md').write_text('\n'.join(f'a long text, part {i}' for i in range(30)))
     (folder / 'h.txt').write_text('')
@@ -38,28 +43,41 @@ def test_files_go_on_from_every_position(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'PART_BYTES', 100)
     paths = files_of_every_kind(tmp_path)
     whole = list(Files(paths, columns=['text']).read())
-    assert len(whole) > 130 and sum(isinstance(record, Text) and record.key != '' for record, _, _ in whole) > 3
+    assert (
+        len(whole) > 130
+        and sum(isinstance(record, Text) and record.key != '' for record, _, _ in whole) > 3
+    )
     for k, (_, _, position) in enumerate(whole, 1):
-        assert comparable(Files(paths, columns=['text']).read(json.loads(json.dumps(position)))) == comparable(whole[k:])
+        assert comparable(
+            Files(paths, columns=['text']).read(json.loads(json.dumps(position)))
+        ) == comparable(whole[k:])
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7, 40])
 def test_shards_of_files_are_the_whole_in_order(tmp_path, monkeypatch, n):
     monkeypatch.setattr(sources, 'PART_BYTES', 100)
     source = Files(files_of_every_kind(tmp_path), columns=['text'])
-    assert [r for shard in range(n) for r in comparable(source.read(None, shard, n))] == comparable(source.read())
+    assert [r for shard in range(n) for r in comparable(source.read(None, shard, n))] == comparable(
+        source.read()
+    )
     for shard in range(n):
         part = list(source.read(None, shard, n))
         for k in range(0, len(part), 5):
-            assert comparable(source.read(part[k][2], shard, n)) == comparable(part[k + 1:])
+            assert comparable(source.read(part[k][2], shard, n)) == comparable(part[k + 1 :])
 
 
 def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'PART_BYTES', 50)
-    for name, text in dict(words='one two\nthree  four\n\n five;\nsix\n' * 20, none='é中😀' * 60, lines='- é\n' * 60).items():
+    for name, text in dict(
+        words='one two\nthree  four\n\n five;\nsix\n' * 20, none='é中😀' * 60, lines='- é\n' * 60
+    ).items():
         (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')
         parts = [record for record, _, _ in Files([str(tmp_path / f'{name}.txt')]).read()]
-        assert ''.join(p.text for p in parts) == text and [p.last for p in parts] == [False] * (len(parts) - 1) + [True] and len({p.key for p in parts}) == 1
+        assert (
+            ''.join(p.text for p in parts) == text
+            and [p.last for p in parts] == [False] * (len(parts) - 1) + [True]
+            and len({p.key for p in parts}) == 1
+        )
         if name == 'words':
             assert all(p.text[0] == '\n' and p.text[1].isalnum() for p in parts[1:])
 
@@ -72,7 +90,7 @@ def test_what_is_made_has_shards_too():
 
 def test_the_hub_goes_on_from_a_position_in_another_process(hub: Hub):  # noqa: F811
     """Shuffled, gathered and plain; in windows of 50 rows."""
-    code = '''
+    code = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from prepare import streams
@@ -94,9 +112,17 @@ else:
         got = json.loads(json.dumps([r[:2] for r in makes[which]().read(position, n - 1, n)]))
         assert got == rest, (which, n, position, got[:2], rest[:2])
     print(len(tried))
-'''
+"""
     env = os.environ | hub.env
-    first = subprocess.run([sys.executable, '-c', code, ROOT], env=env, capture_output=True, text=True)
+    first = subprocess.run(
+        [sys.executable, '-c', code, ROOT], env=env, capture_output=True, text=True
+    )
     assert first.returncode == 0, first.stderr
-    second = subprocess.run([sys.executable, '-c', code, ROOT, 'again'], input=first.stdout, env=env, capture_output=True, text=True)
+    second = subprocess.run(
+        [sys.executable, '-c', code, ROOT, 'again'],
+        input=first.stdout,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert second.returncode == 0 and int(second.stdout) > 40, second.stderr

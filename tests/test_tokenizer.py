@@ -1,4 +1,5 @@
 """Text to ids and back, over every backend."""
+
 import json
 import os
 import pickle
@@ -10,16 +11,43 @@ import tokenizers
 from conftest import shared
 
 from fledge import UserError
-from fledge.tokenizer import PATTERNS, Tokenizer, byte_tokenizer, char_tokenizer, find_tokenizer, gpt2_tokenizer, load_tokenizer, train_bpe
+from fledge.tokenizer import (
+    PATTERNS,
+    Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    find_tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 
 def random_texts(n, seed=0):
     """Texts that break tokenizers: any Unicode, control characters, runs of spaces and newlines, special tokens spelled out."""
     rng = random.Random(seed)
-    pieces = ['def main():\n', '    return x', "don't", ' 123,456', '\r\n', '\t\t', '<|endoftext|>', '😀👩‍👩‍👧', 'naïve', '中文', '\x00\x07', ' ' * 9, '\n\n\n', 'aaaa']
+    pieces = [
+        'def main():\n',
+        '    return x',
+        "don't",
+        ' 123,456',
+        '\r\n',
+        '\t\t',
+        '<|endoftext|>',
+        '😀👩‍👩‍👧',
+        'naïve',
+        '中文',
+        '\x00\x07',
+        ' ' * 9,
+        '\n\n\n',
+        'aaaa',
+    ]
     texts = ['', ' ', '\n', 'a' * 5000]
     while len(texts) < n:
-        parts = [rng.choice(pieces) if rng.random() < 0.6 else chr(rng.randrange(0x110000)) for _ in range(rng.randrange(1, 30))]
+        parts = [
+            rng.choice(pieces) if rng.random() < 0.6 else chr(rng.randrange(0x110000))
+            for _ in range(rng.randrange(1, 30))
+        ]
         texts.append(''.join(p for p in parts if len(p) > 1 or unicodedata.category(p) != 'Cs'))
     return texts
 
@@ -43,7 +71,10 @@ def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
     for t in tokenizer.special:  # text that spells a special token is text
-        assert len(tokenizer.encode(t)) > 1 and tokenizer.encode(f'a{t}b', allow_special=True).count(tokenizer.special[t]) == 1
+        assert (
+            len(tokenizer.encode(t)) > 1
+            and tokenizer.encode(f'a{t}b', allow_special=True).count(tokenizer.special[t]) == 1
+        )
     texts = random_texts(1000)
     batch = [tokenizer.encode_array(t).tolist() for t in texts]
     for text, ids in zip(texts, batch):
@@ -52,7 +83,11 @@ def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
             assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
     assert theirs.get_vocab_size() == tokenizer.vocab_size
     again = load_tokenizer(str(tmp_path))
-    assert again.encode(texts[7]) == batch[7] and again.special == tokenizer.special and again.vocab_size == tokenizer.vocab_size
+    assert (
+        again.encode(texts[7]) == batch[7]
+        and again.special == tokenizer.special
+        and again.vocab_size == tokenizer.vocab_size
+    )
 
 
 @pytest.mark.parametrize('name', ['trained', 'gpt2'])
@@ -60,28 +95,52 @@ def test_both_backends_agree_on_every_character(name, request):
     """Each assigned one between letters, digits, spaces, punctuation and newlines, and doubled."""
     ours = tokenizer_named(name, request)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.spec))
-    characters = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ('Cn', 'Cs', 'Co')]
-    characters = [c for c in characters if not '\u4e00' < c < '\u9fff' and not '\uac00' < c < '\ud7a3' and c < '\U00020000']  # alike in all that matters
+    characters = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ('Cn', 'Cs', 'Co')
+    ]
+    characters = [
+        c
+        for c in characters
+        if not '\u4e00' < c < '\u9fff' and not '\uac00' < c < '\ud7a3' and c < '\U00020000'
+    ]  # alike in all that matters
     assert len(characters) > 30_000
     for i in range(0, len(characters), 64):
-        text = ''.join(f'a{c}b {c}1{c}{c} .{c}\n{c}' for c in characters[i:i + 64])
+        text = ''.join(f'a{c}b {c}1{c}{c} .{c}\n{c}' for c in characters[i : i + 64])
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
 
 
 def test_runs_that_no_regex_stands(request):
     """A million spaces or newlines, at which tiktoken gives up."""
     for tokenizer in (tokenizer_named('trained', request), byte_tokenizer()):
-        for text in (' ' * 1_000_000, 'a' + '\t ' * 500_000 + 'b', '\n' * 1_000_000, '\r\n' * 500_000, 'x' * 1_000_000):
+        for text in (
+            ' ' * 1_000_000,
+            'a' + '\t ' * 500_000 + 'b',
+            '\n' * 1_000_000,
+            '\r\n' * 500_000,
+            'x' * 1_000_000,
+        ):
             assert tokenizer.decode(tokenizer.encode_array(text)) == text
 
 
 def test_chats_and_the_special_tokens_they_need(trained):
-    plain = Tokenizer(json.loads(json.dumps(trained.spec | dict(added_tokens=trained.spec['added_tokens'][:1]))))
-    assert plain.vocab_size == 998 and plain.with_special().special == trained.special and trained.with_special() is trained
-    messages = [dict(role='system', content='Be kind.'), dict(role='user', content='Hi <|im_end|>'), dict(role='assistant', content='Hello!')]
+    plain = Tokenizer(
+        json.loads(json.dumps(trained.spec | dict(added_tokens=trained.spec['added_tokens'][:1])))
+    )
+    assert (
+        plain.vocab_size == 998
+        and plain.with_special().special == trained.special
+        and trained.with_special() is trained
+    )
+    messages = [
+        dict(role='system', content='Be kind.'),
+        dict(role='user', content='Hi <|im_end|>'),
+        dict(role='assistant', content='Hello!'),
+    ]
     ids, learned = plain.with_special().encode_chat(messages)
     rendered = ''.join(f'<|im_start|>{m["role"]}\n{m["content"]}<|im_end|>\n' for m in messages)
-    assert trained.decode(ids) == rendered and (ids == 999).sum() == 3  # one that is spelled out in a message is text
+    assert (
+        trained.decode(ids) == rendered and (ids == 999).sum() == 3
+    )  # one that is spelled out in a message is text
     assert trained.decode(ids[learned == 1]) == 'Hello!<|im_end|>'
     ids, learned = trained.encode_chat([m | dict(learned=m['role'] == 'user') for m in messages])
     assert trained.decode(ids[learned == 1]) == 'Hi <|im_end|><|im_end|>'
@@ -89,16 +148,25 @@ def test_chats_and_the_special_tokens_they_need(trained):
 
 def test_gpt2_is_tiktokens(request):
     import tiktoken
+
     ours, theirs = tokenizer_named('gpt2', request), tiktoken.get_encoding('gpt2')
     assert ours.vocab_size == 50257 and ours.end_of_text == 50256
     for text in random_texts(300, seed=1):
         assert ours.encode(text) == theirs.encode_ordinary(text)
-    assert ours.encode('a<|endoftext|>', allow_special=True) == theirs.encode('a<|endoftext|>', allowed_special='all')
+    assert ours.encode('a<|endoftext|>', allow_special=True) == theirs.encode(
+        'a<|endoftext|>', allowed_special='all'
+    )
 
 
 def test_trained_vocabulary_has_the_size_asked_for(trained):
-    assert trained.vocab_size == 1000 and trained.special == {'<|endoftext|>': 997, '<|im_start|>': 998, '<|im_end|>': 999}
-    assert trained.spec['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'] == PATTERNS['qwen2']
+    assert trained.vocab_size == 1000 and trained.special == {
+        '<|endoftext|>': 997,
+        '<|im_start|>': 998,
+        '<|im_end|>': 999,
+    }
+    assert (
+        trained.spec['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'] == PATTERNS['qwen2']
+    )
     assert len(trained.encode('    def __init__(self):\n')) < 10
     with pytest.raises(UserError, match='at least 259'):
         train_bpe(['abc'], 200)
@@ -106,34 +174,61 @@ def test_trained_vocabulary_has_the_size_asked_for(trained):
 
 def test_characters(tmp_path):
     tokenizer = char_tokenizer(sorted(set('hello\n')))
-    assert tokenizer.encode('hello') == [2, 1, 3, 3, 4] and tokenizer.decode([2, 1, 3, 3, 4]) == 'hello'
+    assert (
+        tokenizer.encode('hello') == [2, 1, 3, 3, 4]
+        and tokenizer.decode([2, 1, 3, 3, 4]) == 'hello'
+    )
     assert tokenizer.end_of_text is None and tokenizer.vocab_size == 5
     with pytest.raises(UserError, match="'x' is not in this vocabulary of 5 characters"):
         tokenizer.encode('hex')
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     assert load_tokenizer(str(tmp_path)).encode('hole') == [2, 4, 3, 1]
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json')).encode('hello\n').ids == [2, 1, 3, 3, 4, 0]
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json')).encode(
+        'hello\n'
+    ).ids == [2, 1, 3, 3, 4, 0]
 
 
 def test_ids_without_text_are_replacement_characters(trained):
-    assert trained.decode([5000]) == '�' and byte_tokenizer().decode([0xf0, 65]) == '�A'
+    assert trained.decode([5000]) == '�' and byte_tokenizer().decode([0xF0, 65]) == '�A'
 
 
 def test_another_kind_of_tokenizer_runs_on_tokenizers(tmp_path):
-    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram([('<unk>', 0.0), ('▁a', -1.0), ('b', -2.0), ('▁', -3.0)], unk_id=0))
-    theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [('<unk>', 0.0), ('▁a', -1.0), ('b', -2.0), ('▁', -3.0)], unk_id=0
+        )
+    )
+    theirs.pre_tokenizer, theirs.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Metaspace(),
+    )
     ours = Tokenizer(json.loads(theirs.to_str()))
-    assert ours.hf and ours.encode('ab a') == theirs.encode('ab a').ids and ours.decode(ours.encode('ab a')) == 'ab a' and ours.vocab_size == 4
-    assert [len(ours.token_bytes[i]) for i in ours.encode('a b')] == [2, 1, 1]  # the bytes of ' a b', spaces and all
+    assert (
+        ours.hf
+        and ours.encode('ab a') == theirs.encode('ab a').ids
+        and ours.decode(ours.encode('ab a')) == 'ab a'
+        and ours.vocab_size == 4
+    )
+    assert [len(ours.token_bytes[i]) for i in ours.encode('a b')] == [
+        2,
+        1,
+        1,
+    ]  # the bytes of ' a b', spaces and all
 
 
 def test_ids_out_of_merge_order_run_on_tokenizers(trained):
     spec = json.loads(json.dumps(trained.spec))
     vocab = spec['model']['vocab']
-    spec['model']['vocab'] = {t: 996 - i for t, i in vocab.items()}  # as in RoBERTa's, the ids say nothing about the merges
+    spec['model']['vocab'] = {
+        t: 996 - i for t, i in vocab.items()
+    }  # as in RoBERTa's, the ids say nothing about the merges
     other = Tokenizer(spec)
     text = 'def main():\n    return 1\n'
-    assert other.bpe is None and other.encode(text) == [996 - i for i in trained.encode(text)] and other.decode(other.encode(text)) == text
+    assert (
+        other.bpe is None
+        and other.encode(text) == [996 - i for i in trained.encode(text)]
+        and other.decode(other.encode(text)) == text
+    )
     del spec['model']['vocab']['ÿ']  # a byte
     assert Tokenizer(spec).bpe is None
 
@@ -145,16 +240,25 @@ def test_a_token_that_no_merge_makes_is_never_found(trained, token):
     spec['model']['vocab'][token] = 997
     ours, theirs = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
     for text in ('in the end the zqx', 'the 東京 zqx'):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids and ours.decode(ours.encode(text)) == text
+        assert (
+            ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+            and ours.decode(ours.encode(text)) == text
+        )
 
 
 def test_special_tokens_in_a_document_are_text_in_every_backend(trained):
     other = Tokenizer(trained.spec | {'normalizer': {'type': 'NFC'}})
-    assert other.hf and 997 not in other.encode('a<|endoftext|>') and 997 in other.encode('a<|endoftext|>', allow_special=True)
+    assert (
+        other.hf
+        and 997 not in other.encode('a<|endoftext|>')
+        and 997 in other.encode('a<|endoftext|>', allow_special=True)
+    )
 
 
 def test_many_special_tokens_in_a_prompt(trained):
-    assert trained.encode('<|im_end|>' * 5000 + 'a', allow_special=True) == [999] * 5000 + trained.encode('a')
+    assert trained.encode('<|im_end|>' * 5000 + 'a', allow_special=True) == [
+        999
+    ] * 5000 + trained.encode('a')
 
 
 def test_nanogpts_meta_pkl_is_read_without_running_it(tmp_path):
@@ -165,13 +269,16 @@ def test_nanogpts_meta_pkl_is_read_without_running_it(tmp_path):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'owned'),)
+
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 3, 'itos': Payload()}))
     with pytest.raises(UserError, match='only plain dictionaries'):
         load_tokenizer(str(tmp_path))
     assert not (tmp_path / 'owned').exists()
 
 
-@pytest.mark.parametrize('content', ['', '{"model": ', '[]', '{}', '{"model": {"type": "BPE"}}', '\x80'])
+@pytest.mark.parametrize(
+    'content', ['', '{"model": ', '[]', '{}', '{"model": {"type": "BPE"}}', '\x80']
+)
 def test_a_broken_tokenizer_is_named(tmp_path, content):
     (tmp_path / 'tokenizer.json').write_text(content)
     with pytest.raises(UserError, match='tokenizer.json is not a readable tokenizer'):
@@ -182,6 +289,7 @@ def test_a_broken_tokenizer_is_named(tmp_path, content):
 
 def test_no_vocabulary_and_no_network_is_one_line(tmp_path, monkeypatch):
     import tiktoken.registry
+
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')

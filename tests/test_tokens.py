@@ -1,4 +1,5 @@
 """Tokens on disk, and which of them a step sees."""
+
 import json
 
 import numpy as np
@@ -22,11 +23,19 @@ def dataset(folder, *shards, vocab_size=65536):
     return str(folder)
 
 
-@pytest.mark.parametrize('vocab_size, magic, version, size', [(50257, 20240520, 1, 2), (65536, 20240520, 1, 2), (65537, 20240801, 7, 4)])
+@pytest.mark.parametrize(
+    'vocab_size, magic, version, size',
+    [(50257, 20240520, 1, 2), (65536, 20240520, 1, 2), (65537, 20240801, 7, 4)],
+)
 def test_a_bin_is_llmcs(tmp_path, vocab_size, magic, version, size):
     write(tmp_path / 'x.bin', [1, 2, vocab_size - 1], vocab_size)
     raw = (tmp_path / 'x.bin').read_bytes()
-    assert len(raw) == 1024 + 3 * size and np.frombuffer(raw, '<i4', 4).tolist() == [magic, version, 3, 0]
+    assert len(raw) == 1024 + 3 * size and np.frombuffer(raw, '<i4', 4).tolist() == [
+        magic,
+        version,
+        3,
+        0,
+    ]
     assert read_bin(str(tmp_path / 'x.bin')).tolist() == [1, 2, vocab_size - 1]
     assert np.frombuffer(raw, f'<u{size}', offset=1024).tolist() == [1, 2, vocab_size - 1]
 
@@ -47,14 +56,20 @@ def test_nanogpts_headerless_files_are_read(tmp_path):
     assert (y == x + 1).all() and x.dtype == np.int64
 
 
-@pytest.mark.parametrize('breakage, words', [
-    (lambda raw: b'', 'is empty'),
-    (lambda raw: raw[:1024], 'is truncated'), (lambda raw: raw[:700], 'is truncated'), (lambda raw: raw[:-1], 'is truncated'),
-    (lambda raw: np.array([20240520, 1, 0], '<i4').tobytes() + raw[12:1024], 'is empty'),
-    (lambda raw: np.array([20240520, 1, -5], '<i4').tobytes() + raw[12:], 'broken header'),
-    (lambda raw: np.array([20240521], '<i4').tobytes() + raw[4:], 'wrong magic or version'),
-    (lambda raw: raw[:4] + np.array([9], '<i4').tobytes() + raw[8:], 'wrong magic or version'),
-    (lambda raw: b'PK\x03\x04' + raw[4:], 'wrong magic or version')])
+@pytest.mark.parametrize(
+    'breakage, words',
+    [
+        (lambda raw: b'', 'is empty'),
+        (lambda raw: raw[:1024], 'is truncated'),
+        (lambda raw: raw[:700], 'is truncated'),
+        (lambda raw: raw[:-1], 'is truncated'),
+        (lambda raw: np.array([20240520, 1, 0], '<i4').tobytes() + raw[12:1024], 'is empty'),
+        (lambda raw: np.array([20240520, 1, -5], '<i4').tobytes() + raw[12:], 'broken header'),
+        (lambda raw: np.array([20240521], '<i4').tobytes() + raw[4:], 'wrong magic or version'),
+        (lambda raw: raw[:4] + np.array([9], '<i4').tobytes() + raw[8:], 'wrong magic or version'),
+        (lambda raw: b'PK\x03\x04' + raw[4:], 'wrong magic or version'),
+    ],
+)
 @pytest.mark.parametrize('with_meta', [True, False])
 def test_a_broken_bin_is_named(tmp_path, breakage, words, with_meta):
     folder = dataset(tmp_path, range(1000))
@@ -73,7 +88,9 @@ def test_data_that_does_not_fit_is_named(tmp_path):
     assert len(Tokens(folder, 'train', 101, 1000).evaluation_rows()) == 1
     assert Tokens(folder, 'train', 100, 1000, seed=0).n_rows == 1
     with pytest.raises(UserError, match='token 300 at position 100, beyond the vocabulary of 256'):
-        Tokens(folder, 'train', 10, 256)  # before the first step, and not when some later step comes across it
+        Tokens(
+            folder, 'train', 10, 256
+        )  # before the first step, and not when some later step comes across it
     with pytest.raises(UserError, match='no val.bin'):
         Tokens(folder, 'val', 10, 1000)
 
@@ -81,19 +98,33 @@ def test_data_that_does_not_fit_is_named(tmp_path):
 @pytest.mark.parametrize('shards', [[1003], [12], [500, 11, 300, 5, 64]])
 def test_every_row_once_an_epoch_and_none_twice(tmp_path, shards):
     starts = np.cumsum([0] + shards)
-    data = Tokens(dataset(tmp_path, *(range(a, a + n) for a, n in zip(starts, shards))), 'train', 10, 65536, seed=7)
+    data = Tokens(
+        dataset(tmp_path, *(range(a, a + n) for a, n in zip(starts, shards))),
+        'train',
+        10,
+        65536,
+        seed=7,
+    )
     assert data.n_rows >= max(1, sum(n // 10 for n in shards) - 2 * len(shards))
     epochs = [data.rows(e * data.n_rows, data.n_rows) for e in range(3)]
     for x, y in epochs:
-        assert (y[:, :-1] == x[:, 1:]).all() and (y == x + 1).all()  # nothing crosses a shard: ids there jump by design
+        assert (y[:, :-1] == x[:, 1:]).all() and (
+            y == x + 1
+        ).all()  # nothing crosses a shard: ids there jump by design
         assert len(np.unique(x)) == x.size  # no token is an input twice
         shard_of = np.searchsorted(starts, x, side='right')
         assert (shard_of == shard_of[:, :1]).all()
     if data.n_rows > 10:
         assert not np.array_equal(epochs[0][0], epochs[1][0])
         assert len({int(x.min()) for x, _ in epochs}) > 1  # the grid shifts
-        seen = np.unique(np.concatenate([x for x, _ in (data.rows(e * data.n_rows, data.n_rows) for e in range(40))]))
-        assert len(seen) >= sum(n - 1 for n in shards if n > 10) - len(shards)  # over the epochs, no token is left out
+        seen = np.unique(
+            np.concatenate(
+                [x for x, _ in (data.rows(e * data.n_rows, data.n_rows) for e in range(40))]
+            )
+        )
+        assert len(seen) >= sum(n - 1 for n in shards if n > 10) - len(
+            shards
+        )  # over the epochs, no token is left out
 
 
 def test_one_token_is_nothing_to_predict(tmp_path):
@@ -109,7 +140,9 @@ def test_a_step_is_a_pure_function_of_its_number(tmp_path):
     late = Tokens(folder, 'train', 16, 500, seed=3)
     for step in (49, 3, 17):  # in any order, with no state
         for world in (1, 2, 4):
-            parts = [late.rows(step * 24 + rank * 24 // world, 24 // world)[0] for rank in range(world)]
+            parts = [
+                late.rows(step * 24 + rank * 24 // world, 24 // world)[0] for rank in range(world)
+            ]
             assert np.array_equal(np.concatenate(parts), whole[step])
     assert not np.array_equal(Tokens(folder, 'train', 16, 500, seed=4).rows(0, 24)[0], whole[0])
 
@@ -124,7 +157,11 @@ def test_evaluation_predicts_each_token_once(tmp_path, n):
     assert (x[y >= 0] == y[y >= 0] - 1).all()
     if n == 101:
         part = data.evaluation_rows(4)
-        assert part == data.evaluation_rows(4) and len(part) == 4 and [s for _, s in part] == [0, 20, 50, 70]
+        assert (
+            part == data.evaluation_rows(4)
+            and len(part) == 4
+            and [s for _, s in part] == [0, 20, 50, 70]
+        )
 
 
 @pytest.mark.parametrize('vocab_size', [65536, 65537])
@@ -141,17 +178,23 @@ def test_shards_hold_whole_documents_and_go_on_from_a_sync(tmp_path, vocab_size)
     for first, last in ((0, 7), (7, 8), (8, 25), (25, 60)):
         writer = SplitWriter(str(folder), 'train', vocab_size, 100, True, shards)
         assert writer.sync() == shards
-        piece = ids[ends[first]:ends[last]]
+        piece = ids[ends[first] : ends[last]]
         writer.write(piece, lengths[first:last], piece % 2)
         shards = writer.sync()
         if last < 60:  # what comes after a sync that counts is dropped, as after a kill
             writer.write(ids[:300], [300], ids[:300] % 2)
             writer.sync()
     writer.close()
-    paths = split_files(str(folder), 'train')[:len(shards)]
+    paths = split_files(str(folder), 'train')[: len(shards)]
     parts = [read_bin(p) for p in paths]
-    assert [len(p) for p in parts] == shards and max(shards) <= 100 and np.array_equal(np.concatenate(parts), ids)
-    assert np.array_equal(np.concatenate([np.fromfile(p[:-4] + '.mask.bin', np.uint8) for p in paths]), ids % 2)
+    assert (
+        [len(p) for p in parts] == shards
+        and max(shards) <= 100
+        and np.array_equal(np.concatenate(parts), ids)
+    )
+    assert np.array_equal(
+        np.concatenate([np.fromfile(p[:-4] + '.mask.bin', np.uint8) for p in paths]), ids % 2
+    )
     bounds = np.cumsum(shards)
     assert len(set(bounds) - set(ends)) == 2  # only those within the longest document
 
@@ -175,7 +218,7 @@ def test_what_has_been_seen(tmp_path):
         known.add(h)
     seen, got, count = Seen(str(tmp_path / 'h'), 0), [], 0
     for i in range(0, 5000, 250):
-        some = hashes[i:i + 250]
+        some = hashes[i : i + 250]
         first = seen.fresh(some)
         seen.add(some[first])
         got += first.tolist()

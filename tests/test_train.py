@@ -1,4 +1,5 @@
 """The trainer: what it writes, how it goes on, how it stops, what it refuses."""
+
 import fcntl
 import json
 import os
@@ -26,14 +27,20 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 
 
 def losses(folder):
-    return [(m['step'], m['train_loss'], m['val_loss'], m['grad_norm'], m['lr']) for m in metrics(folder)]
+    return [
+        (m['step'], m['train_loss'], m['val_loss'], m['grad_norm'], m['lr'])
+        for m in metrics(folder)
+    ]
 
 
 def assert_same_run(a, b):
     """Two runs' metrics and final checkpoints are equal to the last bit."""
     assert losses(a) == losses(b)
     first, second = (checkpoint.load(str(f / 'ckpt.pt')) for f in (a, b))
-    assert first['iter_num'] == second['iter_num'] and first['best_val_loss'] == second['best_val_loss']
+    assert (
+        first['iter_num'] == second['iter_num']
+        and first['best_val_loss'] == second['best_val_loss']
+    )
     assert all(torch.equal(v, second['model'][k]) for k, v in first['model'].items())
     flat = [o['state'] for c in (first, second) for o in c['optimizer']]
     for x, y in zip(flat[:2], flat[2:]):
@@ -51,19 +58,46 @@ def whole(tmp_path_factory):
 
 def slow(folder, seconds=0.03):
     """A config file whose steps take their time, so that a signal or a kill comes between two of them."""
-    (folder / 'slow.py').write_text(f'import time\ndef objective(model, batch):\n    time.sleep({seconds})\n    return model(*batch, return_logits=False)[1]\n')
+    (folder / 'slow.py').write_text(
+        f'import time\ndef objective(model, batch):\n    time.sleep({seconds})\n    return model(*batch, return_logits=False)[1]\n'
+    )
     return 'slow.py'
 
 
 def test_a_run_leaves_what_it_should(whole):
-    assert sorted(os.listdir(whole / 'out')) == ['best.pt', 'ckpt.pt', 'loss.png', 'metrics.jsonl', 'samples_step_000030.txt', 'samples_step_000060.txt',
-                                                 'settings.json', 'tokenizer.json', 'train.log']
+    assert sorted(os.listdir(whole / 'out')) == [
+        'best.pt',
+        'ckpt.pt',
+        'loss.png',
+        'metrics.jsonl',
+        'samples_step_000030.txt',
+        'samples_step_000060.txt',
+        'settings.json',
+        'tokenizer.json',
+        'train.log',
+    ]
     lines = metrics(whole / 'out')
     assert [m['step'] for m in lines] == list(range(61))
-    assert list(lines[0]) == ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm', 'tokens_per_second', 'mfu', 'elapsed']
+    assert list(lines[0]) == [
+        'step',
+        'tokens',
+        'train_loss',
+        'val_loss',
+        'val_bpb',
+        'lr',
+        'grad_norm',
+        'tokens_per_second',
+        'mfu',
+        'elapsed',
+    ]
     assert [m['step'] for m in lines if m['val_loss'] is not None] == [0, 30, 60]
-    assert all(m['tokens'] == 64 * m['step'] for m in lines) and lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.3
-    assert abs(lines[0]['val_bpb'] - lines[0]['val_loss'] / np.log(2)) < 1e-6  # one byte a token here
+    assert (
+        all(m['tokens'] == 64 * m['step'] for m in lines)
+        and lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.3
+    )
+    assert (
+        abs(lines[0]['val_bpb'] - lines[0]['val_loss'] / np.log(2)) < 1e-6
+    )  # one byte a token here
     assert 0 < lines[20]['mfu'] < 1 and lines[20]['tokens_per_second'] > 0
     assert (whole / 'out' / 'loss.png').read_bytes()[:4] == b'\x89PNG'
     assert (whole / 'out' / 'samples_step_000060.txt').read_text().count('---------------') == 2
@@ -81,9 +115,13 @@ def test_settings_json_repeats_the_run(whole, tmp_path):
 
 def test_thirty_steps_resumed_for_thirty_more_equal_sixty(whole, workdir):
     run(workdir, 'train.py', *LOSSY, '--max_iters=30')
-    run(workdir, 'train.py', '--max_iters=60', '--init_from=resume')  # all other settings are the run's own
+    run(
+        workdir, 'train.py', '--max_iters=60', '--init_from=resume'
+    )  # all other settings are the run's own
     assert_same_run(workdir / 'out', whole / 'out')
-    assert (workdir / 'out' / 'samples_step_000060.txt').read_text() == (whole / 'out' / 'samples_step_000060.txt').read_text()
+    assert (workdir / 'out' / 'samples_step_000060.txt').read_text() == (
+        whole / 'out' / 'samples_step_000060.txt'
+    ).read_text()
 
 
 def wait_for(path, text, process, seconds=120):
@@ -102,7 +140,15 @@ def test_killed_between_checkpoints_goes_on_as_if_nothing_had_been(whole, workdi
     process.kill()
     process.communicate()
     assert metrics(workdir / 'out')[-1]['step'] >= 37
-    run(workdir, 'train.py', *LOSSY, '--max_iters=60', slow(workdir), '--init_from=nowhere.pt', '--auto_resume')
+    run(
+        workdir,
+        'train.py',
+        *LOSSY,
+        '--max_iters=60',
+        slow(workdir),
+        '--init_from=nowhere.pt',
+        '--auto_resume',
+    )
     assert_same_run(workdir / 'out', whole / 'out')
 
 
@@ -112,22 +158,38 @@ def test_a_signal_saves_and_stops(whole, workdir, number):
     wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 12,', process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'saving and stopping' in err and '--init_from=resume' in out and 'Traceback' not in err
+    assert (
+        process.returncode == 0
+        and 'saving and stopping' in err
+        and '--init_from=resume' in out
+        and 'Traceback' not in err
+    )
     assert 12 < checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))['iter_num'] < 60
     run(workdir, 'train.py', *LOSSY, slow(workdir), '--init_from=resume')
     assert_same_run(workdir / 'out', whole / 'out')
 
 
 def test_a_second_signal_stops_at_once(workdir):
-    process = start(workdir, 'train.py', *TINY, slow(workdir, 2.0), '--max_iters=60', '--eval_interval=1000')
-    wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 0,', process)  # the second step is under way: two seconds
+    process = start(
+        workdir, 'train.py', *TINY, slow(workdir, 2.0), '--max_iters=60', '--eval_interval=1000'
+    )
+    wait_for(
+        workdir / 'out' / 'metrics.jsonl', '"step": 0,', process
+    )  # the second step is under way: two seconds
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert 'saving and stopping' in process.stderr.readline() + process.stderr.readline() and process.poll() is None
+    assert (
+        'saving and stopping' in process.stderr.readline() + process.stderr.readline()
+        and process.poll() is None
+    )
     t = time.time()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.time() - t < 1 and process.returncode == 128 + signal.SIGINT and not (workdir / 'out' / 'ckpt.pt').exists()
+    assert (
+        time.time() - t < 1
+        and process.returncode == 128 + signal.SIGINT
+        and not (workdir / 'out' / 'ckpt.pt').exists()
+    )
 
 
 def test_a_new_run_keeps_the_one_that_was_there(workdir):
@@ -137,28 +199,42 @@ def test_a_new_run_keeps_the_one_that_was_there(workdir):
     assert 'is now in' in out and (workdir / 'out' / 'previous-1' / 'ckpt.pt').read_bytes() == first
     assert len(metrics(workdir / 'out')) == 3 and len(metrics(workdir / 'out' / 'previous-1')) == 4
     run(workdir, 'train.py', *TINY, '--max_iters=1')
-    assert [len(metrics(workdir / 'out' / n)) for n in ('.', 'previous-2', 'previous-1')] == [2, 3, 4]
+    assert [len(metrics(workdir / 'out' / n)) for n in ('.', 'previous-2', 'previous-1')] == [
+        2,
+        3,
+        4,
+    ]
 
 
 def test_processes_share_the_batch_of_one(workdir):
     """DistributedDataParallel over 1 and 2 processes: the same batches, so the same losses up to rounding; one voice."""
     flags = [*TINY, '--max_iters=12', '--gradient_accumulation_steps=2', '--eval_interval=6']
     run(workdir, 'train.py', *flags, '--out_dir=one')
-    two = subprocess.run([*TORCHRUN, os.path.join(ROOT, 'train.py'), *flags, '--out_dir=two'],
-                         cwd=workdir, capture_output=True, text=True, timeout=300)
+    two = subprocess.run(
+        [*TORCHRUN, os.path.join(ROOT, 'train.py'), *flags, '--out_dir=two'],
+        cwd=workdir,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count('step 0: val loss') == 1 and two.stdout.count('done at step 12') == 1
     for a, b in zip(metrics(workdir / 'one'), metrics(workdir / 'two'), strict=True):
         for key in ('train_loss', 'val_loss', 'val_bpb', 'grad_norm'):
             assert (a[key] is None and b[key] is None) or abs(a[key] - b[key]) < 1e-3, (key, a, b)
-    failed = subprocess.run([*TORCHRUN, os.path.join(ROOT, 'train.py'), *TINY, '--batch_size=3'],
-                            cwd=workdir, capture_output=True, text=True, timeout=300)
+    failed = subprocess.run(
+        [*TORCHRUN, os.path.join(ROOT, 'train.py'), *TINY, '--batch_size=3'],
+        cwd=workdir,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert failed.returncode != 0 and 'do not divide among 2 processes' in failed.stderr
 
 
 def test_gradients_are_synchronised_once_a_step(workdir):
     """Counted from outside, by a wrapper that counts DDP's all-reduces."""
-    (workdir / 'count.py').write_text(f'''
+    (workdir / 'count.py').write_text(f"""
 import runpy, sys
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -177,30 +253,64 @@ sys.path.insert(0, {ROOT!r})
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("buckets", len(calls))
-''')
-    out = subprocess.run([*TORCHRUN, 'count.py', os.path.join(ROOT, 'train.py'), *TINY,
-                          '--max_iters=5', '--gradient_accumulation_steps=6', '--dtype=float32'], cwd=workdir, capture_output=True, text=True, timeout=300)
+""")
+    out = subprocess.run(
+        [
+            *TORCHRUN,
+            'count.py',
+            os.path.join(ROOT, 'train.py'),
+            *TINY,
+            '--max_iters=5',
+            '--gradient_accumulation_steps=6',
+            '--dtype=float32',
+        ],
+        cwd=workdir,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
-    assert set(re.findall(r'buckets (\d+)', out.stdout)) == {'5'}  # one bucket a step, for six micro-batches
+    assert set(re.findall(r'buckets (\d+)', out.stdout)) == {
+        '5'
+    }  # one bucket a step, for six micro-batches
 
 
 def test_dropout_is_another_in_each_step(workdir):
     for split in ('train', 'val'):
         with BinWriter(str(workdir / 'data' / 'tiny' / f'{split}.bin'), 64) as f:
             f.write([3] * 2000)  # all rows are alike
-    run(workdir, 'train.py', *TINY, '--dropout=0.5', '--learning_rate=0', '--max_iters=6', '--dtype=float32')
+    run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--dropout=0.5',
+        '--learning_rate=0',
+        '--max_iters=6',
+        '--dtype=float32',
+    )
     assert len({m['train_loss'] for m in metrics(workdir / 'out') if m['train_loss']}) == 6
 
 
 def test_what_is_counted_goes_on_after_a_resume(workdir):
     flags = [*TINY, '--eval_interval=2', '--early_stopping_patience=4', '--learning_rate=0']
-    run(workdir, 'train.py', *flags, '--max_iters=4')  # evaluations at 0, 2 and 4: two without a better loss
+    run(
+        workdir, 'train.py', *flags, '--max_iters=4'
+    )  # evaluations at 0, 2 and 4: two without a better loss
     out = run(workdir, 'train.py', '--init_from=resume', '--max_iters=50')
-    assert 'no better val loss in 4 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 8
+    assert (
+        'no better val loss in 4 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 8
+    )
 
 
 def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
-    flags = [*TINY, slow(workdir, 0.05), '--max_iters=100000', '--max_minutes=0.2', '--eval_interval=100000', '--log_interval=5']
+    flags = [
+        *TINY,
+        slow(workdir, 0.05),
+        '--max_iters=100000',
+        '--max_minutes=0.2',
+        '--eval_interval=100000',
+        '--log_interval=5',
+    ]
     process = start(workdir, 'train.py', *flags)
     wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 40,', process)
     process.send_signal(signal.SIGTERM)
@@ -208,32 +318,71 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     stopped = checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))
     run(workdir, 'train.py', 'slow.py', '--init_from=resume')
     lines = [m for m in metrics(workdir / 'out') if m['step'] >= stopped['iter_num']]
-    rest = 1 - (lines[0]['step'] - 5) / (stopped['total_steps'] - 5)  # after the warmup: what is left of the steps that time allows
+    rest = 1 - (lines[0]['step'] - 5) / (
+        stopped['total_steps'] - 5
+    )  # after the warmup: what is left of the steps that time allows
     assert lines[0]['lr'] == pytest.approx(0.006 * rest, rel=1e-6)  # no jump
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
 
 def test_early_stopping(workdir):
-    out = run(workdir, 'train.py', *TINY, '--max_iters=50', '--eval_interval=2', '--early_stopping_patience=3', '--learning_rate=0')
-    assert 'no better val loss in 3 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 6
+    out = run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--max_iters=50',
+        '--eval_interval=2',
+        '--early_stopping_patience=3',
+        '--learning_rate=0',
+    )
+    assert (
+        'no better val loss in 3 evaluations' in out and metrics(workdir / 'out')[-1]['step'] == 6
+    )
 
 
 def test_only_a_better_loss_is_saved_when_asked(workdir):
-    run(workdir, 'train.py', *TINY, '--max_iters=6', '--eval_interval=2', '--always_save_checkpoint=False', '--learning_rate=0')
+    run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--max_iters=6',
+        '--eval_interval=2',
+        '--always_save_checkpoint=False',
+        '--learning_rate=0',
+    )
     assert not (workdir / 'out' / 'ckpt.pt').exists()  # step 0's loss was never beaten
 
 
 def test_max_minutes_bounds_the_run(workdir):
     t = time.time()
-    run(workdir, 'train.py', *TINY, '--max_iters=1000000', '--max_minutes=0.1', '--eval_interval=1000000', '--sample_interval=0', '--log_interval=20')
+    run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--max_iters=1000000',
+        '--max_minutes=0.1',
+        '--eval_interval=1000000',
+        '--sample_interval=0',
+        '--log_interval=20',
+    )
     last = metrics(workdir / 'out')
     assert 3 < last[-1]['elapsed'] < 9 and time.time() - t < 30
-    assert last[-2]['lr'] < max(m['lr'] for m in last[:-1]) / 2 and last[-1]['val_loss'] < last[0]['val_loss']  # the schedule follows
-    out = run(workdir, 'train.py', '--init_from=resume')  # its time is up: nothing much is trained any more
-    assert last[-1]['step'] <= int(re.search(r'done at step (\d+) ', out)[1]) < last[-1]['step'] * 1.1
+    assert (
+        last[-2]['lr'] < max(m['lr'] for m in last[:-1]) / 2
+        and last[-1]['val_loss'] < last[0]['val_loss']
+    )  # the schedule follows
+    out = run(
+        workdir, 'train.py', '--init_from=resume'
+    )  # its time is up: nothing much is trained any more
+    assert (
+        last[-1]['step'] <= int(re.search(r'done at step (\d+) ', out)[1]) < last[-1]['step'] * 1.1
+    )
 
 
-@pytest.mark.parametrize('flags, steps', [(['--target_tokens=640'], 10), (['--target_tokens=641'], 11), (['--target_epochs=0.5'], 32)])
+@pytest.mark.parametrize(
+    'flags, steps',
+    [(['--target_tokens=640'], 10), (['--target_tokens=641'], 11), (['--target_epochs=0.5'], 32)],
+)
 def test_other_ways_to_say_max_iters(workdir, flags, steps):
     assert f', {steps} steps' in run(workdir, 'train.py', *TINY, *flags, '--eval_only')
 
@@ -245,14 +394,29 @@ def test_dry_run_and_eval_only_write_nothing(workdir):
         assert word in out
     n = int(re.search(r'parameters: ([\d,]+)', out)[1].replace(',', ''))
     assert f'FLOPs: {6 * n * 64000:.3g} ' in out
-    assert re.search(r'val loss 4\.\d+, perplexity \d+\.\d+, 5\.\d+ bits per byte', run(workdir, 'train.py', *TINY, '--eval_only'))
+    assert re.search(
+        r'val loss 4\.\d+, perplexity \d+\.\d+, 5\.\d+ bits per byte',
+        run(workdir, 'train.py', *TINY, '--eval_only'),
+    )
     assert sorted(os.walk(workdir)) == before
 
 
 def test_evaluation_is_the_same_whatever_the_batch(whole, workdir):
     trained = f'--init_from={whole}/out/ckpt.pt'
-    first, second = (run(workdir, 'train.py', *TINY, '--eval_only', '--eval_iters=0', f'--batch_size={b}', trained, '--dropout=0.5', '--dtype=float32')
-                     for b in (4, 7))  # dropout is off in it, and a short last row counts for its tokens
+    first, second = (
+        run(
+            workdir,
+            'train.py',
+            *TINY,
+            '--eval_only',
+            '--eval_iters=0',
+            f'--batch_size={b}',
+            trained,
+            '--dropout=0.5',
+            '--dtype=float32',
+        )
+        for b in (4, 7)
+    )  # dropout is off in it, and a short last row counts for its tokens
     pick = lambda out: re.search(r'val loss (\S+),', out)[1]
     assert pick(first) == pick(second)
 
@@ -267,27 +431,66 @@ def test_two_runs_do_not_write_to_one_folder(workdir):
 
 def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     run(workdir, 'train.py', *TINY, slow(workdir, 0), '--max_iters=3')
-    assert 'objective of its own' in fails(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
+    assert 'objective of its own' in fails(
+        workdir, 'train.py', '--init_from=resume', '--max_iters=5'
+    )
     with open(workdir / 'out' / 'metrics.jsonl', 'a') as f:
         f.write('\0\0\0{"step": 2')  # what a power cut leaves
-    out = run(workdir, 'train.py', 'slow.py', '--init_from=resume', '--max_iters=5', '--learning_rate=0.001')
+    out = run(
+        workdir,
+        'train.py',
+        'slow.py',
+        '--init_from=resume',
+        '--max_iters=5',
+        '--learning_rate=0.001',
+    )
     assert json.loads((workdir / 'out' / 'settings.json').read_text())['init_from'] == 'scratch'
-    assert 'n_layer=5 is ignored: the checkpoint has 2' in run(workdir, 'train.py', 'slow.py', '--init_from=resume', '--n_layer=5')
-    assert 'resuming at step 3' and 'max_iters was 3, now 5' in out and ', now 0.001' in out and 'dataset was' not in out
+    assert 'n_layer=5 is ignored: the checkpoint has 2' in run(
+        workdir, 'train.py', 'slow.py', '--init_from=resume', '--n_layer=5'
+    )
+    assert (
+        'resuming at step 3'
+        and 'max_iters was 3, now 5' in out
+        and ', now 0.001' in out
+        and 'dataset was' not in out
+    )
     assert [m['step'] for m in metrics(workdir / 'out')] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_config_file_may_bring_its_own_loss(workdir):
-    (workdir / 'mine.py').write_text('max_iters = 4\ndef objective(model, batch):\n    x, y = batch\n    return model(x, y)[1] * 2\n')
+    (workdir / 'mine.py').write_text(
+        'max_iters = 4\ndef objective(model, batch):\n    x, y = batch\n    return model(x, y)[1] * 2\n'
+    )
     run(workdir, 'train.py', *TINY, 'mine.py')
     run(workdir, 'train.py', *TINY, '--max_iters=4', '--out_dir=plain')
-    assert abs(metrics(workdir / 'out')[0]['val_loss'] / metrics(workdir / 'plain')[0]['val_loss'] - 2) < 0.01
+    assert (
+        abs(metrics(workdir / 'out')[0]['val_loss'] / metrics(workdir / 'plain')[0]['val_loss'] - 2)
+        < 0.01
+    )
 
 
-@pytest.mark.parametrize('flags', [
-    ['--optimizer=adamw', '--lr_schedule=cosine', '--position=learned', '--norm=layernorm', '--activation=gelu', '--qk_norm=False', '--bias'],
-    ['--lr_schedule=wsd', '--gradient_checkpointing', '--dtype=float32', '--tie_embeddings=False', '--min_lr=1e-4'],
-    ['--decay_lr=False', '--grad_clip=0', '--activation=relu2', '--dtype=bfloat16']])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        [
+            '--optimizer=adamw',
+            '--lr_schedule=cosine',
+            '--position=learned',
+            '--norm=layernorm',
+            '--activation=gelu',
+            '--qk_norm=False',
+            '--bias',
+        ],
+        [
+            '--lr_schedule=wsd',
+            '--gradient_checkpointing',
+            '--dtype=float32',
+            '--tie_embeddings=False',
+            '--min_lr=1e-4',
+        ],
+        ['--decay_lr=False', '--grad_clip=0', '--activation=relu2', '--dtype=bfloat16'],
+    ],
+)
 def test_settings_train(workdir, flags):
     run(workdir, 'train.py', *TINY, *flags, '--max_iters=40')
     lines = metrics(workdir / 'out')
@@ -296,7 +499,11 @@ def test_settings_train(workdir, flags):
     if '--lr_schedule=wsd' in flags:
         assert lr[5] == lr[32] == 0.006 and abs(lr[36] - (1e-4 + 0.5 * 0.0059)) < 1e-9
     if '--lr_schedule=cosine' in flags:
-        assert lr[:3] == pytest.approx([0.001, 0.002, 0.003]) and lr[5] == 0.006 and lr[22] == pytest.approx(0.003, rel=0.1)
+        assert (
+            lr[:3] == pytest.approx([0.001, 0.002, 0.003])
+            and lr[5] == 0.006
+            and lr[22] == pytest.approx(0.003, rel=0.1)
+        )
     if '--decay_lr=False' in flags:
         assert set(lr) == {0.006}
 
@@ -304,7 +511,17 @@ def test_settings_train(workdir, flags):
 @pytest.mark.slow
 def test_bfloat16_reaches_the_loss_of_float32(workdir):
     for dtype in ('float32', 'bfloat16'):
-        run(workdir, 'train.py', *TINY, '--max_iters=300', '--eval_interval=300', '--eval_iters=0', '--sample_interval=0', f'--dtype={dtype}', f'--out_dir={dtype}')
+        run(
+            workdir,
+            'train.py',
+            *TINY,
+            '--max_iters=300',
+            '--eval_interval=300',
+            '--eval_iters=0',
+            '--sample_interval=0',
+            f'--dtype={dtype}',
+            f'--out_dir={dtype}',
+        )
     exact, rounded = (metrics(workdir / dtype)[-1]['val_loss'] for dtype in ('float32', 'bfloat16'))
     assert exact < 2 and abs(rounded / exact - 1) < 0.005
 
@@ -318,13 +535,23 @@ def objective(model, batch):
     assert not early, early
     return model(*batch, return_logits=False)[1]
 """)
-    run(workdir, 'train.py', *TINY, 'watch.py', '--max_iters=2', '--eval_interval=100', '--sample_interval=0')
+    run(
+        workdir,
+        'train.py',
+        *TINY,
+        'watch.py',
+        '--max_iters=2',
+        '--eval_interval=100',
+        '--sample_interval=0',
+    )
 
 
 @pytest.mark.slow
 def test_a_prepared_run_starts_in_six_seconds(workdir):
     took = []
-    while len(took) < 3 and min(took, default=6) >= 6:  # other tests may hold the machine up, once or twice
+    while (
+        len(took) < 3 and min(took, default=6) >= 6
+    ):  # other tests may hold the machine up, once or twice
         began = time.monotonic()
         process = start(workdir, 'train.py', *TINY, '--max_iters=100000')
         for line in process.stdout:
@@ -341,7 +568,17 @@ def test_compile_trains_the_same(workdir):
     if not shutil.which('g++'):
         pytest.skip('torch.compile needs a C++ compiler on a CPU')
     cache = {'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')}
-    out = run(workdir, 'train.py', *TINY, '--max_iters=10', '--compile', '--n_layer=1', '--dtype=float32', '--out_dir=compiled', env=cache)
+    out = run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--max_iters=10',
+        '--compile',
+        '--n_layer=1',
+        '--dtype=float32',
+        '--out_dir=compiled',
+        env=cache,
+    )
     run(workdir, 'train.py', *TINY, '--max_iters=10', '--n_layer=1', '--dtype=float32')
     assert 'torch.compile failed' not in out
     for a, b in zip(metrics(workdir / 'compiled'), metrics(workdir / 'out'), strict=True):
@@ -349,14 +586,30 @@ def test_compile_trains_the_same(workdir):
 
 
 def test_compile_falls_back(workdir):
-    out = run(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env={'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')})
-    assert out.count('torch.compile failed (') == 1 and 'going on without it' in out and 'done at step 3' in out
+    out = run(
+        workdir,
+        'train.py',
+        *TINY,
+        '--max_iters=3',
+        '--compile',
+        env={'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')},
+    )
+    assert (
+        out.count('torch.compile failed (') == 1
+        and 'going on without it' in out
+        and 'done at step 3' in out
+    )
 
 
 def test_a_terminal_gets_a_progress_bar(workdir):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 160, 0, 0))
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--max_iters=20'], cwd=workdir, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, '--max_iters=20'],
+        cwd=workdir,
+        stdout=theirs,
+        stderr=theirs,
+    )
     os.close(theirs)
     screen = b''
     while process.poll() is None or select.select([ours], [], [], 0)[0]:
@@ -367,7 +620,13 @@ def test_a_terminal_gets_a_progress_bar(workdir):
                 break
     os.close(ours)
     screen = screen.decode()
-    assert process.wait() == 0 and '20/20' in screen and '100%' in screen and 'step/s' in screen and 'step 20: val loss' in screen, screen
+    assert (
+        process.wait() == 0
+        and '20/20' in screen
+        and '100%' in screen
+        and 'step/s' in screen
+        and 'step 20: val loss' in screen
+    ), screen
     assert (workdir / 'out' / 'train.log').read_text().count('tok/s') == 20
 
 
@@ -377,7 +636,9 @@ def test_wandb_offline_and_tensorboards_absence(workdir):
     try:
         import tensorboard  # noqa: F401
     except ImportError:
-        assert 'the package tensorboard is not installed: pip install tensorboard' in fails(workdir, 'train.py', *TINY, '--tensorboard')
+        assert 'the package tensorboard is not installed: pip install tensorboard' in fails(
+            workdir, 'train.py', *TINY, '--tensorboard'
+        )
     else:
         run(workdir, 'train.py', *TINY, '--max_iters=3', '--tensorboard')
         assert list((workdir / 'out' / 'tensorboard').iterdir())
@@ -390,28 +651,59 @@ def broken(text=None, **arrays):
                 f.write(ids)
         if text is not None:
             (folder / 'train.bin').write_bytes(text)
+
     return make
 
 
-@pytest.mark.parametrize('make, flags, words', [
-    (None, ['--dataset=nowhere'], 'data/nowhere has no train.bin; make it with: python prepare/text.py'),
-    (None, ['--dataset=shakespeare_char'], 'make it with: python prepare/shakespeare_char.py'),
-    (None, [os.path.join(ROOT, 'config/dolma_75m.py')], 'make it with: python prepare/'),
-    (broken(b''), [], 'train.bin is empty'),
-    (broken(np.array([20240520, 1, 500], '<i4').tobytes() + bytes(1012 + 998)), [], 'train.bin is truncated'),
-    (broken(np.array([20240521, 1, 500], '<i4').tobytes() + bytes(1012 + 1000)), [], 'wrong magic'),
-    (broken(train=[64] * 500), [], 'holds token 64 at position'),
-    (None, ['--block_size=4000'], 'block_size=4000 is longer than the data'),
-    (None, ['--head_dim=0', '--n_embd=17'], 'n_embd=17 is not divisible by n_head=2'),
-    (None, ['--out_dir=data/tiny/train.bin/out'], 'cannot write to out_dir='),
-    (None, ['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
-    (None, ['--init_from=gone.pt'], 'no checkpoint at gone.pt'),
-    (None, ['--device=cuda:99'], "device='cuda:99' cannot be used here"),
-    (None, ['--dtype=float8'], 'none of auto, float32'), (None, ['--optimizer=sgd'], 'none of adamw, muon'), (None, ['--lr_schedule=step'], 'none of linear'),
-    (None, ['--compile=yes'], 'none of auto, True, False'), (None, ['--device'], 'device=True cannot be used'), (None, ['--n_inner=-5'], 'n_inner=-5'),
-    (None, ['--beta1=2'], 'beta1=2.0'), (None, ['--max_minutes=1e999'], 'no finite number'), (None, ['--init_from=data'], 'is a folder'), (None, ['--rope_theta=0'], 'rope_theta=0.0'), (None, ['--seed=99999999999999999999'], 'seed='),
-    (None, ['--batch_size=0'], 'batch_size=0'), (None, ['--max_iters=-1'], 'max_iters=-1'), (None, ['--learning_rat=1'], 'learning_rate'),
-    (None, ['--learning_rate=1e9', '--optimizer=adamw', '--max_iters=20', '--grad_clip=0'], 'the run diverged')])
+@pytest.mark.parametrize(
+    'make, flags, words',
+    [
+        (
+            None,
+            ['--dataset=nowhere'],
+            'data/nowhere has no train.bin; make it with: python prepare/text.py',
+        ),
+        (None, ['--dataset=shakespeare_char'], 'make it with: python prepare/shakespeare_char.py'),
+        (None, [os.path.join(ROOT, 'config/dolma_75m.py')], 'make it with: python prepare/'),
+        (broken(b''), [], 'train.bin is empty'),
+        (
+            broken(np.array([20240520, 1, 500], '<i4').tobytes() + bytes(1012 + 998)),
+            [],
+            'train.bin is truncated',
+        ),
+        (
+            broken(np.array([20240521, 1, 500], '<i4').tobytes() + bytes(1012 + 1000)),
+            [],
+            'wrong magic',
+        ),
+        (broken(train=[64] * 500), [], 'holds token 64 at position'),
+        (None, ['--block_size=4000'], 'block_size=4000 is longer than the data'),
+        (None, ['--head_dim=0', '--n_embd=17'], 'n_embd=17 is not divisible by n_head=2'),
+        (None, ['--out_dir=data/tiny/train.bin/out'], 'cannot write to out_dir='),
+        (None, ['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
+        (None, ['--init_from=gone.pt'], 'no checkpoint at gone.pt'),
+        (None, ['--device=cuda:99'], "device='cuda:99' cannot be used here"),
+        (None, ['--dtype=float8'], 'none of auto, float32'),
+        (None, ['--optimizer=sgd'], 'none of adamw, muon'),
+        (None, ['--lr_schedule=step'], 'none of linear'),
+        (None, ['--compile=yes'], 'none of auto, True, False'),
+        (None, ['--device'], 'device=True cannot be used'),
+        (None, ['--n_inner=-5'], 'n_inner=-5'),
+        (None, ['--beta1=2'], 'beta1=2.0'),
+        (None, ['--max_minutes=1e999'], 'no finite number'),
+        (None, ['--init_from=data'], 'is a folder'),
+        (None, ['--rope_theta=0'], 'rope_theta=0.0'),
+        (None, ['--seed=99999999999999999999'], 'seed='),
+        (None, ['--batch_size=0'], 'batch_size=0'),
+        (None, ['--max_iters=-1'], 'max_iters=-1'),
+        (None, ['--learning_rat=1'], 'learning_rate'),
+        (
+            None,
+            ['--learning_rate=1e9', '--optimizer=adamw', '--max_iters=20', '--grad_clip=0'],
+            'the run diverged',
+        ),
+    ],
+)
 def test_bad_input_is_one_line(workdir, make, flags, words):
     if make:
         make(workdir / 'data' / 'tiny')
