@@ -28,7 +28,7 @@ from fledge.device import (
     read_bandwidth,
 )
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import BinWriter, Tokens, split_files
+from fledge.tokens import Tokens, split_files, write_bin
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -94,12 +94,9 @@ def train_fledge():
     folder = os.path.join('data', dataset)
     with tempfile.TemporaryDirectory() as made:
         if not split_files(folder, 'train'):  # random tokens are as fast as any
-            with BinWriter(os.path.join(made, 'train.bin'), model.config.vocab_size) as f:
-                f.write(
-                    torch.randint(
-                        model.config.vocab_size, (4 * batch_size * block_size + 2,)
-                    ).numpy()
-                )
+            count = 4 * batch_size * block_size + 2
+            ids = torch.randint(model.config.vocab_size, (count,)).numpy()
+            write_bin(os.path.join(made, 'train.bin'), ids, model.config.vocab_size)
             with open(os.path.join(made, 'meta.json'), 'w') as f:
                 f.write('{"source": "random"}')
             folder = made

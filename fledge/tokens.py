@@ -1,8 +1,9 @@
 """Tokens on disk, and which of them each training step sees.
 
-A .bin is llm.c's: a header of 256 int32 (magic, version, token count), then the tokens. nanoGPT's headerless
-uint16 files are read as well. Which rows a step sees is a pure function of (data, seed, step, batch geometry):
-no state to save, nothing replayed after a resume, the same global batch for any number of processes.
+A .bin is llm.c's: a header of 256 int32 (magic, version, token count), then the tokens. nanoGPT's
+headerless uint16 files are read as well. Which rows a step sees is a pure function of (data, seed,
+step, batch geometry): no state to save, nothing replayed after a resume, the same global batch for
+any number of processes.
 """
 
 import glob
@@ -10,16 +11,12 @@ import os
 
 import numpy as np
 
-from fledge import UserError, read_json
+from fledge import UserError, read_json, replacing
 
-FORMATS = {
-    (20240520, 1): np.dtype('<u2'),
-    (20240801, 7): np.dtype('<u4'),
-}  # (magic, version): token type
+# (magic, version): token type
+FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
 HEADER_BYTES = 256 * 4
-CHECKED_AT_ONCE = (
-    50_000_000  # tokens that are checked against the vocabulary in the blink of an eye
-)
+CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
 
 def format_of(vocab_size):
@@ -29,171 +26,20 @@ def format_of(vocab_size):
     )
 
 
-def _write_header(file, key, count):
+def write_header(file, vocab_size, count):
+    """Write the header of a .bin of so many tokens at the beginning of an open file."""
     header = np.zeros(256, '<i4')
-    header[:3] = *key, count
+    header[:2] = format_of(vocab_size)[0]
+    header[2] = count
     file.seek(0)
     file.write(header.tobytes())
 
 
-class BinWriter:
-    """Writes one .bin as tokens arrive. The file takes its name when the `with` block ends well, and not before."""
-
-    def __init__(self, path, vocab_size):
-        self.path, self.temporary, self.count = path, f'{path}.tmp', 0
-        self.key, self.dtype = format_of(vocab_size)
-
-    def __enter__(self):
-        self.file = open(self.temporary, 'wb')
-        self.file.write(bytes(HEADER_BYTES))
-        return self
-
-    def write(self, ids):
-        """Append ids, a sequence or array of int."""
-        self.count += len(ids)
-        if self.count >= 2**31:
-            raise UserError(
-                f'{self.path} would hold over 2^31 tokens, more than its header can count'
-            )
-        self.file.write(np.asarray(ids).astype(self.dtype).tobytes())
-
-    def __exit__(self, error, *_):
-        try:
-            with self.file:
-                _write_header(self.file, self.key, self.count)
-            if error is None:
-                os.replace(self.temporary, self.path)
-        finally:
-            if os.path.exists(self.temporary):
-                os.remove(self.temporary)
-
-
-class SplitWriter:
-    """Appends documents to folder/split_000000.bin, split_000001.bin, ..., and takes back what came after a sync().
-
-    shards: the tokens of each file at the last sync() that counts; what the files hold beyond is dropped. A file is
-    full at shard_tokens, and what is written as one document is in one of them, unless it is longer. masked: .mask.bin beside each.
-    """
-
-    def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
-        self.prefix, self.shard_tokens, self.masked = (
-            os.path.join(folder, split),
-            shard_tokens,
-            masked,
-        )
-        self.key, self.dtype = format_of(vocab_size)
-        self.shards, self.files = list(shards), []
-        if self.shards:
-            self._open()
-
-    def _open(self):
-        """The files of the last shard, at its end."""
-        for ending, skipped, size in (
-            ('.bin', HEADER_BYTES, self.dtype.itemsize),
-            ('.mask.bin', 0, 1),
-        )[: 1 + self.masked]:
-            path = f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
-            end = skipped + self.shards[-1] * size
-            if self.shards[-1] and (not os.path.exists(path) or os.path.getsize(path) < end):
-                raise UserError(
-                    f'{path} is shorter than when it was left; remove {os.path.dirname(path)}, and begin again'
-                )
-            self.files.append(open(path, 'r+b' if os.path.exists(path) else 'w+b'))
-            self.files[-1].truncate(end)
-            self.files[-1].seek(end)
-
-    def write(self, ids, lengths, learned=None):
-        """Append ids, an array of documents of these lengths one after another, and for each id whether it is learned."""
-        ends = np.cumsum(lengths)
-        done = 0
-        while done < len(ids):
-            if not self.shards or self.shards[-1] >= self.shard_tokens:
-                self._next()
-            room = self.shard_tokens - self.shards[-1]
-            fit = np.searchsorted(ends, done + room, side='right')
-            upto = int(ends[fit - 1]) if fit and ends[fit - 1] > done else done
-            if upto == done:
-                if self.shards[-1]:
-                    self._next()
-                    continue
-                upto = done + min(room, len(ids) - done)  # a document longer than a shard
-            self.files[0].write(np.asarray(ids[done:upto]).astype(self.dtype).tobytes())
-            if self.masked:
-                self.files[1].write(np.asarray(learned[done:upto], np.uint8).tobytes())
-            self.shards[-1] += upto - done
-            done = upto
-
-    def _next(self):
-        self.close()
-        self.shards.append(0)
-        self._open()
-
-    def sync(self):
-        """Make what is written safe; returns the tokens of each shard."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-        return list(self.shards)
-
-    def last_shard(self):
-        """The tokens of the last shard and its mask (or None), as memory maps."""
-        self.sync()
-        path = f'{self.prefix}_{len(self.shards) - 1:06d}'
-        return (
-            np.memmap(f'{path}.bin', self.dtype, 'r', HEADER_BYTES, (self.shards[-1],)),
-            np.memmap(f'{path}.mask.bin', np.uint8, 'r') if self.masked else None,
-        )
-
-    def cut(self, length, end):
-        """Shorten the last shard to `length` tokens, then append the ids `end`."""
-        self.close()
-        self.shards[-1] = length
-        self._open()
-        self.write(end, [len(end)], [1] * len(end))
-
-    def close(self):
-        """Write the header of the last shard, and close it."""
-        if self.files:
-            _write_header(self.files[0], self.key, self.shards[-1])
-            self.sync()
-        for file in self.files:
-            file.close()
-        self.files = []
-
-
-class Seen:
-    """Which 64-bit hashes have come before: 8 bytes each in sorted arrays, no two of like size, and in a file at path."""
-
-    def __init__(self, path, count):
-        self.file = open(path, 'a+b')
-        self.file.truncate(8 * count)
-        self.levels = [np.unique(np.fromfile(path, np.uint64))]
-        self.count = count
-
-    def fresh(self, hashes):
-        """For each of an array of uint64, whether it is the first of its kind."""
-        unique, first = np.unique(hashes, return_index=True)
-        new = np.ones(len(unique), bool)
-        for level in self.levels:
-            if len(level):
-                new &= level[np.minimum(np.searchsorted(level, unique), len(level) - 1)] != unique
-        fresh = np.zeros(len(hashes), bool)
-        fresh[first[new]] = True
-        return fresh
-
-    def add(self, hashes):
-        """Add an array of uint64 that are all fresh."""
-        self.levels.append(np.sort(hashes))
-        while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
-            self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
-        self.file.write(hashes.tobytes())
-        self.count += len(hashes)
-
-    def sync(self):
-        """Make the file safe; returns how many hashes it holds."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.count
+def write_bin(path, ids, vocab_size):
+    """Write ids, an array of int, as one .bin, which takes its name when it is whole."""
+    with replacing(path, 'wb') as f:
+        write_header(f, vocab_size, len(ids))
+        f.write(np.asarray(ids).astype(format_of(vocab_size)[1]).tobytes())
 
 
 def read_bin(path, headerless=False):
@@ -210,9 +56,9 @@ def read_bin(path, headerless=False):
         if size == 0:
             raise UserError(f'{path} is empty')
         if looks_headed or not headerless:
-            raise UserError(
-                f'{path} has a wrong magic or version ({", ".join(str(v) for v in header[:2])}): it is no token file, or a broken one'
-            )
+            found = ', '.join(str(v) for v in header[:2])
+            no_tokens = f'a wrong magic or version ({found}): it is no token file, or a broken one'
+            raise UserError(f'{path} has {no_tokens}')
         if size % 2:
             raise UserError(
                 f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens'

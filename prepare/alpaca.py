@@ -6,17 +6,13 @@ python prepare/alpaca.py        writes data/alpaca
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import conversation
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, configure, conversation, prepare
 
 name = 'alpaca'  # folder under data/
-repo = 'yahma/alpaca-cleaned'
-settings = configure(globals(), also=pipeline.__file__)
+repo = 'yahma/alpaca-cleaned'  # on huggingface.co
+settings = configure(globals())
 
-prepare(
-    [Stage(Hub(repo, split='train'), lambda row: [conversation(row)])], repo, settings, masked=True
-)
+stage = Stage(Hub(repo), lambda row: [conversation(row)])
+prepare(settings, repo, [stage], masked=True)

@@ -1,41 +1,36 @@
-"""The copy task on which the paper's encoder-decoder is tried: random letters, a > and the same letters, which are learned.
+"""The copy task for the encoder-decoder: letters, a >, and the same letters, which are learned.
 
 python prepare/copy_task.py     writes data/copy_task
 """
 
-import random
 import os
+import random
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
 from fledge import UserError
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.sources import Made
+from fledge.corpus import Made, Stage, configure, prepare
 
 name = 'copy_task'  # folder under data/
 examples = 10000  # of them; those that come twice are left out
 min_letters = 4  # of the shortest
 max_letters = 12  # of the longest
 symbols = 'abcdefghijklmnopqrstuvwxyz'  # to draw from
-tokenizer = 'chars'  # as below
+tokenizer = 'chars'  # or any other: gpt2, bytes, train, ...
 val_fraction = 0.05  # of the examples
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
 
 def letters(i):
-    rng = random.Random(f'{seed} {i}')
+    rng = random.Random(f'{settings["seed"]} {i}')
     return ''.join(rng.choices(symbols, k=rng.randint(min_letters, max_letters)))
 
 
 if not 0 < min_letters <= max_letters or not symbols or '>' in symbols or examples < 2:
     raise UserError(
-        '0 < min_letters <= max_letters, symbols without >, and two examples at least are needed'
+        'min_letters and max_letters from 1 up, symbols without >, and two examples are needed'
     )
-prepare(
-    [Stage(Made('copy task', examples, letters), lambda text: [[(f'{text}>', 0), (text, 1)]])],
-    'the copy task',
-    settings,
-    masked=True,
-)
+source = Made('copy task', examples, letters)
+stage = Stage(source, lambda text: [[(f'{text}>', 0), (text, 1)]])
+prepare(settings, 'the copy task', [stage], masked=True)

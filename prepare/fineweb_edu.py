@@ -1,4 +1,4 @@
-"""FineWeb-Edu: web pages that a classifier found educational; the 10-billion-token sample, streamed and shuffled.
+"""FineWeb-Edu: web pages that a classifier found educational, streamed and shuffled.
 
 python prepare/fineweb_edu.py --target_tokens=1000000000        writes data/fineweb_edu
 """
@@ -6,26 +6,15 @@ python prepare/fineweb_edu.py --target_tokens=1000000000        writes data/fine
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, configure, prepare, text_of
 
 name = 'fineweb_edu'  # folder under data/
-repo = 'HuggingFaceFW/fineweb-edu'
+repo = 'HuggingFaceFW/fineweb-edu'  # on huggingface.co
 subset = 'sample-10BT'  # or sample-100BT, sample-350BT, default (all of it)
 val_fraction = 0.0005  # of the documents
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-prepare(
-    [
-        Stage(
-            Hub(repo, subset, 'train', columns=['text'], shuffle=seed),
-            lambda row: [text_of(row, 'text')],
-        )
-    ],
-    f'{repo}, {subset}',
-    settings,
-)
+source = Hub(repo, subset, columns=['text'], shuffle=settings['seed'])
+prepare(settings, f'{repo}, {subset}', [Stage(source, lambda row: [text_of(row, 'text')])])

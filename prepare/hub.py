@@ -6,25 +6,16 @@ python prepare/hub.py --repo=roneneldan/TinyStories --name=stories      writes d
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge import UserError
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, configure, prepare, text_of
 
 name = ''  # folder under data/
 repo = ''  # OWNER/NAME on huggingface.co
 subset = ''  # the configuration, where the repository has several
 split = 'train'  # of the repository; val is val_fraction of it
 field = 'text'  # where its rows have the text
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-if not repo:
-    raise UserError('--repo is needed: python prepare/hub.py --repo=OWNER/NAME --name=FOLDER')
-prepare(
-    [Stage(Hub(repo, subset, split, columns=[field]), lambda row: [text_of(row, field)])],
-    ', '.join(filter(None, (repo, subset, split))),
-    settings,
-)
+source = Hub(repo, subset, split, columns=[field])
+prepare(settings, source.identity, [Stage(source, lambda row: [text_of(row, field)])])

@@ -6,18 +6,14 @@ python prepare/imdb.py          writes data/imdb, with test
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.sources import Skip
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Skip, Stage, configure, prepare, text_of
 
 name = 'imdb'  # folder under data/
-repo = 'stanfordnlp/imdb'
+repo = 'stanfordnlp/imdb'  # on huggingface.co
 val_fraction = 0.05  # of the 25,000 reviews to train on
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
 
 def review(row):
@@ -27,9 +23,5 @@ def review(row):
     return [[(f'{text}\n\nSentiment:', 0), (' positive' if row['label'] else ' negative', 1)]]
 
 
-prepare(
-    [Stage(Hub(repo, split='test'), review, 'test'), Stage(Hub(repo, split='train'), review)],
-    repo,
-    settings,
-    masked=True,
-)
+stages = [Stage(Hub(repo, split='test'), review, 'test'), Stage(Hub(repo), review)]
+prepare(settings, repo, stages, masked=True)

@@ -6,26 +6,15 @@ python prepare/openwebtext.py       writes data/openwebtext
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, configure, prepare, text_of
 
 name = 'openwebtext'  # folder under data/
-repo = 'Skylion007/openwebtext'
+repo = 'Skylion007/openwebtext'  # on huggingface.co
 val_fraction = 0.0005  # of the documents, as in nanoGPT
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-# Its main branch is a loading script, which datasets no longer runs; its author's proposal 18 has all of it as Parquet.
-prepare(
-    [
-        Stage(
-            Hub(repo, split='train', columns=['text'], converted='refs/pr/18'),
-            lambda row: [text_of(row, 'text')],
-        )
-    ],
-    repo,
-    settings,
-)
+# main has but a loading script, which datasets no longer runs; proposal 18 has the data
+source = Hub(repo, columns=['text'], converted='refs/pr/18')
+prepare(settings, repo, [Stage(source, lambda row: [text_of(row, 'text')])])

@@ -1,4 +1,6 @@
-"""Pairs for DPO, the chosen answer and then the rejected one: your own .jsonl, or a dataset of the hub with prompt, chosen, rejected.
+"""Pairs for DPO, chosen and then rejected: your own files, or a dataset of the hub.
+
+A record has prompt, chosen and rejected, each a text or messages.
 
 python prepare/preferences.py --input=pairs.jsonl --name=pairs          writes data/pairs
 python prepare/preferences.py --repo=trl-lib/ultrafeedback_binarized --name=ultrafeedback
@@ -7,29 +9,20 @@ python prepare/preferences.py --repo=trl-lib/ultrafeedback_binarized --name=ultr
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
 from fledge import UserError
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import preference
-from prepare.sources import Files
-from prepare.streams import Hub
+from fledge.corpus import RECORDS, Files, Hub, Stage, configure, preference, prepare
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
-repo = ''  # or OWNER/NAME on huggingface.co
+repo = ''  # or OWNER/NAME on huggingface.co, with prompt, chosen and rejected
 subset = ''  # the configuration, where the repository has several
 split = 'train'  # of the repository
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
 if bool(input) == bool(repo):
-    raise UserError(
-        'one of --input and --repo is needed: python prepare/preferences.py --input=pairs.jsonl --name=pairs'
-    )
-source = (
-    Hub(repo, subset, split)
-    if repo
-    else Files(input.split(','), ('.jsonl', '.jsonl.gz', '.json', '.parquet'))
-)
-prepare([Stage(source, preference)], input or repo, settings, masked=True)
+    example = 'python prepare/preferences.py --input=pairs.jsonl --name=pairs'
+    raise UserError(f'one of --input and --repo is needed: {example}')
+source = Hub(repo, subset, split) if repo else Files(input.split(','), RECORDS)
+prepare(settings, input or repo, [Stage(source, preference)], masked=True)

@@ -1,4 +1,4 @@
-"""The running Python's own standard library, its source as text: about 31 MB that every machine already has.
+"""The running Python's own standard library as text: about 31 MB that every machine has.
 
 python prepare/stdlib.py        writes data/stdlib
 """
@@ -7,26 +7,17 @@ import os
 import sys
 import sysconfig
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.sources import Files
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Files, Stage, configure, prepare
 
 name = 'stdlib'  # folder under data/
-tokenizer = 'train'  # made on this text; or any other (see below)
+tokenizer = 'train'  # made on this text; or gpt2, bytes, ...
 vocab_size = 4096  # of --tokenizer=train
 val_fraction = 0.02  # of the files
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-root = sysconfig.get_paths()['stdlib']
-prepare(
-    [
-        Stage(
-            Files([root], ('.py',), without=('site-packages', 'dist-packages', '__pycache__')),
-            lambda text: [text],
-        )
-    ],
-    f'the standard library of Python {sys.version.split()[0]}',
-    settings,
-)
+without = ('site-packages', 'dist-packages', '__pycache__')
+source = Files([sysconfig.get_paths()['stdlib']], ('.py',), without=without)
+version = sys.version.split()[0]
+prepare(settings, f'the standard library of Python {version}', [Stage(source, lambda text: [text])])

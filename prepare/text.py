@@ -1,4 +1,4 @@
-"""Your own text: .txt and .md files (a document each), .jsonl (a document a line), .parquet (a document a row), or folders of them.
+"""Your own text: .txt and .md (a document each), .jsonl, .json and .parquet (many), or folders.
 
 python prepare/text.py --input=notes/ --name=notes --tokenizer=gpt2         writes data/notes
 """
@@ -6,23 +6,14 @@ python prepare/text.py --input=notes/ --name=notes --tokenizer=gpt2         writ
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge import UserError
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.sources import Files
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Files, Stage, configure, prepare, text_of
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
 field = 'text'  # where a .jsonl, .json or .parquet has the text
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-if not input:
-    raise UserError('--input is needed: python prepare/text.py --input=notes/ --name=notes')
-prepare(
-    [Stage(Files(input.split(','), columns=[field]), lambda record: [text_of(record, field)])],
-    input,
-    settings,
-)
+source = Files(input.split(','), columns=[field])
+prepare(settings, input, [Stage(source, lambda record: [text_of(record, field)])])

@@ -1,4 +1,4 @@
-"""TinyStories: short stories in a child's vocabulary, from which even a model of a few million parameters learns to write.
+"""TinyStories: short stories in a child's vocabulary, for models of a few million parameters.
 
 python prepare/tinystories.py --tokenizer=train --vocab_size=8000       writes data/tinystories
 """
@@ -6,22 +6,19 @@ python prepare/tinystories.py --tokenizer=train --vocab_size=8000       writes d
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import text_of
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, configure, prepare, text_of
 
 name = 'tinystories'  # folder under data/
-repo = 'roneneldan/TinyStories'
-settings = configure(globals(), also=pipeline.__file__)
+repo = 'roneneldan/TinyStories'  # on huggingface.co
+settings = configure(globals())
 
-prepare(
-    [
-        Stage(Hub(repo, split=theirs, columns=['text']), lambda row: [text_of(row, 'text')], ours)
-        for theirs, ours in (('validation', 'val'), ('train', 'train'))
-    ],
-    repo,
-    settings,
-)
+
+def story(row):
+    return [text_of(row, 'text')]
+
+
+val = Stage(Hub(repo, split='validation', columns=['text']), story, 'val')
+train = Stage(Hub(repo, split='train', columns=['text']), story, 'train')
+prepare(settings, repo, [val, train])

@@ -1,4 +1,4 @@
-"""WikiText: good and featured articles of Wikipedia, raw; small enough for perplexities that others publish as well.
+"""WikiText: good articles of Wikipedia, raw; small, and others publish perplexities of it.
 
 python prepare/wikitext.py --version=103        writes data/wikitext, with val and test
 """
@@ -6,27 +6,18 @@ python prepare/wikitext.py --version=103        writes data/wikitext, with val a
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from fledge.configurator import configure
-from prepare import pipeline
-from prepare.pipeline import Stage, prepare
-from prepare.records import article, is_title
-from prepare.streams import Hub
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
+from fledge.corpus import Hub, Stage, article, configure, is_title, prepare
 
 name = 'wikitext'  # folder under data/
-repo = 'Salesforce/wikitext'
+repo = 'Salesforce/wikitext'  # on huggingface.co
 version = 2  # 2 (2 million words) or 103 (103 million)
-settings = configure(globals(), also=pipeline.__file__)
+settings = configure(globals())
 
-prepare(
-    [
-        Stage(
-            Hub(repo, f'wikitext-{version}-raw-v1', theirs, columns=['text'], starts=is_title),
-            lambda rows: [article(rows)],
-            ours,
-        )
-        for theirs, ours in (('validation', 'val'), ('test', 'test'), ('train', 'train'))
-    ],
-    f'{repo}, wikitext-{version}-raw-v1',
-    settings,
-)
+subset = f'wikitext-{version}-raw-v1'
+stages = []
+for theirs, ours in (('validation', 'val'), ('test', 'test'), ('train', 'train')):
+    source = Hub(repo, subset, theirs, columns=['text'], starts=is_title)
+    stages.append(Stage(source, lambda rows: [article(rows)], ours))
+prepare(settings, f'{repo}, {subset}', stages)

@@ -147,13 +147,13 @@ def metrics(folder):
 def write_tiny(folder, n_train=4000, n_val=500, vocab_size=64):
     """A dataset of `vocab_size` byte tokens with some order in it, as a prepare script leaves it."""
     from fledge.tokenizer import char_tokenizer
-    from fledge.tokens import BinWriter
+    from fledge.tokens import write_bin
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for split, n in (('train', n_train), ('val', n_val)):
-        with BinWriter(str(folder / f'{split}.bin'), vocab_size) as f:
-            f.write(np.cumsum(rng.integers(0, 3, n)) % vocab_size)
+        ids = np.cumsum(rng.integers(0, 3, n)) % vocab_size
+        write_bin(str(folder / f'{split}.bin'), ids, vocab_size)
     char_tokenizer([chr(10)] + [chr(40 + i) for i in range(vocab_size - 1)]).save(
         str(folder / 'tokenizer.json')
     )

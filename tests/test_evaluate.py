@@ -11,7 +11,7 @@ from conftest import TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
 from fledge.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from fledge.tokens import BinWriter, read_bin
+from fledge.tokens import read_bin, write_bin
 from model import GPT, GPTConfig
 
 
@@ -126,9 +126,10 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     write_tiny(tmp_path / 'data/tiny')
     tokenizer.save(str(tmp_path / 'data/tiny/tokenizer.json'))
     for split in ('train', 'val'):
-        with BinWriter(str(tmp_path / f'data/tiny/{split}.bin'), 301) as f:
-            for document in [' '] + [text] * 20:
-                f.write(tokenizer.encode(document) + [tokenizer.end_of_text])
+        ids = []
+        for document in [' '] + [text] * 20:
+            ids += tokenizer.encode(document) + [tokenizer.end_of_text]
+        write_bin(str(tmp_path / f'data/tiny/{split}.bin'), ids, 301)
     run(
         tmp_path,
         'train.py',
@@ -202,8 +203,7 @@ def test_logits_are_made_a_part_at_a_time(tmp_path):
     )
     byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'data/d').mkdir(parents=True)
-    with BinWriter(str(tmp_path / 'data/d/val.bin'), 256) as f:
-        f.write(np.arange(4097) % 256)
+    write_bin(str(tmp_path / 'data/d/val.bin'), np.arange(4097) % 256, 256)
     process = start(
         tmp_path,
         'evaluate.py',
@@ -273,8 +273,7 @@ def test_what_is_refused(trained):
     assert 'no checkpoint at' in fails(trained, 'evaluate.py', '--out_dir=nowhere')
     other = trained / 'data' / 'other'
     other.mkdir()
-    with BinWriter(str(other / 'val.bin'), 256) as f:
-        f.write(list(range(40)))
+    write_bin(str(other / 'val.bin'), list(range(40)), 256)
     byte_tokenizer().save(str(other / 'tokenizer.json'))
     assert 'another tokenizer than the one of out/ckpt.pt' in fails(
         trained, 'evaluate.py', '--dataset=other'

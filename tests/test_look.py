@@ -19,7 +19,7 @@ from conftest import ROOT, fails, run, write_tiny
 
 from fledge import UserError
 from fledge.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, load_tokenizer, train_bpe
-from fledge.tokens import BinWriter, read_bin
+from fledge.tokens import read_bin, write_bin
 
 END = 256  # the byte tokenizer's end of text
 
@@ -37,8 +37,7 @@ def write(folder, tokenizer=None, vocab_size=None, masks={}, **files):
                     for text in content
                 ]
             )
-        with BinWriter(str(folder / f'{name}.bin'), vocab_size or tokenizer.vocab_size) as f:
-            f.write(content)
+        write_bin(str(folder / f'{name}.bin'), content, vocab_size or tokenizer.vocab_size)
     for name, mask in masks.items():
         np.asarray(mask, np.uint8).tofile(folder / f'{name}.mask.bin')
     tokenizer.save(str(folder / 'tokenizer.json'))

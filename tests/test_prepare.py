@@ -72,7 +72,13 @@ def test_shakespeare_char_is_nanogpts(tmp_path):
 
 def test_shakespeare_in_gpt2s_tokens(tmp_path):
     shared('tiktoken')
-    run(tmp_path, 'prepare/shakespeare.py', f'--input={shared("tinyshakespeare", "input.txt")}')
+    run(
+        tmp_path,
+        'prepare/shakespeare_char.py',
+        f'--input={shared("tinyshakespeare", "input.txt")}',
+        '--tokenizer=gpt2',
+        '--name=shakespeare',
+    )
     meta = read_meta(str(tmp_path / 'data' / 'shakespeare'))
     assert {s: n['tokens'] for s, n in meta['splits'].items()} == {
         'train': 301967,
@@ -80,12 +86,9 @@ def test_shakespeare_in_gpt2s_tokens(tmp_path):
     }  # nanoGPT's, and an end of text each
 
 
-@pytest.mark.parametrize('script', ['shakespeare', 'shakespeare_char'])
-def test_no_network_is_one_line(tmp_path, script):
-    if script == 'shakespeare':
-        shared('tiktoken')
+def test_no_network_is_one_line(tmp_path):
     assert 'cannot fetch https://' in fails(
-        tmp_path, f'prepare/{script}.py', env={'https_proxy': 'http://127.0.0.1:9'}
+        tmp_path, 'prepare/shakespeare_char.py', env={'https_proxy': 'http://127.0.0.1:9'}
     )
 
 

@@ -1,4 +1,4 @@
-"""What reads the stages: retries, what a tokenizer is trained on, and which sources give way."""
+"""Reading: retries, sources that give way, what a tokenizer is trained on."""
 
 import json
 import time
@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from fledge import UserError
-from prepare.pipeline import Stage
-from prepare.reading import batches, records, settle, texts
-from prepare.sources import Files, Lost, Made, Unavailable
+from fledge.corpus.encoding import texts
+from fledge.corpus.pipeline import Run, Stage
+from fledge.corpus.sources import Files, Lost, Made, OrElse, Replaced, Unavailable, read
 
-SETTINGS = SimpleNamespace(retries=2, shard=0, num_shards=1)
+SETTINGS = SimpleNamespace(retries=2)
 
 
 class Flaky:
@@ -30,48 +30,51 @@ class Flaky:
 
 
 def test_a_source_that_is_lost_is_tried_again_from_where_it_was(capsys):
-    stage, begun = (
-        Stage(Flaky((3, Lost('gone')), (3, Lost('gone')), (7, Lost('gone'))), None),
-        time.monotonic(),
-    )
-    assert [r for r, _, _ in records(SETTINGS, [stage], 0, dict(instead={}), None, 0, 1)] == list(
-        range(10)
-    )
-    assert (
-        3.9 < time.monotonic() - begun < 8
-    )  # 1 and 2 seconds, then, after rows that came, 1 again
+    source = Flaky((3, Lost('gone')), (3, Lost('gone')), (7, Lost('gone')))
+    begun = time.monotonic()
+    assert [record for record, _, _ in read(source, None, 0, 1, retries=2)] == list(range(10))
+    # 1 and 2 seconds, then, after rows that came, 1 again
+    assert 3.9 < time.monotonic() - begun < 8
     assert capsys.readouterr().err == 'gone; again in 1 s\ngone; again in 2 s\ngone; again in 1 s\n'
     for ends in ([(3, Lost('gone'))] * 3, [(3, Unavailable('gone'))]):
-        read = records(SETTINGS, [Stage(Flaky(*ends), None)], 0, dict(instead={}), None, 0, 1)
         with pytest.raises(UserError, match='gone'):
-            list(read)
+            list(read(Flaky(*ends), None, 0, 1, retries=2))
 
 
 def test_what_was_read_before_a_loss_is_handed_on():
-    state = dict(stage=0, position=None, instead={})
-    read = batches(
-        SimpleNamespace(retries=0, shard=0, num_shards=1),
-        [Stage(Flaky((4, Lost('gone'))), None)],
-        state,
-    )
-    index, batch, _, position = next(read)
-    assert (index, [r for r, _ in batch], position) == (0, [0, 1, 2, 3], 4)
+    run = object.__new__(Run)
+    run.s = SimpleNamespace(retries=0, shard=0, num_shards=1)
+    run.state = dict(stage=0, position=None)
+    run.stages = [Stage(Flaky((4, Lost('gone'))), None)]
+    batches = run.batches()
+    batch = next(batches)
+    assert [record for record, _ in batch.records] == [0, 1, 2, 3]
+    assert (batch.stage, batch.position) == (0, 4)
     with pytest.raises(UserError, match='gone'):
-        next(read)
+        next(batches)
 
 
-def test_which_sources_give_way_is_settled_before_anything_is_read():
-    filler = Stage(Made('filler', 3, lambda i: i), None)
-    stages = [
-        Stage(Flaky((0, Unavailable('gone'))), None, instead=filler),
-        Stage(Flaky((5, Unavailable('gone'))), None, instead=filler),
-    ]
-    state = dict(stage=0, position=None, instead={})
-    settle(SETTINGS, stages, state)
-    assert state['instead'] == {'0': 'gone'}
-    assert [r for r, _, _ in records(SETTINGS, stages, 0, state, None, 0, 1)] == [0, 1, 2]
-    with pytest.raises(UserError, match='gone'):  # one that goes later has no stand-in
-        list(records(SETTINGS, stages, 1, state, None, 0, 1))
+def test_another_source_takes_the_place_of_one_that_cannot_be_had(capsys):
+    filler = Made('filler', 3, lambda i: f'filler {i}')
+    source = OrElse(Flaky((0, Unavailable('not there'))), filler)
+    (first, place, _), *rest = read(source, None, 0, 1, retries=0)
+    assert isinstance(first, Replaced) and place == ('numbers', 0)
+    assert str(first) == 'filler took the place of numbers: not there'
+    assert [record for record, _, _ in rest] == ['filler 0', 'filler 1', 'filler 2']
+    assert capsys.readouterr().err == 'not there; filler takes its place\n'
+    # it goes on in the one that it has read, whether the other is back or not
+    position = json.loads(json.dumps(rest[0][2]))
+    again = OrElse(Flaky(), filler)
+    assert [r for r, _, _ in read(again, position, 0, 1, 0)] == ['filler 1', 'filler 2']
+    # it does not change its mind between two readings
+    assert len(list(source.read())) == 4
+    for gone in (Unavailable('gone'), Lost('gone')):  # one that goes later has no stand-in
+        with pytest.raises(UserError, match='gone'):
+            list(read(OrElse(Flaky((5, gone)), filler), None, 0, 1, 0))
+    with pytest.raises(UserError, match='no answer'):  # nor has one that does not answer
+        list(read(OrElse(Flaky((0, Lost('no answer'))), filler), None, 0, 1, 0))
+    source = OrElse(Flaky((0, Lost('no answer'))), filler)
+    assert [r for r, _, _ in read(source, None, 0, 1, retries=1)] == list(range(10))
 
 
 def test_a_tokenizer_sees_its_budget_spread_over_the_files(tmp_path):
@@ -80,13 +83,11 @@ def test_a_tokenizer_sees_its_budget_spread_over_the_files(tmp_path):
             ''.join(json.dumps({'text': f'{name} {i:05d} ' + 'é' * 45}) + '\n' for i in range(5000))
         )
     stage = Stage(Files([str(tmp_path)]), lambda record: [record['text']])
-    everything = list(texts(SETTINGS, [stage], dict(instead={}), 0))
-    some = list(texts(SETTINGS, [stage], dict(instead={}), 100_000))
+    everything = list(texts(SETTINGS, [stage], 0))
+    some = list(texts(SETTINGS, [stage], 100_000))
     assert len(everything) == 15000 and 80_000 < sum(len(t.encode()) for t in some) < 130_000
     assert {t[0] for t in some} == {'a', 'b', 'c'} and max(t for t in some if t[0] == 'c')[
         2:7
     ] > '04500'
     both = [stage, stage._replace(split='val')]
-    assert len(list(texts(SETTINGS, both, dict(instead={}), 100_000))) == len(
-        some
-    )  # val is not for training
+    assert len(list(texts(SETTINGS, both, 100_000))) == len(some)  # val is not for training

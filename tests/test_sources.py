@@ -1,4 +1,4 @@
-"""Reading goes on from any position exactly where it was, and the shards of a source are together the whole of it."""
+"""Reading goes on from any position exactly where it was, and the slices of a source are together the whole of it."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ from conftest import ROOT
 from hub import Hub
 from test_hub import hub  # noqa: F401
 
-from prepare import sources
-from prepare.sources import Files, Made, Text
+from fledge.corpus import sources
+from fledge.corpus.sources import Files, Made, Text
 
 
 def files_of_every_kind(folder):
@@ -54,16 +54,16 @@ def test_files_go_on_from_every_position(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7, 40])
-def test_shards_of_files_are_the_whole_in_order(tmp_path, monkeypatch, n):
+def test_slices_of_files_are_the_whole_in_order(tmp_path, monkeypatch, n):
     monkeypatch.setattr(sources, 'PART_BYTES', 100)
     source = Files(files_of_every_kind(tmp_path), columns=['text'])
-    assert [r for shard in range(n) for r in comparable(source.read(None, shard, n))] == comparable(
+    assert [r for i in range(n) for r in comparable(source.read(None, i, n))] == comparable(
         source.read()
     )
-    for shard in range(n):
-        part = list(source.read(None, shard, n))
+    for i in range(n):
+        part = list(source.read(None, i, n))
         for k in range(0, len(part), 5):
-            assert comparable(source.read(part[k][2], shard, n)) == comparable(part[k + 1 :])
+            assert comparable(source.read(part[k][2], i, n)) == comparable(part[k + 1 :])
 
 
 def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monkeypatch):
@@ -82,9 +82,9 @@ def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monk
             assert all(p.text[0] == '\n' and p.text[1].isalnum() for p in parts[1:])
 
 
-def test_what_is_made_has_shards_too():
+def test_what_is_made_has_slices_too():
     source = Made('numbers', 10, lambda i: i)
-    assert [r for shard in range(3) for r, _, _ in source.read(None, shard, 3)] == list(range(10))
+    assert [r for i in range(3) for r, _, _ in source.read(None, i, 3)] == list(range(10))
     assert [r for r, _, _ in source.read(4)] == [4, 5, 6, 7, 8, 9]
 
 
@@ -93,12 +93,12 @@ def test_the_hub_goes_on_from_a_position_in_another_process(hub: Hub):  # noqa: 
     code = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from prepare import streams
-streams.SHUFFLED = streams.WINDOW = 50
+from fledge.corpus import sources
+sources.SHUFFLED = sources.WINDOW = 50
 ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
-makes = [lambda: streams.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
-         lambda: streams.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
-         lambda: streams.Hub('allenai/c4', 'en', columns=['text']), lambda: streams.Hub('yahma/alpaca-cleaned')]
+makes = [lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
+         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
+         lambda: sources.Hub('allenai/c4', 'en', columns=['text']), lambda: sources.Hub('yahma/alpaca-cleaned')]
 if len(sys.argv) == 2:
     out = []
     for make in makes:

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
-from fledge.tokens import BinWriter
+from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -277,8 +277,8 @@ print("buckets", len(calls))
 
 def test_dropout_is_another_in_each_step(workdir):
     for split in ('train', 'val'):
-        with BinWriter(str(workdir / 'data' / 'tiny' / f'{split}.bin'), 64) as f:
-            f.write([3] * 2000)  # all rows are alike
+        path = str(workdir / 'data' / 'tiny' / f'{split}.bin')
+        write_bin(path, [3] * 2000, 64)  # all rows are alike
     run(
         workdir,
         'train.py',
@@ -647,8 +647,7 @@ def test_wandb_offline_and_tensorboards_absence(workdir):
 def broken(text=None, **arrays):
     def make(folder):
         for name, ids in arrays.items():
-            with BinWriter(str(folder / f'{name}.bin'), 65536) as f:
-                f.write(ids)
+            write_bin(str(folder / f'{name}.bin'), ids, 65536)
         if text is not None:
             (folder / 'train.bin').write_bytes(text)
 

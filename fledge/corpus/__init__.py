@@ -1,0 +1,22 @@
+"""The pipeline under prepare/: sources give records, which become documents, tokens and files.
+
+A script there is its settings, `settings = configure(globals())`, and a call of prepare().
+"""
+
+from fledge import configurator
+from fledge.corpus import pipeline
+from fledge.corpus.pipeline import Stage, prepare
+from fledge.corpus.records import article, conversation, exchange, is_title, preference, text_of
+from fledge.corpus.sources import RECORDS, Files, Hub, Made, OrElse, Skip, Urls, fetch
+
+__all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'configure']
+__all__ += ['article', 'conversation', 'exchange', 'fetch', 'is_title', 'preference', 'prepare']
+__all__ += ['text_of']
+
+
+def configure(script):
+    """The settings of a script, given its globals(), and those that all share: a dict.
+
+    Config files and --key=value override them; see fledge.configurator.
+    """
+    return configurator.configure(script, also=pipeline.__file__)

@@ -1,0 +1,425 @@
+"""Records in, a prepared dataset out: the one pipeline under every script in prepare/.
+
+One process reads, num_proc workers tokenize, and what they return is written in the order it was
+read, so the same command gives the same bytes for any num_proc. Every few seconds what is written
+is made safe together with the place it was read from (data/NAME/partial-*/): killed at any moment,
+the same command goes on from there.
+"""
+
+import collections
+import glob
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from fledge import UserError, lock_folder, replacing
+from fledge.configurator import at_least
+from fledge.corpus import encoding, writing
+from fledge.corpus.encoding import SPLITS, end_of
+from fledge.corpus.sources import read
+from fledge.tokenizer import load_tokenizer
+
+# The settings that all scripts share; a script may have defaults of its own.
+tokenizer = 'gpt2'  # gpt2, bytes, chars, train, or a tokenizer.json or a folder with one
+vocab_size = 32000  # of --tokenizer=train
+train_bytes = 50_000_000  # of text that --tokenizer=train learns from
+val_fraction = 0.01  # of the documents, where the source has no val; of the text where it is one
+min_length = 0  # characters; shorter documents are left out
+target_tokens = 0  # stop when train has this many; 0: the whole source
+shard_tokens = 100_000_000  # a split with more becomes train_000000.bin, train_000001.bin, ...
+num_proc = 0  # processes that tokenize; 0: one a core
+shard = 0  # prepare this slice of num_shards, to be joined by prepare/merge.py
+num_shards = 1  # machines or jobs that share the work
+retries = 5  # of a source that stops answering, after 1, 2, 4, 8, ... seconds
+seed = 1337  # of the split, and of any shuffling
+
+
+class Stage(NamedTuple):
+    """One source of a dataset, and what to make of its records.
+
+    documents(record) runs in the workers and returns the documents of one example, which stay
+    together: each a text, a conversation [{'role': ..., 'content': ...}, ...], or pieces
+    [(text, learned), ...]. It raises Skip(why) where a record is of no use. Records that are bytes
+    are parsed as JSON first.
+    """
+
+    source: object
+    documents: Callable
+    split: str = ''  # train, val or test; '': val_fraction of the examples, by hash, are val
+    limit: int = 0  # examples to take; 0: all
+
+
+class Batch(NamedTuple):
+    """Records that are read and handed to a worker together."""
+
+    stage: int  # its number
+    records: list  # of (record, place)
+    size: int  # bytes, about
+    position: object  # behind them in the stage's source
+
+
+BATCH_BYTES = 1 << 20  # of records, in a batch
+COMMIT_SECONDS = 2  # how often what is written is made safe
+GOES_ON = 'what is prepared is kept, and the same command goes on'
+
+
+def prepare(settings, source, stages, masked=False):
+    """Tokenize the stages, one after another, into the .bin files of data/NAME.
+
+    settings: what configure() returned; source: what meta.json calls it. masked: .mask.bin files
+    are written as well, and the tokenizer is given the special tokens of chats.
+    """
+    s = SimpleNamespace(**settings)
+    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
+    _check(settings)
+    folder = os.path.join('data', s.name)
+    if s.num_shards > 1:
+        folder += f'/shard_{s.shard:05d}_of_{s.num_shards:05d}'
+    os.makedirs(folder, exist_ok=True)
+    lock = lock_folder(folder, wait=True)
+    # the same command finds what an earlier run of it left; other settings leave that alone
+    identities = [stage.source.identity for stage in stages]
+    job = json.dumps(settings | dict(num_proc=0, retries=0, stages=identities))
+    partial = f'{folder}/partial-{hashlib.blake2b(job.encode(), digest_size=4).hexdigest()}'
+    state = _saved_state(partial) or _new_state(partial)
+    try:
+        if not state['whole']:
+            Run(s, source, stages, state, partial, masked).tokenize()
+        files = {}
+        for split, n in state['splits'].items():
+            numbers = range(len(n['shards']))
+            files[split] = [f'{partial}/{split}_{i:06d}.bin' for i in numbers]
+        if s.num_shards == 1:
+            writing.share(partial, files, state['splits'], s.val_fraction, source)
+        elif os.path.exists(f'{partial}/hashes'):
+            os.replace(f'{partial}/hashes', f'{folder}/hashes')  # for merge.py
+        meta = writing.meta_of(state, files, source, settings, masked)
+        writing.publish(folder, files, f'{partial}/tokenizer.json', meta)
+        for path in glob.glob(f'{glob.escape(folder)}/partial-*'):
+            writing.remove(path)
+    except OSError as e:
+        kept = f'; {GOES_ON}' if os.path.exists(f'{partial}/state.json') else ''
+        raise UserError(f'{folder}: {e.strerror or e}{kept}') from None
+    finally:
+        if not state['bytes'] and os.path.exists(partial):  # there is nothing to keep
+            with suppress(OSError):
+                writing.remove(partial)
+                os.rmdir(folder)
+        os.close(lock)
+    writing.report(folder, meta)
+
+
+def _check(settings):
+    """UserError for a setting that cannot be."""
+    s = SimpleNamespace(**settings)
+    if not s.name:
+        raise UserError('name= is needed: the folder under data/')
+    if os.path.isabs(s.name) or os.path.normpath(s.name).split(os.sep)[0] in ('.', '..'):
+        raise UserError(f'name={s.name} is no folder under data/')
+    if not 0 < s.val_fraction < 1:
+        raise UserError(f'val_fraction={s.val_fraction} is not between 0 and 1')
+    if not 1 < s.shard_tokens < 2**31:
+        raise UserError(f'shard_tokens={s.shard_tokens} is not between 2 and 2^31')
+    at_least(settings, train_bytes=1, target_tokens=0, num_proc=0, num_shards=1, retries=0)
+    if not 0 <= s.shard < s.num_shards:
+        which = f'none of the {s.num_shards} shards, which count from 0'
+        raise UserError(f'shard={s.shard} is {which}')
+    if s.tokenizer in ('train', 'chars') and s.num_shards > 1:
+        problem = f'each of the {s.num_shards} shards would make another one'
+        first = 'make it first (--num_shards=1 --target_tokens=1 --name=mine)'
+        raise UserError(
+            f'--tokenizer={s.tokenizer}: {problem}; {first}, then --tokenizer=data/mine'
+        )
+
+
+def _saved_state(partial):
+    """What an earlier run of this job made safe, or None."""
+    try:
+        with open(f'{partial}/state.json', encoding='utf-8') as f:
+            state = json.load(f)
+    except (OSError, ValueError):
+        return None
+    documents = sum(n['documents'] for n in state['splits'].values())
+    goes_on = f'goes on behind the {documents:,} documents that are prepared'
+    print(f'{os.path.dirname(partial)}: {goes_on}', file=sys.stderr)
+    return state
+
+
+def _new_state(partial):
+    """The state of a run that begins, in an empty folder."""
+    if os.path.exists(partial):
+        writing.remove(partial)
+    others = glob.glob(f'{glob.escape(os.path.dirname(partial))}/partial-*')
+    if others:
+        stays = 'is of an unfinished run with other settings; it stays until this run is whole'
+        print(f'{others[0]} {stays}', file=sys.stderr)
+    os.makedirs(partial)
+    # shards: the tokens of each file; last: tokens, bytes and documents of the last example
+    counts = dict(tokens=0, bytes=0, documents=0, learned=0, shards=[], last=[0, 0, 0])
+    return dict(
+        stage=0,  # that is read
+        position=None,  # in its source
+        taken=0,  # examples of it
+        bytes=0,  # read of all
+        hashes=0,  # in the file that Seen keeps
+        splits={split: dict(counts) for split in SPLITS},
+        repaired={},  # {why: dict(count=..., first=[places])}
+        dropped={},
+        replaced={},
+        whole=False,  # all files are written
+    )
+
+
+class Run:
+    """A run that tokenizes: `state` is what a killed run needs to go on; all else is made of it."""
+
+    def __init__(self, s, source, stages, state, partial, masked):
+        self.s, self.source, self.stages, self.state = s, source, stages, state
+        self.partial, self.masked = partial, masked
+        if os.path.exists(f'{partial}/state.json'):
+            self.encoder = load_tokenizer(partial)
+        else:
+            self.encoder = encoding.choose_tokenizer(s, stages, masked)
+            self.encoder.save(f'{partial}/tokenizer.json')
+        state['vocab_size'] = self.encoder.vocab_size
+        self.writers = {}
+        for split, n in state['splits'].items():
+            self.writers[split] = writing.SplitWriter(
+                partial, split, self.encoder.vocab_size, s.shard_tokens, masked, n['shards']
+            )
+        self.seen = writing.Seen(f'{partial}/hashes', state['hashes'])
+
+    def tokenize(self):
+        """Read, tokenize and write from where state stands; then the files in partial are whole."""
+        s, state = self.s, self.state
+        num_proc = s.num_proc or _cores()
+        os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism
+        tqdm.monitor_interval = 0  # no thread, while processes fork
+        workers = _workers(num_proc, s, self.stages, self.encoder, self.masked)
+        bar = tqdm(initial=state['bytes'], unit='B', unit_scale=True, disable=None)
+        stopped = _signals()
+        batches, pending = self.batches(), collections.deque()
+        failure, more = None, True
+        saved = shown = time.monotonic()
+        try:
+            while more or pending:
+                try:
+                    batch = None if stopped or not more else next(batches, None)
+                except UserError as e:  # what was read before it is still written
+                    batch, failure = None, e
+                more = batch is not None
+                if more:
+                    task = workers.submit(encoding.tokenize, batch.stage, batch.records)
+                    pending.append((batch, task))
+                while pending and (not more or len(pending) > 2 * num_proc):
+                    batch, task = pending.popleft()
+                    self.write(batch, task.result())
+                self.show(bar)
+                now = time.monotonic()
+                if bar.disable and now - shown > 60:  # no terminal: a line a minute
+                    shown = now
+                    print(f'{state["bytes"] / 1e6:,.0f} MB read, {bar.postfix}', file=sys.stderr)
+                if now - saved > COMMIT_SECONDS:
+                    self.commit()
+                    saved = now
+            if state['bytes'] and (failure or stopped):
+                self.commit()
+                failure = failure and UserError(f'{failure}; {GOES_ON}')
+            if failure:
+                raise failure
+            if stopped:
+                raise KeyboardInterrupt if signal.SIGINT in stopped else SystemExit(143)
+            if s.num_shards == 1 and not any(n['tokens'] for n in state['splits'].values()):
+                state['bytes'] = 0
+                notes = [writing.note(why, **n) for why, n in state['dropped'].items()]
+                raise UserError('; '.join([f'{self.source} gives no documents', *notes]))
+            for writer in self.writers.values():
+                writer.close()
+            state['whole'] = True
+            self.commit()
+        except BrokenProcessPool:
+            killed = 'a process that tokenizes was killed, for want of memory perhaps'
+            raise UserError(f'{killed}; {GOES_ON}') from None
+        finally:
+            bar.close()
+            workers.shutdown(cancel_futures=True)
+
+    def batches(self):
+        """Every Batch from where state stands, read ahead of what is written."""
+        s, state = self.s, self.state
+        begun = state['stage']
+        for index, stage in enumerate(self.stages):
+            records, size, position = [], 0, state['position'] if index == begun else None
+            if index < state['stage']:  # the writer has all that it wants of it
+                continue
+            found = read(stage.source, position, s.shard, s.num_shards, s.retries)
+            try:
+                for record, place, after in found:
+                    if index < state['stage']:
+                        break
+                    records.append((record, place))
+                    size += _size_of(record)
+                    position = after
+                    if size >= BATCH_BYTES:
+                        yield Batch(index, records, size, position)
+                        records, size = [], 0
+            except UserError:  # what was read before is not lost
+                if records:
+                    yield Batch(index, records, size, position)
+                raise
+            if records:
+                yield Batch(index, records, size, position)
+
+    def write(self, batch, out):
+        """Write a Tokenized, but for what has come before and what is beyond a limit."""
+        state = self.state
+        if batch.stage < state['stage']:  # a limit was reached before
+            return
+        if batch.stage > state['stage']:
+            state.update(stage=batch.stage, taken=0)
+        whole = ~out.examples['part']
+        fresh = np.ones(len(out.examples), bool)
+        fresh[whole] = self.seen.fresh(out.examples['hash'][whole])
+        rows, next_stage = self.within_limits(batch, out.examples, np.flatnonzero(fresh))
+        self.seen.add(out.examples['hash'][rows[whole[rows]]])
+        done = next_stage > batch.stage
+        self.count_notes(out.notes, fresh, rows[-1] if done else len(fresh))
+        for code, split in enumerate(SPLITS):
+            chosen = rows[out.examples['split'][rows] == code]
+            if len(chosen):
+                self.append(split, out, chosen)
+                if done and not state['splits'][split]['last'][2]:
+                    self.end_document(split)  # the limit lies within a long text
+        state['bytes'] += batch.size
+        state.update(position=batch.position, taken=state['taken'] + len(rows))
+        if done:
+            state.update(stage=next_stage, position=None, taken=0)
+
+    def within_limits(self, batch, examples, rows):
+        """Those rows of examples that are within the limits, and the stage that is read next."""
+        s, state = self.s, self.state
+        next_stage = batch.stage
+        limit = self.stages[batch.stage].limit
+        left = math.ceil(limit / s.num_shards) - state['taken']
+        if limit and len(rows) >= left:
+            rows, next_stage = rows[:left], batch.stage + 1
+        if s.target_tokens:
+            train = rows[examples['split'][rows] == SPLITS.index('train')]
+            tokens = state['splits']['train']['tokens'] + np.cumsum(examples['tokens'][train])
+            reached = train[tokens >= s.target_tokens / s.num_shards]
+            if len(reached):
+                rows, next_stage = rows[rows <= reached[0]], len(self.stages)
+        return rows, next_stage
+
+    def count_notes(self, notes, fresh, last):
+        """Count the notes of a batch, and its duplicates, up to the example numbered last."""
+        duplicates = [('dropped', 'a duplicate', None, row) for row in np.flatnonzero(~fresh)]
+        for kind, why, place, before in notes + duplicates:
+            if before <= last:
+                counted = self.state[kind].setdefault(why, dict(count=0, first=[]))
+                counted['count'] += 1
+                if place and len(counted['first']) < 3:
+                    counted['first'].append(f'{place[0]}:{place[1]}')
+
+    def append(self, split, out, rows):
+        """Append these rows of a Tokenized to a split."""
+        n, examples = self.state['splits'][split], out.examples
+        ids, learned = out.ids, out.learned
+        if len(rows) < len(examples):
+            wanted = np.zeros(len(examples), bool)
+            wanted[rows] = True
+            wanted = np.repeat(wanted, examples['tokens'])
+            ids, learned = ids[wanted], learned[wanted] if self.masked else None
+        self.writers[split].write(ids, examples['tokens'][rows], learned)
+        n['learned'] += int(learned.sum()) if self.masked else len(ids)
+        counts = ['tokens', 'bytes', 'documents']
+        for key in counts:
+            n[key] += int(examples[key][rows].sum())
+        for row in rows if examples['part'].any() else rows[-1:]:
+            last = [int(examples[key][row]) for key in counts]
+            if examples['part'][row] and not n['last'][2]:  # it goes on with the part before it
+                last = [a + b for a, b in zip(n['last'], last, strict=True)]
+            n['last'] = last
+
+    def end_document(self, split):
+        """End the long text that a split's last example is a part of."""
+        n, end = self.state['splits'][split], end_of(self.encoder)
+        self.writers[split].write(end, [len(end)], np.ones(len(end)))
+        n['tokens'] += len(end)
+        n['learned'] += len(end)
+        n['documents'] += 1
+        n['last'] = [n['last'][0] + len(end), n['last'][1], 1]
+
+    def commit(self):
+        """Make what is written safe, together with the place it was read from."""
+        for split, writer in self.writers.items():
+            self.state['splits'][split]['shards'] = writer.sync()
+        self.state['hashes'] = self.seen.sync()
+        with replacing(f'{self.partial}/state.json') as f:
+            json.dump(self.state, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+    def show(self, bar):
+        """Bring the progress bar up to date: bytes read of the whole, and tokens so far."""
+        s, state = self.s, self.state
+        tokens = sum(n['tokens'] for n in state['splits'].values())
+        bar.total = sum(stage.source.size for stage in self.stages) // s.num_shards or None
+        if s.target_tokens and tokens:
+            bar.total = int(state['bytes'] * max(1, s.target_tokens / s.num_shards / tokens))
+        bar.set_postfix_str(f'{tokens:,} tokens', refresh=False)
+        bar.update(state['bytes'] - bar.n)
+
+
+def _cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _workers(number, *job):
+    """A pool of processes that tokenize; of threads where there is no fork (Windows)."""
+    if 'fork' not in multiprocessing.get_all_start_methods():
+        encoding.set_job(*job)
+        return ThreadPoolExecutor(number)
+    fork = multiprocessing.get_context('fork')
+    job = (os.getpid(), *job)
+    pool = ProcessPoolExecutor(number, fork, encoding.start_worker, job)
+    pool.submit(int)  # starts them all, before the source starts threads
+    return pool
+
+
+def _signals():
+    """A list that Ctrl-C and SIGTERM add their numbers to; the second one ends the process."""
+    stopped = []
+    ends = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+    def stop(number, _):
+        stopped.append(number)
+        signal.signal(number, ends[number])
+
+    for number in ends:
+        signal.signal(number, stop)
+    return stopped
+
+
+def _size_of(record):
+    """About how many bytes a record is."""
+    if isinstance(record, dict):
+        record = list(record.values())
+    if isinstance(record, (list, tuple)):
+        return 8 + sum(map(_size_of, record))
+    return len(record) if isinstance(record, (str, bytes)) else 8

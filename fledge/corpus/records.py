@@ -1,0 +1,103 @@
+"""What records say: a text, a conversation or a pair of them, or Skip with the reason why not."""
+
+from fledge.corpus.sources import Skip
+
+
+def text_of(record, field):
+    """The text in a field of a record; a record that is a text (a whole file) is it itself."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise Skip('no object')
+    if record.get(field) is None:
+        raise Skip(f'no field {field!r}')
+    if not isinstance(record[field], str):
+        raise Skip(f'a field {field!r} that is no text')
+    return record[field]
+
+
+def exchange(question, answer):
+    """A conversation of one question and its answer."""
+    return _checked([dict(role='user', content=question), dict(role='assistant', content=answer)])
+
+
+def conversation(record):
+    """The messages of a record: its field messages, or Alpaca's instruction, input and output."""
+    if not isinstance(record, dict):
+        raise Skip('no object')
+    if record.get('messages') is not None:
+        return _checked(record['messages'])
+    if 'instruction' in record:
+        return exchange(_instruction(record), text_of(record, 'output'))
+    raise Skip("no field 'messages', and none 'instruction'")
+
+
+def preference(record):
+    """The chosen and the rejected conversation, of which what follows the prompt is learned.
+
+    The prompt is a text or messages (or Alpaca's instruction and input); so are chosen and
+    rejected, where messages may repeat the prompt or be all there is of it.
+    """
+    if not isinstance(record, dict):
+        raise Skip('no object')
+    prompt = record.get('prompt')
+    if prompt is None:
+        prompt = _instruction(record) if 'instruction' in record else []
+    if isinstance(prompt, str):
+        prompt = [dict(role='user', content=prompt)]
+    if not isinstance(prompt, list):
+        raise Skip('a prompt that is neither a text nor messages')
+    pair = []
+    for field in ('chosen', 'rejected'):
+        answer = record.get(field)
+        if not isinstance(answer, list):
+            if not prompt:
+                raise Skip("no field 'prompt'")
+            answer = [dict(role='assistant', content=text_of(record, field))]
+        elif prompt and answer[: len(prompt)] == prompt:
+            answer = answer[len(prompt) :]
+        pair.append(_checked(prompt + answer))
+    chosen, rejected = pair
+    if chosen == rejected:
+        raise Skip('chosen and rejected are the same')
+    shared = 0  # messages that both begin with
+    while chosen[shared : shared + 1] == rejected[shared : shared + 1]:
+        shared += 1
+    for messages in pair:
+        for i, message in enumerate(messages):
+            message['learned'] = i >= shared and message['role'] == 'assistant'
+    return pair
+
+
+def _instruction(record):
+    """The question of a record in Alpaca's form: instruction, and input where there is one."""
+    question = text_of(record, 'instruction').strip()
+    context = text_of(record, 'input').strip() if record.get('input') else ''
+    return '\n\n'.join(part for part in (question, context) if part)
+
+
+def _checked(messages):
+    """Messages as a chat may have them, without space around their texts; Skip for any others."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise Skip('messages that are no list of objects')
+    for message in messages:
+        role = message.get('role')
+        if role not in ('system', 'user', 'assistant'):
+            raise Skip(f'a role {str(role)[:20]!r}; roles are system, user and assistant')
+        if not text_of(message, 'content').strip():
+            raise Skip('an empty message')
+    if not any(message['role'] == 'assistant' for message in messages):
+        raise Skip('no message of the assistant')
+    return [dict(role=message['role'], content=message['content'].strip()) for message in messages]
+
+
+def is_title(row, before):
+    """Whether a line of WikiText begins an article: ' = Its title = ' behind an empty line."""
+    text = row['text'].rstrip('\n')
+    title = text.startswith(' = ') and text.endswith(' = ') and not text.startswith(' = =')
+    return title and not before['text'].strip()
+
+
+def article(rows):
+    """The text of an article of WikiText."""
+    return ''.join(row['text'] or '\n' for row in rows)

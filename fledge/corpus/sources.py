@@ -1,0 +1,548 @@
+"""Where records come from: local files, the Hugging Face hub, and what is made.
+
+A source has `identity`, a JSON value that says what it is; `size`, its bytes, 0 where nobody knows;
+and read(position, slice_index, num_slices), which yields (record, place, position): a record, the
+file and line to name it by, and the JSON value from which another read() goes on behind it.
+read(None) starts at the beginning. Slice i of n is the part of one machine; all n are the whole.
+"""
+
+import collections
+import filecmp
+import functools
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import urllib.request
+import zlib
+from typing import NamedTuple
+
+from fledge import UserError, replacing
+
+REPAIRED = 'invalid UTF-8'  # such text is kept, with U+FFFD in place of the bytes
+PART_BYTES = 4 << 20  # a text file above this is read, and tokenized, in parts
+RECORDS = ('.jsonl', '.jsonl.gz', '.json', '.parquet')  # files that hold many records
+TEXTS = ('.txt', '.md', *RECORDS)
+SHUFFLED = 10_000  # rows of the hub held at a time where they are shuffled
+WINDOW = 256  # and where they are not
+
+
+class Skip(Exception):
+    """A record that cannot be used, and why."""
+
+
+class Replaced(Skip):
+    """In place of a record: another source is read from here on, and why."""
+
+
+class Unavailable(UserError):
+    """A source that cannot be had at all, so that another may take its place."""
+
+
+class Lost(UserError):
+    """A source that stopped answering: worth another try, from the last position."""
+
+
+class Text(NamedTuple):
+    """A text file, or a part of a long one."""
+
+    text: str
+    broken: int = 0  # the first line that was no valid UTF-8 and now has U+FFFD in it, or 0
+    key: str = ''  # of a part: the same for all parts of a text
+    last: bool = True  # the end of the text
+
+
+def read(source, position, slice_index, num_slices, retries):
+    """What source.read() yields, tried again where it stops answering; UserError after so many."""
+    failures = 0
+    while True:
+        try:
+            for record, place, after in source.read(position, slice_index, num_slices):
+                failures, position = 0, after
+                yield record, place, position
+            return
+        except Unavailable as e:
+            raise UserError(str(e)) from None
+        except Lost as e:
+            if failures == retries:
+                raise UserError(str(e)) from None
+            print(f'{e}; again in {2**failures} s', file=sys.stderr)
+            time.sleep(2**failures)
+            failures += 1
+
+
+class Made:
+    """Records that are made: record(0) to record(count - 1)."""
+
+    def __init__(self, identity, count, record):
+        self.identity, self.size, self.count, self.record = identity, 0, count, record
+
+    def read(self, position=None, slice_index=0, num_slices=1):
+        start = position or self.count * slice_index // num_slices
+        for i in range(start, self.count * (slice_index + 1) // num_slices):
+            yield self.record(i), (self.identity, i + 1), i + 1
+
+
+class OrElse:
+    """A source, and another one that is read in its place where it cannot be had at all."""
+
+    def __init__(self, source, other):
+        self.source, self.other = source, other
+        self.identity = [source.identity, other.identity]
+        self.why = ''  # the source cannot be had
+
+    @property
+    def size(self):
+        return (self.other if self.why else self.source).size
+
+    def read(self, position=None, slice_index=0, num_slices=1):
+        # a position: whether it is one of the other source, and the position in that source
+        replaced, inner = position or (False, None)
+        begun = position is not None
+        if not replaced and not self.why:
+            try:
+                for record, place, after in self.source.read(inner, slice_index, num_slices):
+                    begun = True
+                    yield record, place, (False, after)
+                return
+            except Unavailable as e:
+                if begun:
+                    raise
+                self.why = str(e)
+                print(f'{e}; {self.other.identity} takes its place', file=sys.stderr)
+        if not begun:
+            why = f'{self.other.identity} took the place of {self.source.identity}: {self.why}'
+            yield Replaced(why), (self.source.identity, 0), (True, None)
+        for record, place, after in self.other.read(inner, slice_index, num_slices):
+            yield record, place, (True, after)
+
+
+# ---- local files
+
+
+def fetch(url, path):
+    """The text at path; where it is missing under data/, it is fetched from url first."""
+    if not os.path.exists(path) and path.startswith('data/'):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path, 'wb') as f:
+                f.write(content)
+        except Exception as e:  # no network, no such page, a broken answer, nowhere to write
+            other = f'put the text at {path} or name it with --input'
+            raise UserError(f'cannot fetch {url} ({e}); {other}') from None
+    with open(path, 'rb') as f:
+        return f.read().decode(errors='replace')
+
+
+class Files:
+    """The records of files and of folders of them, in the order of their names.
+
+    A .jsonl (.jsonl.gz) gives its lines, a .parquet its rows, a .json the items of its list, any
+    other file is one record. extensions: of the files that are read. columns: which of a .parquet's
+    are wanted, None for all. without: names of folders that are passed over.
+    """
+
+    def __init__(self, paths, extensions=TEXTS, columns=None, without=()):
+        self.columns = columns
+        self.empty = []  # folders that hold no such files
+        found = []
+        known = ' or '.join(', '.join(extensions).rsplit(', ', 1))
+        if not any(paths):
+            raise UserError(f'--input is needed: {known} files or folders, separated by commas')
+        for path in paths:
+            if not os.path.exists(path):
+                raise UserError(f'{path} does not exist')
+            if os.path.isdir(path):
+                inside = _files_in(path, extensions, without)
+                found += inside
+                if not inside:
+                    self.empty.append(path)
+            elif path.endswith(extensions):
+                found.append(path)
+            else:
+                raise UserError(f'{path} cannot be read: it is no {known} file')
+        if not found:
+            raise UserError(f'{", ".join(paths)}: no {known} files there')
+        # a broken link has no size, and is named when it is opened
+        self.files = [(f, os.path.getsize(f) if os.path.exists(f) else 0) for f in found]
+        self.size = sum(size for _, size in self.files)
+        self.identity = [[f, size, os.stat(f).st_mtime_ns if size else 0] for f, size in self.files]
+        self.twins = _twins(self.files)
+
+    def read(self, position=None, slice_index=0, num_slices=1):
+        # a position: the number of a file, and where its reader goes on
+        if position is None and slice_index == 0:
+            for path in self.empty:
+                yield Skip('a folder without text files'), (path, 0), (0, 0, 0)
+        current, *at = position or (0, 0, 0)
+        low = self.size * slice_index // num_slices
+        high = self.size * (slice_index + 1) // num_slices
+        end = 0
+        for i, (path, size) in enumerate(self.files):
+            # this slice's bytes of the file; an empty file belongs to the slice that it lies in
+            start, stop = max(low - end, 0), min(high - end, size)
+            end += size
+            last_slice = slice_index == num_slices - 1
+            is_here = start < stop or (size == 0 and low <= end and (end < high or last_slice))
+            if i < current or not is_here:
+                continue
+            offset, number = at if i == current else (0, 0)
+            try:
+                for record, line, after in self._records(path, size, start, stop, offset, number):
+                    yield record, (path, line), (i, *after)
+            except Skip as e:
+                yield e, (path, 0), (i + 1, 0, 0)
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
+                # the file is broken; what came before is kept
+                why = getattr(e, 'strerror', None) or first_line(e)
+                why = f'a file that cannot be read any further ({why})'
+                yield Skip(why), (path, 0), (i + 1, 0, 0)
+
+    def _records(self, path, size, start, stop, offset, number):
+        """(record, line, (offset, number) behind it) of a file's bytes from start to stop."""
+        if size == 0:
+            open(path, 'rb').close()
+            raise Skip('an empty file')
+        if path.endswith('.parquet'):
+            return _parquet(path, size, start, stop, offset, self.columns)
+        if path.endswith('.json'):
+            return _json(path, size, start, stop, offset, number)
+        if path.endswith(('.jsonl', '.gz')):
+            return _lines(path, size, start, stop, offset, number)
+        if path in self.twins:
+            raise Skip('a duplicate')
+        return _text(path, size, start, offset, number)
+
+
+def _files_in(folder, extensions, without):
+    """The files below a folder whose names end in one of extensions, sorted."""
+    found = []
+    for directory, _, names in os.walk(folder):
+        if not set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
+            found += [os.path.join(directory, n) for n in names if n.endswith(extensions)]
+    return sorted(found)
+
+
+def _twins(files):
+    """Files that repeat an earlier one, too large to be known again by the hash of their text."""
+    sizes = collections.Counter(size for _, size in files)
+    large = [path for path, size in files if size > PART_BYTES and sizes[size] > 1]
+    twins = set()
+    for i, path in enumerate(large):
+        if any(filecmp.cmp(earlier, path, shallow=False) for earlier in large[:i]):
+            twins.add(path)
+    return twins
+
+
+def _parquet(path, size, start, stop, row, columns):
+    """The rows of a .parquet."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    names, total, begin = file.schema_arrow.names, file.metadata.num_rows, 0
+    missing = [column for column in columns or () if column not in names]
+    if missing:
+        raise Skip(f'a .parquet without a column {missing[0]!r}; it has {", ".join(names)}')
+    row, stop = max(row, math.ceil(start * total / size)), math.ceil(stop * total / size)
+    for group in range(file.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if end > row and begin < stop:
+            for batch in file.iter_batches(256, row_groups=[group], columns=columns):
+                rows = batch.slice(max(0, row - begin)).to_pylist()
+                begin += len(batch)
+                for record in rows[: max(0, stop - row)]:
+                    row += 1
+                    yield record, row, (row, 0)
+        begin = end
+
+
+def _lines(path, size, start, stop, offset, number):
+    """Lines as bytes, those that begin in [start, stop); a .gz is one piece."""
+    packed = path.endswith('.gz')
+    if packed:
+        if start:
+            return
+        stop = math.inf
+    with (gzip.open if packed else open)(path, 'rb') as f:
+        if start and not offset:
+            f.seek(start - 1)
+            offset = start - 1 + len(f.readline())
+            f.seek(0)
+            for at in range(0, offset, 1 << 20):
+                number += f.read(min(1 << 20, offset - at)).count(b'\n')
+        f.seek(offset)
+        for line in f:
+            if offset >= stop:
+                return
+            offset, number = offset + len(line), number + 1
+            if not line.isspace():
+                yield line, number, (offset, number)
+
+
+def _json(path, size, start, stop, row, number):
+    """The records of a JSON list, which is read whole; a .json of lines is read as lines."""
+    with open(path, 'rb') as f:
+        if f.read(4096).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] != b'[':
+            yield from _lines(path, size, start, stop, row, number)
+            return
+        f.seek(0)
+        content = f.read()
+    try:
+        records = json.loads(content)
+    except UnicodeDecodeError as e:
+        if row == 0 and start == 0:
+            yield Skip(REPAIRED), 1 + content[: e.start].count(b'\n'), (0, 0)
+        records = json.loads(content.decode(errors='replace'))
+    row = max(row, math.ceil(start * len(records) / size))
+    for i in range(row, math.ceil(stop * len(records) / size)):
+        yield records[i], i + 1, (i + 1, 0)
+
+
+def _text(path, size, start, offset, number):
+    """A text file; in parts where it is long. It belongs to the slice that it begins in."""
+    if start:
+        return
+    with open(path, 'rb') as f:
+        if size <= PART_BYTES:
+            if not offset:
+                yield Text(*_decoded(f.read(), 0)), 1, (size, 0)
+            return
+        key = f'{size} {f.read(1 << 16)!r}'
+        f.seek(offset)
+        rest = b''
+        while offset < size:
+            piece = rest + f.read(PART_BYTES - len(rest))
+            if not piece:
+                raise Skip('a text that has become shorter while it was read')
+            cut = len(piece)
+            if offset + cut < size:
+                cut = _last_cut(piece)
+            part, rest = piece[:cut], piece[cut:]
+            text, broken = _decoded(part, number)
+            line = number + 1
+            offset, number = offset + cut, number + part.count(b'\n')
+            yield Text(text, broken, key, offset >= size), line, (offset, number)
+
+
+def _last_cut(piece):
+    """The last place to cut bytes where no tokenizer joins: between a word and newline, word."""
+    words = [m.start() + 1 for m in re.finditer(rb'[0-9A-Za-z](?=\n[0-9A-Za-z])', piece)]
+    if words:
+        return words[-1]
+    newline = piece.rfind(b'\n')
+    if newline > 0:
+        return newline
+    for i in range(len(piece) - 1, len(piece) - 5, -1):  # the last character begins here
+        if piece[i] & 0xC0 != 0x80:
+            return i
+    return len(piece)
+
+
+def _decoded(content, number):
+    """The text of bytes behind so many lines, and the first line that is no valid UTF-8, or 0."""
+    try:
+        return content.decode(), 0
+    except UnicodeDecodeError as e:
+        return content.decode(errors='replace'), number + 1 + content[: e.start].count(b'\n')
+
+
+def first_line(error):
+    """What an error is and the first line of what it says."""
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+
+
+# ---- the Hugging Face hub
+
+
+class Hub:
+    """The rows of a dataset on the Hugging Face hub, streamed: a few hundred are held at a time.
+
+    columns: which fields are wanted (default: all). starts(row, row_before): rows are gathered into
+    lists, a new one where this is true. shuffle: a seed, for the order of files and that of rows
+    within SHUFFLED of them. converted: the revision that has the data where the main one has but a
+    loading script.
+    """
+
+    def __init__(
+        self,
+        repo,
+        subset='',
+        split='train',
+        columns=(),
+        starts=None,
+        shuffle=None,
+        converted='refs/convert/parquet',
+    ):
+        self.repo, self.subset, self.split, self.columns = repo, subset, split, columns
+        self.starts, self.shuffle, self.converted = starts, shuffle, converted
+        self.identity, self.size = ', '.join(filter(None, (repo, subset, split))), 0
+
+    def read(self, position=None, slice_index=0, num_slices=1):
+        # a position: the commit, where datasets goes on, the rows before that, the rows behind it
+        # that are done, the records so far
+        commit, state, before, done, count = position or (None, None, 0, 0, 0)
+        stream, commit, by_file = self._open(commit, slice_index, num_slices)
+        if state:
+            stream.load_state_dict(state)
+        records = self._rows(stream, before, done)
+        if self.starts:
+            records = self._gathered(records)
+        for record, number, place in records:
+            count += 1
+            if by_file or (count - 1) % num_slices == slice_index:
+                yield record, (self.identity, number), (commit, *place, count)
+
+    def _rows(self, stream, before, done):
+        """(row, its number, where to go on: in datasets, rows before that, rows behind it done)."""
+        rows, length = iter(stream), WINDOW if self.shuffle is None else SHUFFLED
+        while True:
+            state = stream.state_dict()
+            try:
+                window = list(itertools.islice(rows, length))
+            except Exception as e:  # the network's, a server's, a parser's
+                why = f'{self.identity} fails after {before:,} rows ({first_line(e)})'
+                raise Lost(why) from None
+            missing = set(self.columns) - window[0].keys() if window and not before else ()
+            if missing:
+                has = f'has no field {", ".join(missing)}; it has {", ".join(window[0])}'
+                raise Unavailable(f'{self.identity} {has}')
+            if self.shuffle is not None:
+                random.Random(f'{self.shuffle} {before}').shuffle(window)
+            for i, row in enumerate(window[done:], done + 1):
+                if self.columns:
+                    row = {column: row[column] for column in self.columns}
+                yield row, before + i, (state, before, i)
+            before, done = before + len(window), 0
+            if len(window) < length:
+                return
+
+    def _gathered(self, rows):
+        """What _rows() gives, rows gathered into lists: (list, and of its last row the rest)."""
+        gathered, rest = [], ()
+        for row, number, place in rows:
+            if gathered and self.starts(row, gathered[-1]):
+                yield gathered, *rest
+                gathered = []
+            gathered.append(row)
+            rest = number, place
+        if gathered:
+            yield gathered, *rest
+
+    def _open(self, commit, slice_index, num_slices):
+        """The stream of rows, its commit, and whether all its rows are of this slice."""
+        datasets = _quiet_datasets()
+        import huggingface_hub
+
+        load = functools.partial(
+            datasets.load_dataset, self.repo, self.subset or None, split=self.split, streaming=True
+        )
+        revision = commit or 'main'
+        try:
+            try:
+                stream = load(revision=commit)
+            except RuntimeError as e:
+                if not str(e).startswith(SCRIPT):
+                    raise
+                revision = self.converted
+                stream = load(revision=revision)
+                said = f'a loading script, which is not run; its revision {revision} is read'
+                if revision == 'refs/convert/parquet':
+                    said += ', of which the hub keeps the first 5 GB alone'
+                print(f'{self.identity} is {said}', file=sys.stderr)
+            if not commit:
+                commit = huggingface_hub.HfApi().dataset_info(self.repo, revision=revision).sha
+        except Exception as e:
+            raise _failure(self.identity, e) from None
+        info = (stream.info.splits or {}).get(self.split)
+        self.size = info.num_bytes or 0 if info else 0
+        # whole files for each slice, but not where what is gathered may go on in the next file
+        by_file = num_slices > 1 and stream.num_shards >= num_slices and not self.starts
+        if by_file:
+            stream = stream.shard(num_slices, slice_index)
+        if self.shuffle is not None:  # files here, rows in _rows(), which can go on anywhere
+            stream = stream.shuffle(seed=self.shuffle, buffer_size=1, max_buffer_input_shards=1)
+        return stream, commit, by_file or num_slices == 1
+
+
+class Urls:
+    """The lines of .json.gz files, shuffled, whose addresses a file of a repository lists."""
+
+    def __init__(self, repo, path, seed):
+        self.repo, self.path, self.seed = repo, path, seed
+        self.identity, self.size = f'{repo}, {path}', 0
+
+    def read(self, position=None, slice_index=0, num_slices=1):
+        # a position: the commit, the number of a file, the lines of it that are done
+        commit, current, done = position or (None, 0, 0)
+        _quiet_datasets()
+        from huggingface_hub import HfApi, hf_hub_download
+
+        try:
+            commit = commit or HfApi().dataset_info(self.repo).sha
+            found = hf_hub_download(self.repo, self.path, repo_type='dataset', revision=commit)
+            with open(found, encoding='utf-8') as f:
+                urls = sorted(f.read().split())
+        except Exception as e:
+            raise _failure(self.identity, e) from None
+        random.Random(self.seed).shuffle(urls)
+        for i, url in enumerate(urls[slice_index::num_slices]):
+            if i < current:
+                continue
+            try:
+                with (
+                    urllib.request.urlopen(url, timeout=60) as response,
+                    gzip.open(response) as lines,
+                ):
+                    for number, line in enumerate(lines, 1):
+                        if i > current or number > done:
+                            yield line, (url, number), (commit, i, number)
+            except Exception as e:  # the network's, the server's, a .gz that ends too early
+                raise Lost(f'{url} fails ({first_line(e)})') from None
+
+
+SCRIPT = 'Dataset scripts are no longer supported'  # what datasets says of them
+
+
+def _failure(identity, error):
+    """Unavailable where an error says that there is no such thing (for this user), else Lost."""
+    import datasets
+    from huggingface_hub import errors
+
+    not_there = (
+        datasets.exceptions.DatasetNotFoundError,  # no repository or revision, or a gated one
+        datasets.exceptions.DataFilesNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
+        errors.HFValidationError,  # no name of a repository
+    )
+    # no such split, no such configuration, none given, a script: known by what datasets says
+    said = ('Bad split', 'BuilderConfig', 'Config name is missing', SCRIPT)
+    plain = type(error) in (ValueError, RuntimeError) and str(error).startswith(said)
+    kind = Unavailable if plain or isinstance(error, not_there) else Lost
+    return kind(f'{identity} cannot be opened ({first_line(error)})')
+
+
+def _quiet_datasets():
+    """The package datasets without its retries (ours go on), notices and calls to other hosts."""
+    os.environ.setdefault('HF_UPDATE_DOWNLOAD_COUNTS', '0')
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+    import datasets
+    import huggingface_hub
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    datasets.config.USE_PARQUET_EXPORT = False
+    datasets.logging.set_verbosity(50)
+    huggingface_hub.logging.set_verbosity(50)
+    return datasets

@@ -1,0 +1,268 @@
+"""Tokens to files: shards while a run goes on, then val, final names, meta.json, the report."""
+
+import glob
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+
+import numpy as np
+
+from fledge import UserError, replacing
+from fledge.corpus.encoding import SPLITS, end_of
+from fledge.corpus.sources import REPAIRED
+from fledge.tokenizer import load_tokenizer
+from fledge.tokens import HEADER_BYTES, format_of, read_bin, split_files, write_bin, write_header
+
+
+class SplitWriter:
+    """Appends documents to folder/split_000000.bin, split_000001.bin, ...
+
+    A file is full at shard_tokens, and what is written as one document is in one of them, unless it
+    is longer. masked: .mask.bin beside each. shards: the tokens of each file at an earlier sync(),
+    from which it goes on; what the files hold beyond is dropped.
+    """
+
+    def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
+        self.prefix = os.path.join(folder, split)
+        self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
+        # of each kind of file: ending, type, bytes before the first token
+        self.kinds = [('.bin', format_of(vocab_size)[1], HEADER_BYTES)]
+        if masked:
+            self.kinds.append(('.mask.bin', np.dtype(np.uint8), 0))
+        self.shards = list(shards)
+        self.changed = set()  # paths, since the last sync()
+        for ending, dtype, before in self.kinds if shards else ():
+            path, size = self._path(ending), before + shards[-1] * dtype.itemsize
+            if not os.path.exists(path) or os.path.getsize(path) < size:
+                again = f'remove {folder}, and begin again'
+                raise UserError(f'{path} is shorter than when it was left; {again}')
+            os.truncate(path, size)
+
+    def _path(self, ending):
+        return f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
+
+    def write(self, ids, lengths, learned=None):
+        """Append documents of these lengths: their ids, and for each id whether it is learned."""
+        ends = np.cumsum(lengths)
+        done = 0
+        while done < len(ids):
+            if not self.shards or self.shards[-1] >= self.shard_tokens:
+                self._begin_shard()
+            room = self.shard_tokens - self.shards[-1]
+            fit = np.searchsorted(ends, done + room, side='right')  # documents that end in it
+            upto = int(ends[fit - 1]) if fit else 0
+            if upto <= done:
+                if self.shards[-1]:
+                    self._begin_shard()
+                    continue
+                upto = done + min(room, len(ids) - done)  # a document longer than a shard
+            for (ending, dtype, _), values in zip(self.kinds, (ids, learned), strict=False):
+                with open(self._path(ending), 'ab') as f:
+                    f.write(np.asarray(values[done:upto]).astype(dtype).tobytes())
+                self.changed.add(self._path(ending))
+            self.shards[-1] += upto - done
+            done = upto
+
+    def _begin_shard(self):
+        self.close()
+        self.shards.append(0)
+        for ending, _, before in self.kinds:
+            with open(self._path(ending), 'wb') as f:
+                f.write(bytes(before))
+
+    def sync(self):
+        """Make what is written safe; returns the tokens of each shard."""
+        for path in self.changed:
+            with open(path, 'r+b') as f:
+                os.fsync(f.fileno())
+        self.changed.clear()
+        return list(self.shards)
+
+    def close(self):
+        """Write the header of the last shard."""
+        if self.shards:
+            with open(self._path('.bin'), 'r+b') as f:
+                write_header(f, self.vocab_size, self.shards[-1])
+            self.changed.add(self._path('.bin'))
+
+
+class Seen:
+    """Which 64-bit hashes have come before, the first `count` of them in the file at path.
+
+    In memory they are 8 bytes each, in sorted arrays no two of which are of like size.
+    """
+
+    def __init__(self, path, count):
+        self.path, self.count, self.new = path, count, []
+        with open(path, 'ab') as f:
+            f.truncate(8 * count)
+        self.levels = [np.unique(np.fromfile(path, np.uint64))]
+
+    def fresh(self, hashes):
+        """For each of an array of uint64, whether it is the first of its kind."""
+        unique, first = np.unique(hashes, return_index=True)
+        new = np.ones(len(unique), bool)
+        for level in self.levels:
+            if len(level):
+                new &= level[np.minimum(np.searchsorted(level, unique), len(level) - 1)] != unique
+        fresh = np.zeros(len(hashes), bool)
+        fresh[first[new]] = True
+        return fresh
+
+    def add(self, hashes):
+        """Add an array of uint64 that are all fresh."""
+        self.levels.append(np.sort(hashes))
+        while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
+            self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
+        self.new.append(hashes)
+
+    def sync(self):
+        """Add what is new to the file, and make it safe; returns how many hashes it holds."""
+        with open(self.path, 'ab') as f:
+            for hashes in self.new:
+                f.write(hashes.tobytes())
+                self.count += len(hashes)
+            f.flush()
+            os.fsync(f.fileno())
+        self.new = []
+        return self.count
+
+
+def share(partial, files, splits, val_fraction, source):
+    """Where the draw left train or val empty, it gets the end of the other one's last document.
+
+    Of data with masks it gets the last example, whole. files: {split: paths}; splits: their counts.
+    Both are changed: the last file is written anew, as two. The old one stays, so that a killed run
+    can do it again.
+    """
+    sides = [split for split in ('train', 'val') if splits[split]['tokens']]
+    if len(sides) != 1:
+        return
+    full, empty = sides[0], 'val' if sides[0] == 'train' else 'train'
+    path = files[full][-1]
+    ids = read_bin(path)
+    mask_path = path[:-4] + '.mask.bin'
+    masked = os.path.exists(mask_path)
+    encoder = load_tokenizer(partial)
+    end = end_of(encoder)[: 0 if masked else 1]
+    tokens, size, documents = splits[full]['last']
+    moved = tokens
+    if not masked:
+        fraction = val_fraction if empty == 'val' else 1 - val_fraction
+        wanted = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
+        most = min(tokens, len(ids))
+        moved = min(wanted, most)
+        while moved < most and _continues(encoder, ids[-moved]):
+            moved += 1
+    if moved < 2 or len(ids) - moved < 2:
+        raise UserError(f'{source} gives no {empty} text: it is too short for its val_fraction')
+    rest = ids[:-moved]
+    back = dict(tokens=0, learned=0, bytes=0, documents=0)
+    if moved < tokens:  # a document is cut, and ends in both
+        text = ids[len(rest) : len(ids) - len(end)]
+        size, documents = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text), 1
+        rest = np.append(rest, end)
+        back = dict(tokens=len(end), learned=len(end), bytes=0, documents=1)
+    files[empty], files[full] = (
+        [f'{partial}/{empty}.bin'],
+        files[full][:-1] + [f'{partial}/{full}.bin'],
+    )
+    write_bin(files[empty][0], ids[-moved:], encoder.vocab_size)
+    write_bin(files[full][-1], rest, encoder.vocab_size)
+    learned = moved
+    if masked:
+        mask = np.fromfile(mask_path, np.uint8)
+        mask[:-moved].tofile(f'{partial}/{full}.mask.bin')
+        mask[-moved:].tofile(f'{partial}/{empty}.mask.bin')
+        learned = int(mask[-moved:].sum())
+    given = dict(tokens=moved, bytes=size, documents=documents, learned=learned)
+    for key, count in given.items():
+        splits[empty][key] = count
+        splits[full][key] -= count - back[key]
+
+
+def _continues(encoder, token):
+    """Whether a token begins within a character."""
+    return encoder.token_bytes.get(int(token), b'a')[0] & 0xC0 == 0x80
+
+
+def publish(folder, files, tokenizer, meta):
+    """Move whole files to their final names in folder; done again after a kill, it ends the same.
+
+    files: {split: the paths of its .bin files}, beside which .mask.bin files lie if meta['masked'];
+    tokenizer: the path of its tokenizer.json; meta: what meta.json says.
+    """
+    endings = ('.bin', '.mask.bin') if meta['masked'] else ('.bin',)
+    moves = []
+    for split in SPLITS:
+        paths = files.get(split, [])
+        for i, path in enumerate(paths):
+            target = f'{folder}/{split}' if len(paths) == 1 else f'{folder}/{split}_{i:06d}'
+            moves += [(path[:-4] + ending, target + ending) for ending in endings]
+        moved = [target for path, target in moves if not os.path.exists(path)]  # before a kill
+        for target in moved:
+            if not os.path.exists(target):
+                raise UserError(f'{target} is nowhere, nor what it is made of; prepare it again')
+        masks = glob.glob(f'{glob.escape(folder)}/{split}*.mask.bin')
+        for path in split_files(folder, split) + masks:
+            if path not in moved:
+                os.remove(path)  # an older dataset's
+    with open(tokenizer, encoding='utf-8') as old, replacing(f'{folder}/tokenizer.json') as new:
+        shutil.copyfileobj(old, new)
+    with replacing(f'{folder}/meta.json') as f:
+        json.dump(meta, f, indent=1)
+    for path, target in reversed(moves):  # train's first file last of all: what looks prepared is
+        if os.path.exists(path):
+            os.replace(path, target)
+
+
+def remove(partial):
+    """Remove the folder of an unfinished run, first of all what a run would go on from."""
+    if os.path.exists(f'{partial}/state.json'):
+        os.remove(f'{partial}/state.json')
+    shutil.rmtree(partial)
+
+
+def meta_of(state, files, source, settings, masked):
+    """What meta.json says of a finished run."""
+    splits = {}
+    for split, n in state['splits'].items():
+        if n['tokens']:
+            counts = {key: n[key] for key in ('tokens', 'bytes', 'documents', 'learned')}
+            splits[split] = counts | dict(files=len(files[split]))
+    return dict(
+        source=source,
+        vocab_size=state['vocab_size'],
+        masked=masked,
+        splits=splits,
+        repaired=state['repaired'].get(REPAIRED, {}),
+        dropped=state['dropped'],
+        instead=list(state['replaced']),
+        settings=settings,
+        command=shlex.join(['python', *sys.argv]),
+    )
+
+
+def note(why, count, first=()):
+    """One reason for which records were left out, how many, and where the first of them are."""
+    if not first:
+        return f'{count:,} x {why}'
+    more = ', ...' if count > len(first) else ''
+    return f'{count:,} x {why} ({", ".join(first)}{more})'
+
+
+def report(folder, meta):
+    """Print what was made, left out, repaired, and could not be had."""
+    for split, n in meta['splits'].items():
+        name = split if n['files'] == 1 else f'{split}_*'
+        made = f'{n["tokens"]:,} tokens of {n["documents"]:,} documents'
+        print(f'{folder}/{name}.bin: {made}, {n["bytes"] / n["tokens"]:.2f} bytes a token')
+    if meta['repaired'].get('count'):
+        print(f'repaired: {note(REPAIRED, **meta["repaired"])}')
+    for why, n in meta['dropped'].items():
+        print(f'left out: {note(why, **n)}')
+    for why in meta['instead']:
+        print(why)
