@@ -187,6 +187,17 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
     (tmp_path / 'lines.jsonl').write_text('{"body": "x"}\n[]\n{"text": 1}\n{"text": \n')
     assert '--input is needed' in text()
+    (tmp_path / 'some.csv').write_text('a,b')
+    (tmp_path / 'talks.jsonl').write_text('{}')
+    for script, read in (
+        ('text', 'some.txt'),
+        ('chat', 'talks.jsonl'),
+        ('preferences', 'talks.jsonl'),
+    ):
+        flags = [f'--input={read},some.csv', '--name=x', '--tokenizer=bytes']
+        assert 'some.csv cannot be read: it is no ' in fails(
+            tmp_path, f'prepare/{script}.py', *flags
+        )
     assert 'name= is needed' in fails(tmp_path, 'prepare/text.py', '--input=some.txt')
     assert 'nowhere does not exist' in text('--input=nowhere')
     assert 'no .txt, .md, .jsonl, .jsonl.gz, .json or .parquet files there' in text('--input=empty')

@@ -380,6 +380,8 @@ class Hub:
         shuffle=None,
         converted='refs/convert/parquet',
     ):
+        if not repo:
+            raise UserError('--repo is needed: OWNER/NAME on huggingface.co')
         self.repo, self.subset, self.split, self.columns = repo, subset, split, columns
         self.starts, self.shuffle, self.converted = starts, shuffle, converted
         self.identity, self.size = ', '.join(filter(None, (repo, subset, split))), 0
