@@ -9,20 +9,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import (
-    Hub,
-    Made,
-    OrElse,
-    Skip,
-    Stage,
-    article,
-    configure,
-    conversation,
-    exchange,
-    is_title,
-    prepare,
-    text_of,
-)
+from fledge.corpus import Hub, Made, OrElse, Skip, Stage, configure, prepare
+from fledge.corpus.records import article, conversation, exchange, is_title, text_of
 
 name = 'mini_chat'  # folder under data/
 cap = 20000  # examples of each source; where one cannot be had, as much arithmetic

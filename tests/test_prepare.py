@@ -177,6 +177,21 @@ def test_one_document_is_cut_in_two(tmp_path):
     )
 
 
+def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
+    (tmp_path / 'one.txt').write_text('abcdefghij' * 205)
+    flags = ['--input=one.txt', '--name=x', '--tokenizer=bytes', '--shard_tokens=1000']
+    run(tmp_path, 'prepare/text.py', *flags, '--val_fraction=0.1')
+    train = [read_bin(path) for path in split_files(str(tmp_path / 'data/x'), 'train')]
+    val = read_bin(str(tmp_path / 'data/x/val.bin'))
+    # 2,050 tokens and their end: of the last 51, two stay, and are ended again
+    assert [len(ids) for ids in train] == [1000, 1000, 3] and len(val) == 49
+    text = byte_tokenizer().decode(np.concatenate([*train[:2], train[2][:-1], val[:-1]]))
+    assert text == 'abcdefghij' * 205
+    assert read_meta(str(tmp_path / 'data/x'))['splits']['train'] == dict(
+        tokens=2003, bytes=2002, documents=1, learned=2003, files=3
+    )
+
+
 def test_mistakes_are_one_line(tmp_path):
     text = lambda *flags: fails(tmp_path, 'prepare/text.py', '--name=x', *flags)
     (tmp_path / 'empty').mkdir()
@@ -1001,6 +1016,7 @@ def test_one_conversation_alone_cannot_be_split(tmp_path):
     assert 'gives no val text' in fails(
         tmp_path, 'prepare/chat.py', '--input=one.json', '--name=x', '--tokenizer=bytes'
     )
+    assert not (tmp_path / 'data/x').exists()
     (tmp_path / 'two.json').write_text(
         json.dumps([{'instruction': 'hi', 'output': 'ho'}, {'instruction': 'hu', 'output': 'he'}])
     )

@@ -6,12 +6,11 @@ A script there is its settings, `settings = configure(globals())`, and a call of
 from fledge import configurator
 from fledge.corpus import pipeline
 from fledge.corpus.pipeline import Stage, prepare
-from fledge.corpus.records import article, conversation, exchange, is_title, preference, text_of
+from fledge.corpus.records import article, conversation, is_title, preference, text_of
 from fledge.corpus.sources import RECORDS, Files, Hub, Made, OrElse, Skip, Urls, fetch
 
-__all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'configure']
-__all__ += ['article', 'conversation', 'exchange', 'fetch', 'is_title', 'preference', 'prepare']
-__all__ += ['text_of']
+__all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'article']
+__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'preference', 'prepare', 'text_of']
 
 
 def configure(script):

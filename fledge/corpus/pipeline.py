@@ -104,7 +104,7 @@ def prepare(settings, source, stages, masked=False):
             numbers = range(len(n['shards']))
             files[split] = [f'{partial}/{split}_{i:06d}.bin' for i in numbers]
         if s.num_shards == 1:
-            writing.share(partial, files, state['splits'], s.val_fraction, source)
+            writing.share(partial, files, state, s.val_fraction, source)
         elif os.path.exists(f'{partial}/hashes'):
             os.replace(f'{partial}/hashes', f'{folder}/hashes')  # for merge.py
         meta = writing.meta_of(state, files, source, settings, masked)

@@ -131,45 +131,44 @@ class Seen:
         return self.count
 
 
-def share(partial, files, splits, val_fraction, source):
+def share(partial, files, state, val_fraction, source):
     """Where the draw left train or val empty, it gets the end of the other one's last document.
 
-    Of data with masks it gets the last example, whole. files: {split: paths}; splits: their counts.
-    Both are changed: the last file is written anew, as two. The old one stays, so that a killed run
-    can do it again.
+    Of data with masks it gets the last example, whole. files: {split: paths}. They and the counts
+    in state are changed: the last file is written anew, as two. The old one stays, so that a killed
+    run can do it again.
     """
+    splits = state['splits']
     sides = [split for split in ('train', 'val') if splits[split]['tokens']]
     if len(sides) != 1:
         return
     full, empty = sides[0], 'val' if sides[0] == 'train' else 'train'
-    path = files[full][-1]
-    ids = read_bin(path)
+    *earlier, path = files[full]
     mask_path = path[:-4] + '.mask.bin'
     masked = os.path.exists(mask_path)
-    encoder = load_tokenizer(partial)
-    end = end_of(encoder)[: 0 if masked else 1]
+    ids, encoder = read_bin(path), load_tokenizer(partial)
+    end = end_of(encoder)
     tokens, size, documents = splits[full]['last']
     moved = tokens
     if not masked:
         fraction = val_fraction if empty == 'val' else 1 - val_fraction
-        wanted = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
-        most = min(tokens, len(ids))
-        moved = min(wanted, most)
+        most = min(tokens, len(ids) - 2)  # something stays
+        moved = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
+        moved = min(moved, most)
         while moved < most and _continues(encoder, ids[-moved]):
             moved += 1
     if moved < 2 or len(ids) - moved < 2:
+        state['bytes'] = 0  # nothing worth keeping
         raise UserError(f'{source} gives no {empty} text: it is too short for its val_fraction')
     rest = ids[:-moved]
-    back = dict(tokens=0, learned=0, bytes=0, documents=0)
-    if moved < tokens:  # a document is cut, and ends in both
+    if moved < tokens:  # the document is cut, and ends in both
         text = ids[len(rest) : len(ids) - len(end)]
-        size, documents = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text), 1
+        size = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text)
+        documents = 1
         rest = np.append(rest, end)
-        back = dict(tokens=len(end), learned=len(end), bytes=0, documents=1)
-    files[empty], files[full] = (
-        [f'{partial}/{empty}.bin'],
-        files[full][:-1] + [f'{partial}/{full}.bin'],
-    )
+        for key, more in dict(tokens=len(end), learned=len(end), documents=1).items():
+            splits[full][key] += more
+    files[empty], files[full] = [f'{partial}/{empty}.bin'], [*earlier, f'{partial}/{full}.bin']
     write_bin(files[empty][0], ids[-moved:], encoder.vocab_size)
     write_bin(files[full][-1], rest, encoder.vocab_size)
     learned = moved
@@ -179,9 +178,9 @@ def share(partial, files, splits, val_fraction, source):
         mask[-moved:].tofile(f'{partial}/{empty}.mask.bin')
         learned = int(mask[-moved:].sum())
     given = dict(tokens=moved, bytes=size, documents=documents, learned=learned)
+    splits[empty].update(given)
     for key, count in given.items():
-        splits[empty][key] = count
-        splits[full][key] -= count - back[key]
+        splits[full][key] -= count
 
 
 def _continues(encoder, token):
