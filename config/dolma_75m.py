@@ -1,4 +1,4 @@
-# The 75M GPT (70.3M parameters, counted exactly) on 5 billion tokens of Dolma, for a GPU with 12 GB.
+# The 75M GPT (70.3M parameters, counted exactly) on 5 billion tokens of Dolma: a GPU with 12 GB.
 # Any data with a vocabulary of at most 32,000 serves: --dataset=NAME.
 out_dir = 'out-dolma-75m'
 dataset = 'dolma'

@@ -1,4 +1,4 @@
-# nanoGPT's defaults and its architecture, GPT-2: put this in front of any nanoGPT config file or flags.
+# nanoGPT's defaults and its architecture, GPT-2: put this in front of nanoGPT's config files.
 # python train.py config/nanogpt.py their_config.py --batch_size=8
 import torch
 

@@ -1,4 +1,5 @@
-# nanoGPT's model and token budget on characters of Shakespeare: 6 layers, 384 wide, 5,000 x 16,384 tokens.
+# nanoGPT's model and token budget on characters of Shakespeare: 6 layers, 384 wide,
+# 5,000 x 16,384 tokens.
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 block_size = 256

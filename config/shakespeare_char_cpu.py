@@ -1,4 +1,5 @@
-# nanoGPT's CPU model and token budget on characters of Shakespeare: 4 layers, 128 wide, 2,000 x 768 tokens.
+# nanoGPT's CPU model and token budget on characters of Shakespeare: 4 layers, 128 wide,
+# 2,000 x 768 tokens.
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
 block_size = 64

@@ -1,5 +1,6 @@
-# Below nanoGPT's val loss on characters of Shakespeare (1.886 after 2,000 steps of 768 tokens) as soon as two CPU cores can:
-# half its layers, 300 steps of 1,024 tokens. Found by trying depths, widths, batches and rates.
+# Below nanoGPT's val loss on characters of Shakespeare (1.886 after 2,000 steps of 768 tokens) as
+# soon as two CPU cores can: half its layers, 300 steps of 1,024 tokens. Found by trying depths,
+# widths, batches and rates.
 out_dir = 'out-shakespeare-char-fast'
 dataset = 'shakespeare_char'
 block_size = 64

@@ -1,13 +1,16 @@
 """A Hugging Face hub on this machine, for tests: nothing leaves it, and it can be made to fail.
 
     with Hub() as hub:
-        hub.add('someone/stories', {'data/train-00000-of-00001.parquet': parquet_bytes([{'text': 'hi'}] * 100)})
-        hub.files['a.json.gz'] = gzip.compress(b'{"text": "hi"}')      # at hub.url('a.json.gz'), outside any repo
-        hub.fail('train-00000', after_bytes=5000, times=2)
-        subprocess.run([...], env=os.environ | hub.env)                # HF_ENDPOINT is read when datasets is imported
+        hub.add('someone/stories', {'data/train.parquet': parquet_bytes([{'text': 'hi'}] * 100)})
+        hub.files['a.json.gz'] = gzip.compress(b'{"text": "hi"}')
+        hub.fail('train.parquet', after_bytes=5000, times=2)
+        subprocess.run([...], env=os.environ | hub.env)
 
-It stands in for what huggingface_hub 1 and 2 and datasets ask of huggingface.co when a public data set is streamed or files of it or of a model are downloaded:
-a repo's commit, its list of files, and the files, whole or by range. There is no git, no Xet storage, no redirect to another host and no login.
+The second is at hub.url('a.json.gz'), outside any repo; the environment is read when datasets is
+imported. It stands in for what huggingface_hub 1 and 2 and datasets ask of huggingface.co when a
+public data set is streamed, or files of it or of a model are downloaded: a repo's commit, its list
+of files, and the files, whole or by range. There is no git, no Xet storage, no redirect to another
+host and no login.
 """
 
 import contextlib
@@ -34,12 +37,13 @@ def parquet_bytes(rows, row_group_size=None):
 
 
 class Hub:
-    """Repos and plain files behind http://127.0.0.1:<port>, served while the `with` block lasts; after it, connections are refused.
+    """Repos and plain files behind http://127.0.0.1:<port>, while the `with` block lasts.
 
-    down = True: every request is answered 503, as when the hub is out of service; down = False brings it back.
-    gated: the names of repos whose files are answered 401 (403 to a request with a token).
-    requests: every request so far, as (method, path). A request for another host comes here too, as to a proxy: its path is then a whole URL, or the
-    host:port of a CONNECT, and it is answered 502.
+    down = True: every request is answered 503, as when the hub is out of service; down = False
+    brings it back. gated: the names of repos whose files are answered 401 (403 to a request with a
+    token). requests: every request so far, as (method, path). A request for another host comes here
+    too, as to a proxy: its path is then a whole URL, or the host:port of a CONNECT, and it is
+    answered 502.
     """
 
     def __init__(self):
@@ -70,7 +74,10 @@ class Hub:
 
     @property
     def env(self):
-        """What a script's environment needs for this hub to be its hub; its downloads go into a folder that is removed at the end."""
+        """What a script's environment needs for this hub to be its hub.
+
+        Its downloads go into a folder that is removed at the end.
+        """
         return {
             'HF_ENDPOINT': self.endpoint,
             'HF_HOME': self.home.name,
@@ -84,7 +91,10 @@ class Hub:
         }
 
     def add(self, repo, files, revision='main'):
-        """Put the repo of a data set or a model there: {path: bytes or str}. Each revision is added for itself; a later call replaces it."""
+        """Put the repo of a data set or a model there: {path: bytes or str}.
+
+        Each revision is added for itself; a later call replaces it.
+        """
         files = {
             path: data.encode() if isinstance(data, str) else data for path, data in files.items()
         }
@@ -92,13 +102,20 @@ class Hub:
         self.repos.setdefault(repo, {})[revision] = (commit, files)
 
     def url(self, name):
-        """The address of one of `files`. Its host is called localhost, since datasets takes any address at HF_ENDPOINT for a repo's."""
+        """The address of one of `files`.
+
+        Its host is called localhost, since datasets takes any address at HF_ENDPOINT for a repo's.
+        """
         return f'http://localhost:{self.server.server_port}/files/{name}'
 
     def fail(self, part, after_bytes=None, times=None):
-        """Files with `part` in their URL break: the connection closes before the byte numbered after_bytes, whenever a request comes to it (None: before
-        the first byte of every request), for the next `times` such requests, or until failing.clear(). Note that a small parquet file is read in one
-        request, schema and all, and a large one from its end: to break in the midst of a run, break the second file or a byte amid the first."""
+        """Files with `part` in their URL break, for the next `times` requests of that byte.
+
+        The connection closes before the byte numbered after_bytes, whenever a request comes to it
+        (None: before the first byte of every request), until failing.clear() where times is None.
+        A small parquet file is read in one request, schema and all, and a large one from its end:
+        to break in the midst of a run, break the second file or a byte amid the first.
+        """
         self.failing.append([part, after_bytes, times])
 
 
@@ -216,8 +233,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_CONNECT = do_GET
 
-    def send_file(self, data, headers={}):
-        """Answer with a file, or the range of it that was asked for; cut short where fail() says so."""
+    def send_file(self, data, headers=None):
+        """Answer with a file, or the range that was asked for; cut short where fail() says so."""
+        headers = headers or {}
         asked = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
         start, end = (
             (int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data)))
@@ -247,10 +265,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 )
         self.answer(206 if asked else 200, data[start:end], headers)
 
-    def answer(self, status, body, headers={}):
+    def answer(self, status, body, headers=None):
         with contextlib.suppress(ConnectionError):  # who asked has gone
             self.send_response(status)
-            for name, value in ({'Content-Length': len(body)} | headers).items():
+            for name, value in ({'Content-Length': len(body)} | (headers or {})).items():
                 self.send_header(name, str(value))
             self.end_headers()
             if self.command != 'HEAD':

@@ -1,6 +1,5 @@
 """Config files, JSON files and flags over a script's settings."""
 
-import ast
 import json
 import os
 import re
@@ -150,21 +149,6 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
             and 'checkpoints, metrics.jsonl' in out
             and '--learning_rate=0.01' in out
         )
-
-
-def test_the_stdlib_config_is_the_default_run():
-    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
-        defaults = {
-            n.targets[0].id: n.value.value
-            for n in ast.parse(f.read()).body
-            if isinstance(n, ast.Assign)
-            and isinstance(n.targets[0], ast.Name)
-            and isinstance(n.value, ast.Constant)
-        }
-    values = {}
-    exec(open(os.path.join(ROOT, 'config', 'stdlib.py')).read(), values)
-    del values['__builtins__']
-    assert len(values) > 20 and values == {k: defaults[k] for k in values}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
-"""Every source on the hub, end to end, against a hub on this machine that has the repositories' real layouts and fields."""
+"""Every source on the hub, end to end, against a hub here with the repositories' real layouts."""
 
 import gzip
 import json
 import os
 import random
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import fails, run, start
+from conftest import ROOT, fails, run, start
 from hub import Hub, parquet_bytes
 from test_prepare import contents, learned_of, texts_of
 
@@ -195,7 +197,7 @@ def hub():
                 f'plain_text/{s}-00000-of-00001.parquet': parquet_bytes(
                     [
                         dict(
-                            text=f'{s} film {i}<br /><br />It was {"bad good".split()[i >= 50]}.',
+                            text=f'{s} film {i}<br /><br />It was {["bad", "good"][i >= 50]}.',
                             label=int(i >= 50),
                         )
                         for i in range(100)
@@ -322,8 +324,8 @@ def test_a_loading_script_is_not_run_and_its_conversion_is_read(hub, tmp_path):
     err = process.communicate(timeout=100)[1]
     assert (
         process.returncode == 0
-        and 'is a loading script, which is not run; its revision refs/convert/parquet is read, of which the hub keeps the first 5 GB alone'
-        in err
+        and 'is a loading script, which is not run; its revision refs/convert/parquet is' in err
+        and ' read, of which the hub keeps the first 5 GB alone' in err
     )
     assert (
         len(texts_of(str(tmp_path / 'data/x'), 'train') + texts_of(str(tmp_path / 'data/x'), 'val'))
@@ -365,8 +367,8 @@ def test_wikitexts_articles_and_its_own_splits(hub, tmp_path, version):
     ]
     assert (
         texts_of(folder, 'val')[1]
-        == ' = Validation = 1 = \n\n Text <unk> of it = 1 . \n = 1 <unk> and <unk> C = \n\n = = Section = = \n\n More 1 @-@ text . \n'
-        + '\n'
+        == ' = Validation = 1 = \n\n Text <unk> of it = 1 . \n = 1 <unk> and <unk> C = \n\n'
+        ' = = Section = = \n\n More 1 @-@ text . \n\n'
     )
 
 
@@ -411,7 +413,8 @@ def test_dolma_is_read_from_its_lists_of_files(hub, tmp_path):
         and 'no JSON (http://localhost' in out
         and 'took the place' not in out
     )
-    # one file breaks off: what is there is kept, and when it is back the same command ends as if nothing had been
+    # one file breaks off: what is there is kept, and when it is back the same command ends as if
+    # nothing had been
     hub.fail('sample-0000.json.gz', after_bytes=9000)
     command = [
         'prepare/dolma.py',
@@ -469,7 +472,7 @@ def test_c4_takes_the_place_of_a_dolma_that_is_not_there(hub, tmp_path):
 
 
 def test_a_corpus_that_only_hiccups_is_not_replaced(hub, tmp_path):
-    """A broken answer is tried again, and then an error: no C4 for Dolma, no sums for a chat corpus."""
+    """A broken answer is tried again, and then an error: no C4 for Dolma, no sums for a corpus."""
     hub.files['one.json.gz'] = gzip.compress(
         b'\n'.join(json.dumps(r).encode() for r in stories(99))
     )
@@ -502,7 +505,8 @@ def test_alpaca(hub, tmp_path):
     assert len(got) == 200
     assert (
         got[
-            '<|im_start|>user\nAdd one to 4.\n\nAs a word.<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n<|endoftext|>'
+            '<|im_start|>user\nAdd one to 4.\n\nAs a word.<|im_end|>\n'
+            '<|im_start|>assistant\n5<|im_end|>\n<|endoftext|>'
         ]
         == '5<|im_end|>'
     )
@@ -534,7 +538,7 @@ def test_preferences_of_the_hub(hub, tmp_path):
         name='pairs',
     )
     got = [learned for split in ('train', 'val') for _, learned in learned_of(folder, split)]
-    assert sorted(zip(got[::2], got[1::2])) == sorted(
+    assert sorted(zip(got[::2], got[1::2], strict=True)) == sorted(
         (f'yes {i}<|im_end|>', f'no {i}<|im_end|>') for i in range(50)
     )
     assert 'one of --input and --repo' in fails(tmp_path, 'prepare/preferences.py', '--name=x')
@@ -546,7 +550,9 @@ def test_mini_chat_mixes_its_sources_up_to_a_cap(hub, tmp_path):
     assert len(got) == 120 and 'took the place' not in out
     assert (
         got[
-            '<|im_start|>user\nquestion 4<|im_end|>\n<|im_start|>assistant\nbest 4<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\nnothing<|im_end|>\n<|endoftext|>'
+            '<|im_start|>user\nquestion 4<|im_end|>\n<|im_start|>assistant\nbest 4<|im_end|>\n'
+            '<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\nnothing<|im_end|>\n'
+            '<|endoftext|>'
         ]
         == 'best 4<|im_end|>nothing<|im_end|>'
     )
@@ -578,9 +584,9 @@ def test_mini_chat_mixes_its_sources_up_to_a_cap(hub, tmp_path):
 
 
 def test_what_is_not_there_is_one_line(hub, tmp_path):
-    script = lambda *flags: fails(
-        tmp_path, 'prepare/hub.py', *FAST, '--name=x', *flags, env=hub.env
-    )
+    def script(*flags):
+        return fails(tmp_path, 'prepare/hub.py', *FAST, '--name=x', *flags, env=hub.env)
+
     assert (
         "a/b, train cannot be opened (DatasetNotFoundError: Dataset 'a/b' doesn't exist on the Hub"
         in script('--repo=a/b')
@@ -604,10 +610,7 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
 
 def test_shards_of_the_hub(hub, tmp_path):
     """By files where there are enough of them, else by rows; together they are the whole."""
-    for repo, rows in (
-        ('HuggingFaceFW/fineweb-edu', stories(900, 'web')),
-        ('Salesforce/wikitext', None),
-    ):
+    for rows in (stories(900, 'web'), None):  # of FineWeb-Edu, of WikiText
         for i in range(2):
             flags = [f'--shard={i}', '--num_shards=2']
             if rows:
@@ -623,6 +626,54 @@ def test_shards_of_the_hub(hub, tmp_path):
         assert sum(
             n['documents'] for n in read_meta(str(tmp_path / 'data' / name))['splits'].values()
         ) == (900 if rows else 51)
+
+
+def test_the_hub_goes_on_from_a_position_in_another_process(hub):
+    """Shuffled, gathered and plain; in windows of 50 rows."""
+    code = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from fledge.corpus import sources
+sources.SHUFFLED = sources.WINDOW = 50
+ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
+def is_title(row, before):
+    return row['text'].startswith(' = T') and not before['text']
+makes = [
+    lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
+    lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=is_title),
+    lambda: sources.Hub('allenai/c4', 'en', columns=['text']),
+    lambda: sources.Hub('yahma/alpaca-cleaned'),
+]
+if len(sys.argv) == 2:
+    out = []
+    for make in makes:
+        for n in (1, 2):
+            whole = list(make().read(None, n - 1, n))
+            for k in ks:
+                if k <= len(whole):
+                    rest = [r[:2] for r in whole[k:]]
+                    out.append([makes.index(make), n, whole[k - 1][2], rest])
+    print(json.dumps(out))
+else:
+    tried = json.load(sys.stdin)
+    for which, n, position, rest in tried:
+        got = json.loads(json.dumps([r[:2] for r in makes[which]().read(position, n - 1, n)]))
+        assert got == rest, (which, n, position, got[:2], rest[:2])
+    print(len(tried))
+"""
+    env = os.environ | hub.env
+    first = subprocess.run(
+        [sys.executable, '-c', code, ROOT], env=env, capture_output=True, text=True
+    )
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run(
+        [sys.executable, '-c', code, ROOT, 'again'],
+        input=first.stdout,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert second.returncode == 0 and int(second.stdout) > 40, second.stderr
 
 
 def test_a_tokenizer_trained_on_a_stream(hub, tmp_path):
@@ -650,7 +701,7 @@ def test_a_tokenizer_trained_on_a_stream(hub, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_that_breaks_is_kept_and_goes_on_when_it_is_back(tmp_path):
-    """Half a minute, nearly all of it the patience of huggingface_hub, whose own retries come before ours."""
+    """Half a minute, nearly all of it the patience of huggingface_hub, which retries first."""
     rows = [
         {'text': f'{i} ' + ''.join(random.Random(i).choices('abcdefgh ', k=2000))}
         for i in range(4000)
@@ -670,7 +721,8 @@ def test_a_stream_that_breaks_is_kept_and_goes_on_when_it_is_back(tmp_path):
         hub.fail('train-00001', after_bytes=2_000_000)
         err = fails(tmp_path, *command, '--name=broken', env=hub.env)
         assert re.search(
-            r'someone/rows, train fails after [\d,]+ rows \(.*\); what is prepared is kept, and the same command goes on',
+            r'someone/rows, train fails after [\d,]+ rows \(.*\); what is prepared is kept, '
+            'and the same command goes on',
             err,
         ), err
         state = json.loads(
@@ -688,7 +740,7 @@ def test_no_network_at_all(tmp_path):
     with Hub() as hub:
         env = hub.env
     assert (
-        "someone/rows, train cannot be opened (ConnectionError: Couldn't reach 'someone/rows' on the Hub"
+        "train cannot be opened (ConnectionError: Couldn't reach 'someone/rows' on the Hub"
         in fails(tmp_path, 'prepare/hub.py', '--repo=someone/rows', '--name=x', *FAST, env=env)
     )
     assert not os.path.exists(tmp_path / 'data/x')

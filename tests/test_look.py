@@ -24,8 +24,11 @@ from fledge.tokens import read_bin, write_bin
 END = 256  # the byte tokenizer's end of text
 
 
-def write(folder, tokenizer=None, vocab_size=None, masks={}, **files):
-    """A dataset of one .bin for each name; a list of texts is encoded, an end of text behind each, ids are written as they are."""
+def write(folder, tokenizer=None, vocab_size=None, masks=None, **files):
+    """A dataset of one .bin for each name.
+
+    A list of texts is encoded, an end of text behind each; ids are written as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or byte_tokenizer()
     for name, content in files.items():
@@ -38,7 +41,7 @@ def write(folder, tokenizer=None, vocab_size=None, masks={}, **files):
                 ]
             )
         write_bin(str(folder / f'{name}.bin'), content, vocab_size or tokenizer.vocab_size)
-    for name, mask in masks.items():
+    for name, mask in (masks or {}).items():
         np.asarray(mask, np.uint8).tofile(folder / f'{name}.mask.bin')
     tokenizer.save(str(folder / 'tokenizer.json'))
     (folder / 'meta.json').write_text(json.dumps(dict(vocab_size=tokenizer.vocab_size, splits={})))
@@ -92,9 +95,11 @@ def test_texts_stand_over_their_ids(tmp_path):
     write(tmp_path / 'data' / 'd', train=['ab\tc\nd', 'second'])
     out = look(tmp_path, 'data/d')
     assert out == (
-        '\ndocument 1 of 2 · train · 7 tokens, 6 bytes\n⏎ newline   → tab   · space at the end   \\x.. byte\n'
+        '\ndocument 1 of 2 · train · 7 tokens, 6 bytes\n'
+        '⏎ newline   → tab   · space at the end   \\x.. byte\n'
         'a |b |→|c |⏎\n97|98|9|99|10\nd  |<|endoftext|>\n100|256\n'
-        '\ndocument 2 of 2 · train · 7 tokens, 6 bytes\n⏎ newline   → tab   · space at the end   \\x.. byte\n'
+        '\ndocument 2 of 2 · train · 7 tokens, 6 bytes\n'
+        '⏎ newline   → tab   · space at the end   \\x.. byte\n'
         's  |e  |c |o  |n  |d  |<|endoftext|>\n115|101|99|111|110|100|256\n'
     )
     assert (
@@ -203,7 +208,7 @@ def test_colours_are_for_those_who_want_them(tmp_path):
 
 
 def terminal(cwd, args, keys, size=(24, 80), env=None):
-    """All that look.py shows on a terminal of this size to someone who types these keys, one at each question."""
+    """All that look.py shows on a terminal to someone who types a key at each question."""
     import fcntl
     import struct
     import termios
@@ -355,7 +360,7 @@ def test_prepared_text_and_shards_count_the_same(tmp_path):
 
 
 def test_hashes_do_not_mind_chunks_and_shards(tmp_path):
-    """Documents and windows are found wherever a chunk or a shard ends; what differs in one token is not."""
+    """Documents and windows are found wherever a chunk or a shard ends; near copies are not."""
     rng = np.random.default_rng(1)
     long = rng.integers(0, 50, 400_000)  # over a chunk
     near = np.append(long[:-1], (long[-1] + 1) % 50)
@@ -510,7 +515,8 @@ def test_warnings(good, make, expected):
             [e in line for e in expected].index(True) if any(e in line for e in expected) else -1
         ),
     )
-    assert len(found) == len(expected) and all(e in line for e, line in zip(expected, found)), found
+    assert len(found) == len(expected), found
+    assert all(e in line for e, line in zip(expected, found, strict=True)), found
 
 
 def test_text_that_is_none(good):
@@ -541,7 +547,7 @@ def test_a_vocabulary_too_large(good):
     )
 
 
-# ----------------------------------------------------------------------------- other people's folders
+# ---------------------------------------------------------------- other people's folders
 def test_nanogpts_folder(tmp_path):
     folder = tmp_path / 'data' / 'old'
     folder.mkdir(parents=True)

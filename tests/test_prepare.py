@@ -94,7 +94,10 @@ def test_no_network_is_one_line(tmp_path):
 
 @pytest.fixture
 def notes(tmp_path):
-    """A folder of every kind of file, with broken records among them. Returns the working folder and the texts."""
+    """A folder of every kind of file, with broken records among them.
+
+    Returns the working folder and the texts.
+    """
     folder = tmp_path / 'notes'
     (folder / 'deep').mkdir(parents=True)
     texts = [f'note {i}: naïve 😀\r\n\ttext' for i in range(40)]
@@ -193,7 +196,9 @@ def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    text = lambda *flags: fails(tmp_path, 'prepare/text.py', '--name=x', *flags)
+    def text(*flags):
+        return fails(tmp_path, 'prepare/text.py', '--name=x', *flags)
+
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty.txt').write_text('')
     (tmp_path / 'some.txt').write_text('some text ' * 100)
@@ -386,7 +391,8 @@ def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
 
 @pytest.mark.parametrize('kind', ['words', 'no newline', 'broken bytes'])
 def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
-    """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a character."""
+    """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a
+    character."""
     rng = random.Random(0)
     content = {
         'words': lambda: '\n'.join(
@@ -485,7 +491,11 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
     ]['a duplicate']['count'] > 300
     run(tmp_path, *command, '--name=three', '--num_proc=3')
     assert contents(tmp_path / 'data/three') == whole
-    states, kept = lambda: list((tmp_path / 'data/killed').glob('partial-*/state.json')), 0
+    kept = 0
+
+    def states():
+        return list((tmp_path / 'data/killed').glob('partial-*/state.json'))
+
     for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
         process = start(tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}')
         if states():
@@ -516,6 +526,30 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
     assert not left
 
 
+NO_FORK = """
+import multiprocessing, runpy, sys
+multiprocessing.get_all_start_methods = lambda: ['spawn']
+multiprocessing.get_context = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_where_no_process_can_be_forked_threads_give_the_same_bytes(tmp_path):
+    command = write_many(tmp_path, 200)
+    run(tmp_path, *command, '--name=processes')
+    script = os.path.join(ROOT, command[0])
+    done = subprocess.run(
+        [sys.executable, '-c', NO_FORK, script, *command[1:], '--name=threads', '--num_proc=2'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / 'data/threads') == contents(tmp_path / 'data/processes')
+
+
 CRASH = """
 import os, runpy, sys
 n, script = int(sys.argv[1]), sys.argv[2]
@@ -536,7 +570,8 @@ runpy.run_path(script, run_name='__main__')
 
 
 def crash(cwd, n, script, *args):
-    """Run a script until its n-th change of a file's name or wish that it be on the disk, and end it there; whether it got so far."""
+    """Run a script until its n-th change of a file's name or wish that it be on the disk, and end
+    it there; whether it got so far."""
     done = subprocess.run(
         [sys.executable, '-c', CRASH, str(n), os.path.join(ROOT, script), *args],
         cwd=cwd,
@@ -551,7 +586,8 @@ def crash(cwd, n, script, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['masked shards', 'one text'])
 def test_killed_at_any_step_it_ends_the_same(tmp_path, kind):
-    """At each step of the commits, of giving val the end of a text, of taking the final names and of tidying up."""
+    """At each step of the commits, of giving val the end of a text, of taking the final names and
+    of tidying up."""
     (tmp_path / 'one.txt').write_text('some words. ' * 500)
     command = {
         'masked shards': [
@@ -740,7 +776,7 @@ def documents_of(folder, path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """All processes together, shared pages counted once, stay far below the input and below 1 GB."""
+    """All processes together, shared pages counted once, stay far below the input."""
     line = json.dumps({'text': 'some words of a document that is long enough ' * 40})
     with open(tmp_path / 'large.jsonl', 'w') as f:
         for i in range(150_000):
@@ -816,7 +852,7 @@ def learned_of(folder, split):
     ends = np.flatnonzero(ids == tokenizer.end_of_text) + 1
     return [
         (tokenizer.decode(part), tokenizer.decode(part[kept == 1]))
-        for part, kept in zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1])
+        for part, kept in zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1], strict=True)
     ]
 
 
@@ -838,14 +874,19 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
         rows = json.load(f)
     for row in rows:
         question = '\n\n'.join(filter(None, (row['instruction'].strip(), row['input'].strip())))
-        text = f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{row["output"].strip()}<|im_end|>\n<|endoftext|>'
-        if row['output'].strip():
-            assert pairs.pop(text, None) in (row['output'].strip() + '<|im_end|>', None)
+        answer = row['output'].strip()
+        text = (
+            f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n'
+        )
+        if answer:
+            assert pairs.pop(text + '<|endoftext|>', None) in (answer + '<|im_end|>', None)
     assert not pairs
 
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
-    say = lambda *turns: {'messages': [{'role': r, 'content': c} for r, c in turns]}
+    def say(*turns):
+        return {'messages': [{'role': r, 'content': c} for r, c in turns]}
+
     good = [
         say(
             ('system', 'Be brief.'),
@@ -909,7 +950,7 @@ def test_preferences_are_pairs_that_stay_together(tmp_path):
     for split in ('train', 'val'):
         got = learned_of(str(tmp_path / 'data/pairs'), split)
         assert len(got) % 2 == 0 and got
-        for chosen, rejected in zip(got[::2], got[1::2]):
+        for chosen, rejected in zip(got[::2], got[1::2], strict=True):
             assert (chosen[1], rejected[1]) in rows and chosen[0].split('<|im_start|>assistant')[
                 0
             ] == rejected[0].split('<|im_start|>assistant')[0]
@@ -918,7 +959,10 @@ def test_preferences_are_pairs_that_stay_together(tmp_path):
         {'role': 'assistant', 'content': 'a'},
         {'role': 'user', 'content': 'r'},
     ]
-    say = lambda text: [{'role': 'assistant', 'content': text}]
+
+    def say(text):
+        return [{'role': 'assistant', 'content': text}]
+
     rows = [dict(prompt=turns, chosen=say(f'good {i}'), rejected=say('bad')) for i in range(9)] + [
         dict(chosen=turns + say(f'good {i}'), rejected=turns + say('bad')) for i in range(9, 18)
     ]

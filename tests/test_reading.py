@@ -15,7 +15,7 @@ SETTINGS = SimpleNamespace(retries=2)
 
 
 class Flaky:
-    """Numbers up to 9; each read ends as `ends` says at the number given, and the next goes on from there."""
+    """Numbers up to 9; each read ends as `ends` says, and the next goes on from there."""
 
     identity, size = 'numbers', 0
 

@@ -1,17 +1,11 @@
-"""Reading goes on from any position exactly where it was, and the slices of a source are together the whole of it."""
+"""Reading goes on from any position exactly where it was; the slices of a source are the whole."""
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
-from hub import Hub
-from test_hub import hub  # noqa: F401
 
 from fledge.corpus import sources
 from fledge.corpus.sources import Files, Made, Text
@@ -86,43 +80,3 @@ def test_what_is_made_has_slices_too():
     source = Made('numbers', 10, lambda i: i)
     assert [r for i in range(3) for r, _, _ in source.read(None, i, 3)] == list(range(10))
     assert [r for r, _, _ in source.read(4)] == [4, 5, 6, 7, 8, 9]
-
-
-def test_the_hub_goes_on_from_a_position_in_another_process(hub: Hub):  # noqa: F811
-    """Shuffled, gathered and plain; in windows of 50 rows."""
-    code = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from fledge.corpus import sources
-sources.SHUFFLED = sources.WINDOW = 50
-ks = [1, 2, 49, 50, 51, 123, 250, 300, 301, 449]
-makes = [lambda: sources.Hub('HuggingFaceFW/fineweb-edu', 'sample-10BT', columns=['text'], shuffle=3),
-         lambda: sources.Hub('Salesforce/wikitext', 'wikitext-103-raw-v1', starts=lambda row, before: row['text'].startswith(' = T') and not before['text']),
-         lambda: sources.Hub('allenai/c4', 'en', columns=['text']), lambda: sources.Hub('yahma/alpaca-cleaned')]
-if len(sys.argv) == 2:
-    out = []
-    for make in makes:
-        for n in (1, 2):
-            whole = list(make().read(None, n - 1, n))
-            out += [[makes.index(make), n, whole[k - 1][2], [r[:2] for r in whole[k:]]] for k in ks if k <= len(whole)]
-    print(json.dumps(out))
-else:
-    tried = json.load(sys.stdin)
-    for which, n, position, rest in tried:
-        got = json.loads(json.dumps([r[:2] for r in makes[which]().read(position, n - 1, n)]))
-        assert got == rest, (which, n, position, got[:2], rest[:2])
-    print(len(tried))
-"""
-    env = os.environ | hub.env
-    first = subprocess.run(
-        [sys.executable, '-c', code, ROOT], env=env, capture_output=True, text=True
-    )
-    assert first.returncode == 0, first.stderr
-    second = subprocess.run(
-        [sys.executable, '-c', code, ROOT, 'again'],
-        input=first.stdout,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert second.returncode == 0 and int(second.stdout) > 40, second.stderr
