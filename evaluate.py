@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fledge import UserError, checkpoint, pretrained
+from fledge import UserError, checkpoint
 from fledge.configurator import at_least, configure
 from fledge.device import autocast_to, choose_device, choose_dtype, keep_memory
+from fledge.formats import huggingface
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import Tokens
 
@@ -40,7 +41,7 @@ at_least(globals(), eval_iters=0, batch_size=1, block_size=0)
 device = choose_device(device)
 keep_memory()
 dtype = choose_dtype(dtype, device)
-state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir, dataset)
+state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir, dataset)
 model, run = checkpoint.load_model(state, path).to(device).eval(), state['config']
 del state
 context, vocab_size = model.config.block_size, model.config.vocab_size

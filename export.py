@@ -1,11 +1,12 @@
-"""A checkpoint out to Hugging Face (transformers, vLLM, lm-evaluation-harness), GGUF (llama.cpp, Ollama), ONNX, or to 8 bits.
+"""A checkpoint out to Hugging Face (transformers, vLLM), GGUF (llama.cpp, Ollama), ONNX, 8 bits.
 
-python export.py --out_dir=out                                                    a folder, out/hf
+python export.py --out_dir=out                                     a folder, out/hf
 python export.py --out_dir=out --format=gguf --output=model.gguf --dtype=q8_0
 python export.py --out_dir=out --format=onnx --kv_cache
-python export.py --out_dir=out --quantize=int8                                    out/int8.pt, for sample.py and evaluate.py
+python export.py --out_dir=out --quantize=int8                     out/int8.pt, for sample.py
 
-What was written is loaded again before it gets its name, and its logits on a prompt compared: what differs too much is an error, and is not left behind.
+What was written is read again before it gets its name, and compared with what was meant to be
+written: what differs too much is an error, and is not left behind.
 """
 
 import copy
@@ -18,28 +19,19 @@ from contextlib import suppress
 
 import torch
 
-from fledge import (
-    UserError,
-    checkpoint,
-    gguf_file,
-    hf_folder,
-    int8,
-    lock_folder,
-    onnx_file,
-    pretrained,
-)
+from fledge import UserError, checkpoint, int8, lock_folder
 from fledge.configurator import configure, one_of
-from fledge.tokenizer import IM_END, load_tokenizer
+from fledge.formats import gguf, huggingface, onnx
+from fledge.tokenizer import IM_END, find_tokenizer
 from fledge.tokens import read_meta
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
+init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
 out_dir = 'out'  # a run's folder
-format = 'auto'  # hf, gguf, onnx, or ckpt (a checkpoint of weights alone, adapters merged); auto: ckpt with --quantize, else hf
-output = ''  # the folder (hf) or file to write; '': hf, model.gguf, model.onnx, model.pt or int8.pt beside the checkpoint, or here
-dtype = (
-    'auto'  # float32, float16, bfloat16, for gguf also q8_0; auto: float16 for gguf, else float32
-)
+format = 'auto'  # hf, gguf, onnx, ckpt (weights alone, merged); auto: ckpt with --quantize, else hf
+output = ''  # the folder (hf) or file to write; '': hf, model.gguf, ... beside the checkpoint
+overwrite = False  # replace what is there already
+dtype = 'auto'  # float32, float16, bfloat16, q8_0 (gguf); auto: float16 for gguf, else float32
 quantize = 'none'  # int8: a checkpoint with 8-bit weights
 kv_cache = False  # onnx: the KV cache as inputs and outputs
 name = ''  # what the model is called in its card and in GGUF; '': the dataset and the size
@@ -47,41 +39,29 @@ start = ''  # the prompt that logits are compared on; '': a few lines of words, 
 json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
-FILES = {
-    'hf': 'hf',
-    'gguf': 'model.gguf',
-    'onnx': 'model.onnx',
-    'ckpt': 'int8.pt' if quantize == 'int8' else 'model.pt',
-}
-DTYPES = {
-    'hf': ('float32', 'float16', 'bfloat16'),
-    'gguf': tuple(gguf_file.TYPES),
-    'onnx': ('float32',),
-    'ckpt': ('float32',),
-}
-NEEDS = {
-    'hf': ('safetensors',),
-    'gguf': ('gguf',),
-    'onnx': ('onnx', 'onnxscript', 'onnxruntime'),
-    'ckpt': (),
-}
-READ_BACK = (
-    1e-5  # how far logits may be off, as a share of the largest, after writing and reading back
+OUTPUTS = dict(hf='hf', gguf='model.gguf', onnx='model.onnx', ckpt='model.pt')
+DTYPES = dict(
+    hf=('float32', 'float16', 'bfloat16'),
+    gguf=tuple(gguf.TYPES),
+    onnx=('float32',),
+    ckpt=('float32',),
 )
-ROUNDED = {
-    'float32': 1e-3,
-    'float16': 2e-2,
-    'bfloat16': 0.1,
-    'q8_0': 0.2,
-    'int8': 0.2,
-}  # and how far rounding the weights to a type may move them
-PROMPT = "The café opened at 7:45, before the rain; by noon, 1,200 people had walked past it.\r\n\n\tdef main():\n\t    return 'nai\u0308ve'  # 東京 so far\n"
-MADE_HERE = '# made by export.py'
-OLLAMA_CHAT = '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n'
-dtype = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16'}.get(
-    dtype, dtype
-)  # GGUF's own names
-one_of(globals(), quantize=('none', 'int8'), format=('auto', *FILES))
+PACKAGES = dict(hf=['safetensors'], gguf=['gguf'], onnx=['onnx', 'onnxscript', 'onnxruntime'])
+# How far logits may be off, as a share of the largest: after writing and reading back, and because
+# the weights are rounded to a type.
+READ_BACK = 1e-5
+ROUNDED = dict(float32=1e-3, float16=2e-2, bfloat16=0.1, q8_0=0.2, int8=0.2)
+PROMPT = (
+    'The café opened at 7:45, before the rain; by noon, 1,200 people had walked past it.\r\n\n'
+    "\tdef main():\n\t    return 'nai\u0308ve'  # 東京 so far\n"
+)
+OLLAMA_CHAT = (
+    '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}'
+    '<|im_start|>assistant\n'
+)
+one_of(globals(), quantize=('none', 'int8'), format=('auto', *OUTPUTS))
+if quantize == 'int8':
+    OUTPUTS['ckpt'] = 'int8.pt'
 if format == 'auto':
     format = 'ckpt' if quantize == 'int8' else 'hf'
 if quantize == 'int8' and format != 'ckpt':
@@ -91,156 +71,152 @@ if quantize == 'int8' and format != 'ckpt':
     )
 if dtype == 'auto':
     dtype = 'float16' if format == 'gguf' else 'float32'
+dtype = dict(f32='float32', f16='float16', bf16='bfloat16').get(dtype, dtype)  # GGUF's own names
 if dtype not in DTYPES[format]:
-    raise UserError(
-        f'dtype={dtype!r} is none of {", ".join(DTYPES[format])}, which --format={format} has'
-    )
+    known = ', '.join(DTYPES[format])
+    raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
-for package in NEEDS[format]:
+for package in PACKAGES.get(format, []):
     if not importlib.util.find_spec(package):
         raise UserError(
             f'--format={format} needs the package {package}: pip install -r requirements.txt'
         )
 
 # ---- the model and its tokenizer
-state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir)
+state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).eval().requires_grad_(False)
-config, run, source = (
-    model.config,
-    state['config'],
-    state.get('folder', ''),
-)  # source: a Hugging Face model's folder
+config, run = model.config, state['config']
+source = state.get('folder', '')  # of a Hugging Face model
 if int8.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
 if tokenizer.vocab_size > config.vocab_size:
     raise UserError(
-        f'the tokenizer has {tokenizer.vocab_size} tokens, and the model of {path} {config.vocab_size}: it was trained with another tokenizer'
+        f'the tokenizer has {tokenizer.vocab_size} tokens, and the model of {path} '
+        f'{config.vocab_size}: it was trained with another tokenizer'
     )
 try:
     (start + name).encode()
 except UnicodeEncodeError:
     raise UserError('--start or --name is no valid UTF-8') from None
-start = start or (
-    PROMPT
-    if not tokenizer.chars
-    else ''.join(c for c in PROMPT if c in tokenizer.chars) or ''.join(tokenizer.chars)
-)
+if not start and tokenizer.chars:
+    start = ''.join(c for c in PROMPT if c in tokenizer.chars) or ''.join(tokenizer.chars)
+start = start or PROMPT
 ids = torch.tensor([tokenizer.encode(start)[: config.block_size]])
 meta = read_meta(os.path.join('data', run['dataset'])) if run.get('dataset') else {}
-size = model.get_num_params(non_embedding=False)
-size = f'{size / 1e6:.1f}M' if size < 1e9 else f'{size / 1e9:.1f}B'
-origin = os.path.basename(os.path.abspath(path if source else os.path.dirname(path)))
-name = name or f'{run.get("dataset") or origin}-{size}'
-template = hf_folder.chat_template(tokenizer, source)
+n_params = model.get_num_params(non_embedding=False)
+size = f'{n_params / 1e6:.1f}M' if n_params < 1e9 else f'{n_params / 1e9:.1f}B'
+folder_of_model = os.path.abspath(source or os.path.dirname(path))
+name = name or f'{run.get("dataset") or os.path.basename(folder_of_model)}-{size}'
 
-
-def earlier_export(path):
-    """Whether path is one, and may be replaced: its file of weights says so at its head. A folder is one with nothing else in it, or an empty one."""
-    if format == 'ckpt':
-        return 'exported_by' in checkpoint.load(path)
-    if format == 'hf':
-        path, names = f'{path}/model.safetensors', set(os.listdir(path))
-        if not names or names - hf_folder.FILES or not os.path.exists(path):
-            return not names
-    with open(path, 'rb') as f:
-        return b'fledge' in f.read(4096)
-
-
-def write_modelfile(path):
-    """Ollama's: the file beside it, and how to prompt it. A model of plain text continues; where that is unknown, Ollama goes by the template in the file."""
-    stops = hf_folder.ends(tokenizer)
-    lines = [
-        MADE_HERE,
-        f'FROM ./{file}',
-        f'PARAMETER num_ctx {min(config.block_size, 8192)}',
-        'PARAMETER temperature 0.8',
-        'PARAMETER top_k 200',
-    ]
-    lines += [f'PARAMETER stop "{token}"' for token, i in tokenizer.special.items() if i in stops]
-    if 'masked' in meta:
-        lines += [
-            f'TEMPLATE """{OLLAMA_CHAT if meta["masked"] and IM_END in tokenizer.special else "{{ .Prompt }}"}"""'
-        ]
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write('\n'.join(lines) + '\n')
-
-
-def somebodys_own(path):
-    """Whether there is a Modelfile at path that was not made here."""
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding='utf-8', errors='replace') as f:
-        return f.readline().strip() != MADE_HERE
-
-
-# ---- where it goes; what is there and is no earlier export stays
-ending = os.path.splitext(FILES[format])[1]
-output = output or os.path.join(
-    os.path.dirname(path) if os.path.isfile(path) else '', FILES[format]
-)
+# ---- where it goes; what is there stays, but for --overwrite
+if not output:
+    output = os.path.join(os.path.dirname(path) if os.path.isfile(path) else '', OUTPUTS[format])
 output = output.rstrip('/') or '/'
 if os.path.islink(output) or os.path.basename(output) in ('', '.', '..'):
     output = os.path.realpath(output)
 folder, file = os.path.split(output)
-folder = folder or '.'
+folder, ending = folder or '.', os.path.splitext(OUTPUTS[format])[1]
+set_aside = f'{folder}/.replaced-{file}'
+
+
+def settle():
+    """What was set aside gets its name back where nothing has taken its place; else it goes."""
+    if os.path.exists(set_aside) and not os.path.exists(output):
+        os.rename(set_aside, output)
+    shutil.rmtree(set_aside, ignore_errors=True)
+
+
+settle()  # what a process was killed over
 if os.path.isdir(output) and format != 'hf':
     raise UserError(
-        f'{output} is a folder; --format={format} writes a file: --output={os.path.join(output, FILES[format])}'
+        f'{output} is a folder; --format={format} writes a file: '
+        f'--output={os.path.join(output, OUTPUTS[format])}'
     )
 if os.path.isfile(output) and format == 'hf':
     raise UserError(f'{output} is a file; --format=hf writes a folder')
 if not file.endswith(ending):
     raise UserError(f'--output={output}: what --format={format} writes is called *{ending}')
-if os.path.exists(output):
-    if os.path.samefile(output, source or path):
-        raise UserError(f'{output} is the very model that is exported: name another --output')
-    if not earlier_export(output):
-        raise UserError(f'{output} is there, and is no earlier export: name another --output')
-elif (
-    format == 'onnx'
-    and os.path.exists(f'{output}.data')
-    and not os.path.exists(f'{folder}/.export-{file}')
-):  # one that was killed goes on
+origin = os.path.realpath(source or path)
+if os.path.join(origin, '').startswith(os.path.join(os.path.realpath(output), '')):
+    raise UserError(f'{output} holds the very model that is exported: name another --output')
+if os.path.isdir(output) and os.listdir(output) and 'config.json' not in os.listdir(output):
+    raise UserError(f'{output} is a folder of something else: name another --output')
+for taken in (output, f'{output}.data') if format == 'onnx' else (output,):
+    if os.path.exists(taken) and not overwrite:
+        raise UserError(f'{taken} is there: --overwrite replaces it')
+beside = find_tokenizer(folder) if format in ('onnx', 'ckpt') else None
+if beside and beside.spec != tokenizer.spec:
     raise UserError(
-        f'{output}.data is there without its model, and would be replaced: name another --output'
-    )
-if (
-    format in ('onnx', 'ckpt')
-    and os.path.exists(f'{folder}/tokenizer.json')
-    and load_tokenizer(folder).spec != tokenizer.spec
-):
-    raise UserError(
-        f"{folder}/tokenizer.json is another tokenizer, and would be taken for this model's: name another folder with --output"
+        f"{folder} has another tokenizer, which would be taken for this model's: "
+        'name another folder with --output'
     )
 
 # ---- the model as it is meant to be written, in the types of the format
 written = 'int8' if quantize == 'int8' else dtype
 meant = model if written == 'float32' and format != 'gguf' else copy.deepcopy(model)
 if format == 'gguf':
-    gguf_file.round_weights(meant, dtype)
+    gguf.round_weights(meant, dtype)
 elif quantize == 'int8':  # the linear layers in 8 bits, embeddings in 16
     int8.quantize(meant)
     for embedding in [m for m in meant.modules() if isinstance(m, torch.nn.Embedding)]:
-        embedding.weight = torch.nn.Parameter(
-            embedding.weight.bfloat16().float(), requires_grad=False
-        )
+        rounded = embedding.weight.bfloat16().float()
+        embedding.weight = torch.nn.Parameter(rounded, requires_grad=False)
 elif meant is not model:
     for p in meant.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
 
 
-def settle():
-    """The earlier export, set aside as `old`, gets its name back where a crash left nothing in its place; else it is deleted."""
-    if os.path.exists(old) and not os.path.exists(output):
-        os.rename(old, output)
-    shutil.rmtree(old, ignore_errors=True)
+def write_modelfile(path):
+    """Ollama's: the file beside it, and how to prompt it.
+
+    A model of plain text continues; where that is unknown, Ollama goes by the template in the file.
+    """
+    stops = huggingface.ends(tokenizer)
+    lines = [f'FROM ./{file}', f'PARAMETER num_ctx {min(config.block_size, 8192)}']
+    lines += ['PARAMETER temperature 0.8', 'PARAMETER top_k 200']
+    lines += [f'PARAMETER stop "{token}"' for token, i in tokenizer.special.items() if i in stops]
+    if 'masked' in meta:
+        chat = meta['masked'] and IM_END in tokenizer.special
+        lines.append(f'TEMPLATE """{OLLAMA_CHAT if chat else "{{ .Prompt }}"}"""')
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write('\n'.join(lines) + '\n')
 
 
-# ---- write it into a folder that only this process has, read it back, compare, and then give it its name
-temporary, old, made, parent = f'{folder}/.export-{file}', f'{folder}/.replaced-{file}', [], folder
-while not os.path.isdir(parent):
-    made, parent = [*made, parent], os.path.dirname(parent) or '.'
+def write(target):
+    """Write target, a folder or a file, and read it back: its logits and by what they were read.
+
+    Of GGUF it is how far its weights are off, in place of logits.
+    """
+    if format == 'hf':
+        began = init_from if source else run.get('init_from', 'scratch')
+        card = huggingface.card(name, model, state, meta, began)
+        huggingface.write(target, model, tokenizer, getattr(torch, dtype), card, source)
+        return huggingface.read(target, ids, start, tokenizer)
+    if format == 'gguf':
+        template = huggingface.chat_template(tokenizer, source)
+        gguf.write(target, model, tokenizer, dtype, name, template)
+        return gguf.largest_error(target, model, dtype), 'the file alone'
+    if format == 'onnx':
+        onnx.write(target, model, kv_cache)
+        version = importlib.metadata.version('onnxruntime')
+        return onnx.run(target, ids, kv_cache), f'onnxruntime {version}'
+    tensors = meant.state_dict()
+    if quantize == 'int8':
+        for n in tensors:
+            if n.startswith(('transformer.wte', 'transformer.wpe')):
+                tensors[n] = tensors[n].bfloat16()
+    settings = {k: v for k, v in run.items() if k != 'lora_alpha'}
+    checkpoint.save(target, dict(model=tensors, model_args=config.model_args(), config=settings))
+    again = checkpoint.load_model(checkpoint.load(target), target).eval()
+    return again(ids, ids)[0], 'the checkpoint loaded again'
+
+
+# ---- write into a folder of this process alone, read it back, compare, and only then rename
+parent = folder
+while not os.path.exists(parent):
+    parent = os.path.dirname(parent) or '.'
+temporary = f'{parent}/.export-{file}'
 try:
     os.makedirs(temporary, exist_ok=True)
 except OSError as e:
@@ -248,110 +224,59 @@ except OSError as e:
 lock = lock_folder(temporary, wait=False)
 for left in os.listdir(temporary):  # by a process that was killed
     os.remove(f'{temporary}/{left}')
-settle()
 try:
-    if format == 'hf':
-        began = init_from if source else run.get('init_from', 'scratch')
-        hf_folder.write(
-            temporary,
-            model,
-            tokenizer,
-            getattr(torch, dtype),
-            hf_folder.card(name, model, state, meta, began),
-            source,
-        )
-        logits, by = hf_folder.read(temporary, ids, start, tokenizer)
-    elif format == 'gguf':
-        gguf_file.write(f'{temporary}/{file}', model, tokenizer, dtype, name, template)
-        if somebodys_own(f'{folder}/Modelfile'):
-            print(f"{folder}/Modelfile is somebody's own, and stays as it is")
-        else:
-            write_modelfile(f'{temporary}/Modelfile')
-        logits, by = gguf_file.read(f'{temporary}/{file}').eval()(ids, ids)[0], 'the file alone'
-    elif format == 'onnx':
-        onnx_file.write(f'{temporary}/{file}', model, kv_cache)
-        logits, by = (
-            onnx_file.run(f'{temporary}/{file}', ids, kv_cache),
-            f'onnxruntime {importlib.metadata.version("onnxruntime")}',
-        )
-    else:
-        tensors = {
-            n: t.bfloat16()
-            if written == 'int8' and n.startswith(('transformer.wte', 'transformer.wpe'))
-            else t
-            for n, t in meant.state_dict().items()
-        }
-        checkpoint.save(
-            f'{temporary}/{file}',
-            dict(
-                model=tensors,
-                model_args=config.model_args(),
-                config={k: v for k, v in run.items() if k != 'lora_alpha'},
-                exported_by='fledge',
-            ),
-        )
-        logits, by = (
-            checkpoint.load_model(checkpoint.load(f'{temporary}/{file}'), file).eval()(ids, ids)[0],
-            'the checkpoint loaded again',
-        )
+    found, by = write(temporary if format == 'hf' else f'{temporary}/{file}')
     if format in ('onnx', 'ckpt'):
         tokenizer.save(f'{temporary}/tokenizer.json')
+    if format == 'gguf' and os.path.exists(f'{folder}/Modelfile') and not overwrite:
+        print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
+    elif format == 'gguf':
+        write_modelfile(f'{temporary}/Modelfile')
     expected = model(ids, ids)[0]
     rounded = expected if meant is model else meant(ids, ids)[0]
     largest = max(expected.abs().max().item(), 1e-3)
-    difference, rounding = (
-        (logits - rounded).abs().max().item(),
-        (rounded - expected).abs().max().item(),
-    )
-    tolerance = max(READ_BACK * largest, 1e-5)
+    rounding = (rounded - expected).abs().max().item()
+    if format == 'gguf':
+        what, difference, tolerance = 'weights', found, 0.0
+    else:
+        what, difference = 'logits', (found - rounded).abs().max().item()
+        tolerance = max(READ_BACK * largest, 1e-5)
     if not difference <= tolerance:
         raise UserError(
-            f'the logits read back from {by} are off by {difference:.3g}, more than {tolerance:.3g}: nothing is left of the export'
+            f'the {what} read back from {by} are off by {difference:.3g}, more than '
+            f'{tolerance:.3g}: nothing is left of the export'
         )
     if not rounding <= ROUNDED[written] * largest:
         raise UserError(
-            f'{written} would move the logits by {rounding:.3g}, of {largest:.3g}: nothing is left of the export; take a larger type'
+            f'{written} would move the logits by {rounding:.3g}, of {largest:.3g}: '
+            'nothing is left of the export; take a larger type'
         )
     names = sorted(os.listdir(temporary))
     n_bytes = sum(os.path.getsize(f'{temporary}/{n}') for n in names)
     for n in names:
-        with open(f'{temporary}/{n}', 'rb') as f:
+        with open(f'{temporary}/{n}', 'rb+') as f:
             os.fsync(f.fileno())
+    os.makedirs(folder, exist_ok=True)
     if format == 'hf':
         if os.path.exists(output):
-            os.rename(output, old)
+            os.rename(output, set_aside)
         os.rename(temporary, output)
     else:
-        if format == 'onnx' and os.path.exists(f'{output}.data') and f'{file}.data' not in names:
-            os.remove(f'{output}.data')  # of an earlier export, of a larger model
         for n in sorted(names, key=lambda n: n == file):  # the model itself is last
             os.replace(f'{temporary}/{n}', f'{folder}/{n}')
+        if format == 'onnx' and f'{file}.data' not in names:
+            with suppress(FileNotFoundError):
+                os.remove(f'{output}.data')  # of an earlier, larger model
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
     settle()
-    for parent in made:
-        with suppress(OSError):  # nothing but an empty folder goes
-            os.rmdir(parent)
-print(
-    f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})\n'
-    f'logits of a prompt of {ids.shape[1]} tokens, up to {largest:.3g}: read back from {by} they are off by {difference:.2g} ({tolerance:.2g} would be too much)'
-    + (f'; {written} itself moved them by {rounding:.2g}' if rounding else '')
-)
+print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})')
+print(f'the {what} read back from {by} are off by {difference:.2g}, at most {tolerance:.2g}')
+print(f'a prompt of {ids.shape[1]} tokens has logits up to {largest:.3g}', end='')
+print(f'; {written} itself moved them by {rounding:.2g}' if rounding else '')
 if json:
-    print(
-        json_.dumps(
-            dict(
-                output=output,
-                format=format,
-                dtype=written,
-                bytes=n_bytes,
-                files=names,
-                difference=difference,
-                tolerance=tolerance,
-                rounding=rounding,
-                read_by=by,
-            )
-        )
-    )
+    result = dict(output=output, format=format, dtype=written, bytes=n_bytes, files=names)
+    result |= dict(difference=difference, tolerance=tolerance, rounding=rounding, read_by=by)
+    print(json_.dumps(result))

@@ -9,9 +9,10 @@ import sys
 
 import torch
 
-from fledge import UserError, checkpoint, int8, pretrained
+from fledge import UserError, checkpoint, int8
 from fledge.configurator import at_least, configure, one_of
 from fledge.device import choose_device, choose_dtype, keep_memory
+from fledge.formats import huggingface
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
@@ -43,7 +44,7 @@ if seed >= 2**63:
     raise UserError(f'seed={seed} must be below 2^63')
 device = choose_device(device)
 keep_memory()
-state, path, tokenizer = pretrained.load_with_tokenizer(init_from, out_dir)
+state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).to(device, choose_dtype(dtype, device)).eval()
 
 if start.startswith('FILE:'):

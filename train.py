@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fledge import UserError, checkpoint, int8, optimizers, pretrained, replacing
+from fledge import UserError, checkpoint, int8, optimizers, replacing
 from fledge.configurator import at_least, configure, one_line, one_of
 from fledge.device import autocast_to, choose_device, choose_dtype, keep_memory, peak_flops
+from fledge.formats import huggingface
 from fledge.runlog import RunLog
 from fledge.tokenizer import find_tokenizer, load_tokenizer
 from fledge.tokens import Tokens, split_files
@@ -114,7 +115,7 @@ start = (
     if init_from == 'scratch'
     else checkpoint.load(ckpt_path)
     if resuming
-    else pretrained.load(init_from, block_size)
+    else huggingface.load(init_from, block_size)
 )
 if resuming:  # the run's own settings hold, but for those given now
     once = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')

@@ -1,0 +1,379 @@
+"""A GPT out of a Hugging Face folder, and as a folder that transformers and its kin load.
+
+Tensors are read one at a time, so loading takes the memory of one model and one tensor. Nothing
+loaded is executed.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+
+import torch
+
+from fledge import UserError, checkpoint, read_json
+from fledge.formats import families, hub
+from fledge.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, PATTERNS, find_tokenizer
+from model import GPTConfig
+
+WANTED = ['*config.json', 'model*.safetensors*', 'tokenizer.json', 'merges.txt', 'chat_*.jinja']
+# Buffers that older versions of transformers saved.
+BUFFERS = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
+# A conversation that shows whether a chat template gives the tokens of encode_chat.
+TALK = [
+    dict(role='system', content='Be brief.'),
+    dict(role='user', content='Où est\r\n the café?'),
+    dict(role='assistant', content=' 12 doors on.\n'),
+]
+SETTINGS_ON_CARD = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps')
+SETTINGS_ON_CARD += ('weight_decay', 'dropout', 'seed')
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- fledge
+{base}---
+
+# {name}
+
+{n_params:,} parameters, {architecture}: {c.n_layer} layers of {c.n_embd}, \
+context {c.block_size:,}, vocabulary {c.vocab_size:,}. Made with fledge; loads without remote code.
+
+{training}```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = '.'  # this one
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer('Once upon a time', return_tensors='pt')
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+"""
+
+
+# ---- in
+
+
+def open_weights(folder):
+    """{name of a tensor: the open file that holds it} of a folder's .safetensors."""
+    import safetensors
+
+    names = ['model.safetensors']
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    # an index beside a single file is of an earlier model
+    if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
+        weight_map = read_json(index).get('weight_map')
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        if any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
+            raise UserError(f'{index} has no weight_map of files beside it')
+    file_of = {}
+    for name in sorted(set(names)):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            raise UserError(f'{folder} has no {name}: save the model again with transformers')
+        try:
+            opened = safetensors.safe_open(path, 'pt')
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f'{path} cannot be read: {str(e).splitlines()[0]}') from None
+        file_of |= dict.fromkeys(opened.keys(), opened)
+    return file_of
+
+
+def read_tensor(file_of, name, where):
+    """One tensor of any floating-point type; GPT-2's own files name it without the first part."""
+    found = name if name in file_of else name.partition('.')[2]
+    if found not in file_of:
+        raise UserError(f'{where} has no tensor {name}')
+    try:
+        tensor = file_of[found].get_tensor(found)
+    except Exception as e:  # a file that is cut short
+        reason = str(e).splitlines()[0]
+        raise UserError(f'{where}: tensor {name} cannot be read: {reason}') from None
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise UserError(
+            f'{where}: tensor {name} is {str(tensor.dtype)[6:]}; '
+            'only weights that are not quantized are read'
+        )
+    return tensor
+
+
+def our_tensors(file_of, kind, args, where):
+    """The state_dict, float32, of the GPT that args describe, out of files of a model_type kind.
+
+    Raises UserError, which names `where`, for what is missing, misshaped or unknown.
+    """
+    try:
+        model = checkpoint.empty_model(GPTConfig(**args))
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f'{where} describes no model: {e}') from None
+    state, used = {}, set()
+    for ours, wanted in model.state_dict().items():
+        names = [theirs for theirs, _ in families.names_of(kind, ours)]
+        used |= {*names, *(name.partition('.')[2] for name in names)}
+        if ours == 'lm_head.weight' and args['tie_embeddings']:
+            continue
+        parts = []
+        rows_of_each = families.rows_of(model.config, len(names), len(wanted))
+        for name, rows in zip(names, rows_of_each, strict=True):
+            part = read_tensor(file_of, name, where)
+            if ours.endswith(families.FAMILIES[kind].transposed):
+                part = part.t()
+            if ours == 'transformer.wpe.weight':
+                part = part[:rows]
+            if part.shape != (rows, *wanted.shape[1:]):
+                raise UserError(
+                    f'{where}: tensor {name} has the shape {tuple(part.shape)}, '
+                    f'and {(rows, *wanted.shape[1:])} is expected'
+                )
+            parts.append(part)
+        state[ours] = torch.cat(parts).float() if len(parts) > 1 else part.float().contiguous()
+        del part, parts
+    if args['tie_embeddings']:
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    unknown = [name for name in file_of if name not in used and not BUFFERS.search(name)]
+    if unknown:
+        raise UserError(f'{where}: tensor {unknown[0]} is none of a {kind} model')
+    return state
+
+
+def load(source, block_size=0):
+    """A model to start from as a checkpoint, which checkpoint.load_model takes.
+
+    source: a checkpoint file, a folder with config.json and the weights, or a name on the Hugging
+    Face hub (OWNER/NAME). block_size: see families.read_config; a checkpoint keeps its own.
+    Returns a dict of model (float32 tensors), model_args, config (the run's settings, if any) and
+    folder, where its tokenizer is. Raises UserError for what is missing, broken, not supported.
+    """
+    if source.endswith('.pt') or os.path.isfile(source):
+        return checkpoint.load(source)
+    folder = source if os.path.isdir(source) else hub.download(source, WANTED)
+    where = os.path.join(folder, 'config.json')
+    if not os.path.exists(where):
+        raise UserError(
+            f'{source} is a folder without a config.json; '
+            'name the checkpoint file in it, or the folder of a Hugging Face model'
+        )
+    config = read_json(where)
+    args, kind = families.read_config(config, where, block_size), config['model_type']
+    file_of = open_weights(folder)
+    # a head that differs from the embedding is kept, whatever config.json says, as in transformers
+    [(head, _)] = families.names_of(kind, 'lm_head.weight')
+    [(embedding, _)] = families.names_of(kind, 'transformer.wte.weight')
+    if args['tie_embeddings'] and head in file_of:
+        head, embedding = (read_tensor(file_of, n, folder).float() for n in (head, embedding))
+        args['tie_embeddings'] = torch.equal(head, embedding)
+    state = our_tensors(file_of, kind, args, folder)
+    return dict(model=state, model_args=GPTConfig(**args).model_args(), config={}, folder=folder)
+
+
+def load_with_tokenizer(init_from, out_dir, dataset=''):
+    """What scripts that use a model begin with: a checkpoint (see load), its path, its tokenizer.
+
+    init_from: resume (out_dir's ckpt.pt), or a source as of load. The tokenizer lies beside the
+    weights or, in an older run, beside its data, which is dataset if the checkpoint names none.
+    """
+    path = init_from
+    if init_from == 'resume':
+        path = os.path.join(out_dir, 'ckpt.pt')
+        state = checkpoint.load(path)
+    else:
+        state = load(init_from)
+    state.pop('optimizer', None)  # twice the weights, and nothing to do but train
+    folders = [state.get('folder') or os.path.dirname(path) or '.']
+    dataset = state['config'].get('dataset') or dataset
+    if dataset:
+        folders.append(os.path.join('data', dataset))
+    vocab_size = state['model_args'].get('vocab_size')
+    tokenizer = find_tokenizer(*folders, vocab_size=vocab_size)
+    if tokenizer is None:
+        raise UserError(
+            f'{path} has no tokenizer.json beside it, '
+            f"and its vocabulary of {vocab_size} is not GPT-2's"
+        )
+    return state, path, tokenizer
+
+
+# ---- out
+
+
+def ends(tokenizer):
+    """The ids at which generation stops: a text's end, and a turn's as in ChatML or Llama 3."""
+    special = tokenizer.special
+    found = [tokenizer.end_of_text, special.get(IM_END), special.get('<|eot_id|>')]
+    return [i for i in found if i is not None]
+
+
+def read_if_there(source, name):
+    """The JSON object in the folder source, which may be '', or {}."""
+    path = os.path.join(source, name)
+    return read_json(path) if source and os.path.exists(path) else {}
+
+
+def chat_template(tokenizer, source=''):
+    """The template of the folder that a model came from, else ChatML's if its tokens are there."""
+    path = os.path.join(source, 'chat_template.jinja')
+    if source and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            return f.read()
+    template = read_if_there(source, 'tokenizer_config.json').get('chat_template')
+    if isinstance(template, list):  # of several, the one without a purpose of its own
+        named = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
+        template = named.get('default')
+    if isinstance(template, str):
+        return template
+    return CHAT_TEMPLATE if {IM_START, IM_END} <= tokenizer.special.keys() else None
+
+
+def special_tokens(tokenizer, source):
+    """What begins, ends and pads a text: ids for config.json, texts for tokenizer_config.json.
+
+    What the model's source says goes before: Qwen's instructed models end with a turn, for example.
+    """
+    stops, begin = ends(tokenizer), tokenizer.begin[0] if tokenizer.begin else None
+    end = stops[0] if stops else None
+    # None is written as well: transformers has defaults for what is not there
+    ids = dict(
+        bos_token_id=begin,
+        eos_token_id=stops if len(stops) > 1 else end,
+        pad_token_id=end,
+    )
+    text_of = {i: token for token, i in tokenizer.special.items()}
+    texts = dict(bos_token=text_of.get(begin), eos_token=text_of.get(end))
+    texts['pad_token'] = texts['eos_token']
+    before = read_if_there(source, 'tokenizer_config.json')
+    for key in texts:
+        token = before.get(key)
+        token = token.get('content') if isinstance(token, dict) else token
+        if isinstance(token, str) and token in tokenizer.special:
+            texts[key] = token
+    before = read_if_there(source, 'config.json')
+    ids |= {key: before[key] for key in ids if key in before}
+    return ids, {key: text for key, text in texts.items() if text is not None}
+
+
+def their_tensors(model, kind):
+    """(name, tensor) of all that files of a model_type kind hold of a GPT, one at a time."""
+    for ours, theirs, _, tensor in families.parts_of(model, kind):
+        yield theirs, tensor.t() if ours.endswith(families.FAMILIES[kind].transposed) else tensor
+
+
+def write(folder, model, tokenizer, dtype, card, source=''):
+    """Write into folder what transformers loads: weights in a torch dtype, and all beside them.
+
+    card: the text of its README.md. source: the folder that the model came from, whose chat
+    template and generation settings stay. Raises UserError for a model of no family, or one whose
+    tokenizer transformers would not read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    config = families.config_of(model.config)
+    kind = config['model_type']
+    splits = (tokenizer.spec.get('pre_tokenizer') or {}).get('pretokenizers', [{}])
+    normalizer = tokenizer.spec.get('normalizer') or {}
+    qwens = splits[0].get('pattern') == {'Regex': PATTERNS['qwen2']}
+    if kind == 'qwen2' and not (qwens and normalizer.get('type') == 'NFC'):
+        raise UserError(
+            'transformers takes the tokenizer of every qwen2 model (qkv_bias without qk_norm) '
+            "for Qwen2's own, which this one is not, and would read other tokens"
+        )
+    ids, texts = special_tokens(tokenizer, source)
+    tokenizer_config = dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        model_max_length=model.config.block_size,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer_config |= texts
+    template = chat_template(tokenizer, source)
+    if template:
+        tokenizer_config['chat_template'] = template
+    generation = ids | dict(do_sample=True, temperature=0.8, top_k=200)
+    files = {
+        'config.json': config | ids | dict(torch_dtype=str(dtype).removeprefix('torch.')),
+        'generation_config.json': read_if_there(source, 'generation_config.json') or generation,
+        'tokenizer_config.json': tokenizer_config,
+    }
+    for name, content in files.items():
+        with open(f'{folder}/{name}', 'w', encoding='utf-8') as f:
+            json.dump(content, f, indent=2, ensure_ascii=False)
+    tokenizer.save(f'{folder}/tokenizer.json')
+    with open(f'{folder}/README.md', 'w', encoding='utf-8') as f:
+        f.write(card)
+    tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, kind)}
+    try:
+        save_file(tensors, f'{folder}/model.safetensors', {'format': 'pt'})
+    except SafetensorError as e:  # a full disk
+        raise UserError(f'cannot write model.safetensors: {e}') from None
+    # safetensors keeps its files from everybody else
+    shutil.copymode(f'{folder}/config.json', f'{folder}/model.safetensors')
+
+
+def read(folder, ids, text, tokenizer):
+    """Load a written folder: logits (1, T, vocab_size) float32 of ids (1, T), and by what.
+
+    Raises UserError where text, or a conversation, becomes other tokens there than by tokenizer.
+    """
+    if not importlib.util.find_spec('transformers'):
+        by = 'fledge, without transformers'
+        same = find_tokenizer(folder).encode(text) == tokenizer.encode(text)
+        model = checkpoint.load_model(load(folder), folder).eval()
+        logits = model(ids, ids)[0]
+    else:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        by = f'transformers {transformers.__version__}'
+        # it refuses some sizes, such as a width that is no multiple of the heads, in many ways
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            same = theirs(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text)
+            if theirs.chat_template == CHAT_TEMPLATE and not tokenizer.chars:
+                talk = theirs.apply_chat_template(TALK, tokenize=True, return_dict=False)
+                same = same and talk == tokenizer.encode_chat(TALK)[0].tolist()
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+            logits = model.eval()(ids).logits
+        except Exception as e:
+            reason = ' '.join(str(e).split())[:300]
+            raise UserError(f'{by} does not open this model: {reason}') from None
+    if not same:
+        raise UserError(f'{by} reads other tokens than this tokenizer gives')
+    return logits, by
+
+
+def card(name, model, state, meta, began):
+    """The model card: what is known of the model and of its training, and no more.
+
+    state: a checkpoint, with the facts of its run where it has them; meta: of its data; began: what
+    the weights began from, a name or a path, of which the last part says enough.
+    """
+    c, run, source = model.config, state['config'], meta.get('source', '')
+    named = hub.is_name(began) and not began.endswith('.pt')
+    base = f'base_model: {began}\n' if named and '/' in began else ''
+    architecture = families.config_of(c)['architectures'][0]
+    facts = {}
+    if state.get('iter_num') is not None:
+        if os.path.exists(source):
+            source = os.path.basename(source.rstrip('/'))
+        rows = run.get('gradient_accumulation_steps', 1) * run.get('batch_size', 1)
+        facts['data'] = run.get('dataset', '?') + (f' ({source})' if source else '')
+        facts['began from'] = began if named else os.path.basename(began.rstrip('/'))
+        facts['steps'] = f'{state["iter_num"]:,}'
+        facts['tokens seen'] = f'{state["iter_num"] * rows * c.block_size:,}'
+        if state.get('evaluation'):
+            step, loss, bits_per_byte = state['evaluation']
+            bits = f', {bits_per_byte:.4f} bits a byte' if bits_per_byte else ''
+            facts['validation loss'] = f'{loss:.4f} nats a token{bits}, at step {step:,}'
+        facts |= {key.replace('_', ' '): run[key] for key in SETTINGS_ON_CARD if key in run}
+    training = ''.join(f'| {key} | {value} |\n' for key, value in facts.items())
+    return CARD.format(
+        base=base,
+        name=name,
+        n_params=model.get_num_params(non_embedding=False),
+        architecture=architecture,
+        c=c,
+        training=f'| training | |\n|---|---|\n{training}\n' if facts else '',
+    )
