@@ -1,9 +1,10 @@
-"""How fast this machine trains and generates with the settings at hand, where the time goes, and how a peer does beside it.
+"""How fast this machine trains and generates, where the time goes, and how a peer does beside it.
 
 python bench.py config/dolma_75m.py --dropout=0 --only=train --compare=../nanoGPT
 python bench.py config/gpt2_124m.py --only=generate --compare=transformers --json
 """
 
+import contextlib
 import importlib.util
 import json as json_
 import math
@@ -14,27 +15,31 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 
-from fledge import UserError, int8, optimizers
-from fledge.configurator import at_least, configure, one_of
+from fledge import UserError, cpu
+from fledge import quantize as quantization
+from fledge.configurator import at_least, configure, one_of, read_settings
 from fledge.device import (
-    autocast_to,
-    choose_device,
-    choose_dtype,
+    Machine,
+    flops_per_token,
     keep_memory,
+    matmul_params,
     peak_flops,
     read_bandwidth,
 )
-from fledge.tokenizer import find_tokenizer
-from fledge.tokens import Tokens, split_files, write_bin
+from fledge.formats import families
+from fledge.tokenizer import find_tokenizer, padded_vocab_size
+from fledge.tokens import split_files, write_bin
 from model import GPT, GPTConfig
 
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 # -----------------------------------------------------------------------------
-# These settings, and all of train.py's. A step is one micro-batch, batch_size x block_size tokens, and one update.
+# These settings, and all of train.py's. A step is one micro-batch and one update.
 only = 'all'  # train, generate, all
-compare = ''  # a nanoGPT checkout's folder (eager, and compiled but for --compile=False), or transformers (generation alone)
+compare = ''  # a nanoGPT checkout's folder (eager and compiled), or transformers (generation alone)
 rounds = 5  # runs of each contender, taken in turn
 seconds = 2.0  # the least that a run lasts
 streams = 1  # texts generated at once
@@ -44,20 +49,18 @@ long_prompt = 900  # the prompt whose first token is timed; at most block_size -
 quantize = 'none'  # the weights of fledge's generation: none, int8
 profile = False  # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False  # the last line of output is one JSON object
-config = configure(
-    globals(), also=os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
-)
+config = configure(globals(), also=TRAIN)
+s = SimpleNamespace(**config)  # the same; train.py's go by this name
 # -----------------------------------------------------------------------------
+PARTS = ['data', 'forward', 'head and loss', 'backward', 'optimizer']
 
 
 def gpt_config():
-    """The GPTConfig that train.py makes of these settings; GPT-2's vocabulary where the data is not there."""
-    tokenizer = None if vocab_size else find_tokenizer(os.path.join('data', dataset))
+    """The GPTConfig of these settings; GPT-2's vocabulary where the data is not there."""
     values = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    values['vocab_size'] = vocab_size or (
-        tokenizer.vocab_size if tokenizer and tokenizer.vocab_size != 50257 else 50304
-    )
-    values['qkv_bias'] = bias if qkv_bias == 'auto' else qkv_bias
+    if not s.vocab_size:
+        values['vocab_size'] = padded_vocab_size(find_tokenizer(os.path.join('data', s.dataset)))
+    values['qkv_bias'] = s.bias if s.qkv_bias == 'auto' else s.qkv_bias
     try:
         return GPTConfig(**values)
     except ValueError as e:
@@ -65,7 +68,7 @@ def gpt_config():
 
 
 def synchronize():
-    if device_type == 'cuda':
+    if machine.type == 'cuda':
         torch.cuda.synchronize()
 
 
@@ -80,86 +83,81 @@ def clock(f, least):
     return (time.perf_counter() - began) / n
 
 
+def train_script():
+    """train.py's names, when it has made all of these settings and --dry_run stops it.
+
+    Where there is no data it trains on random tokens, which are as fast as any.
+    """
+    values = {name: config[name] for name in read_settings(TRAIN) if name in config}
+    values |= dict(vocab_size=gpt_config().vocab_size, gradient_accumulation_steps=1)
+    values |= dict(init_from='scratch', dry_run=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not split_files(os.path.join('data', s.dataset), 'train'):
+            values['dataset'] = folder
+            for split in ('train', 'val'):
+                n_tokens = 4 * s.batch_size * s.block_size + 2
+                ids = torch.randint(values['vocab_size'], (n_tokens,)).numpy()
+                write_bin(os.path.join(folder, f'{split}.bin'), ids, values['vocab_size'])
+        settings = os.path.join(folder, 'settings.json')
+        with open(settings, 'w', encoding='utf-8') as f:
+            json_.dump(values, f)
+        sys.argv = [TRAIN, settings]
+        with open(TRAIN, encoding='utf-8') as f:
+            source = f.read()
+        names = {'__name__': 'train', '__file__': TRAIN}
+        with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+            exec(source, names)
+    return names
+
+
 def train_fledge():
-    """The model; functions for the seconds of a training step as train.py takes it, for those of its parts, and for one step to trace."""
-    model = GPT(gpt_config()).to(device)
-    model.gradient_checkpointing = gradient_checkpointing
-    opts = optimizers.make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
-    network = (
-        torch.compile(model)
-        if compile is True or (compile == 'auto' and device_type == 'cuda')
-        else model
-    )
-    autocast = autocast_to(dtype, device)
-    folder = os.path.join('data', dataset)
-    with tempfile.TemporaryDirectory() as made:
-        if not split_files(folder, 'train'):  # random tokens are as fast as any
-            count = 4 * batch_size * block_size + 2
-            ids = torch.randint(model.config.vocab_size, (count,)).numpy()
-            write_bin(os.path.join(made, 'train.bin'), ids, model.config.vocab_size)
-            with open(os.path.join(made, 'meta.json'), 'w') as f:
-                f.write('{"source": "random"}')
-            folder = made
-        data = Tokens(folder, 'train', block_size, model.config.vocab_size, seed)
-        data.rows(0, 1)
-    step, marks = 0, {}
+    """train.py's own step: the model; functions for its seconds and its parts; one to trace."""
+    train = train_script()
+    model, step, marks = train['model'], 2, {}
+
+    def take_step():
+        nonlocal step
+        train['train_step'](step, 0.0)
+        step += 1
 
     def mark(part):
         synchronize()
         marks[part] = time.perf_counter()
 
-    def take_step(mark=lambda part: None):
-        nonlocal step
-        mark('start')
-        x, y = (
-            torch.from_numpy(rows).to(device) for rows in data.rows(step * batch_size, batch_size)
-        )
-        mark('data')
-        with autocast:
-            loss = network(x, y, return_logits=False)[1]
-        mark('head and loss')
-        loss.backward()
-        mark('backward')
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip or math.inf, norm)
-        for o in opts:
-            o.step()
-        model.zero_grad(set_to_none=True)
-        mark('optimizer')
-        step += 1
-
     def parts():
-        hook = (
-            model.transformer.ln_f.register_forward_hook(lambda *_: mark('forward'))
-            if network is model
-            else None
-        )
-        take_step(mark)
-        if hook:
-            hook.remove()
-        names = [
-            n for n in ('data', 'forward', 'head and loss', 'backward', 'optimizer') if n in marks
+        # each ends where the next begins; the embedding's gradient is the last of the backward pass
+        hooks = [
+            model.register_forward_pre_hook(lambda *_: mark('data')),
+            model.transformer.ln_f.register_forward_hook(lambda *_: mark('forward')),
+            model.register_forward_hook(lambda *_: mark('head and loss')),
+            model.transformer.wte.weight.register_post_accumulate_grad_hook(
+                lambda _: mark('backward')
+            ),
         ]
-        return {n: marks[n] - marks[before] for before, n in zip(['start', *names], names)}
+        mark('start')
+        take_step()
+        mark('optimizer')
+        for hook in hooks:
+            hook.remove()
+        names = [name for name in PARTS if name in marks]
+        starts = ['start', *names[:-1]]
+        return {n: marks[n] - marks[start] for start, n in zip(starts, names, strict=True)}
 
-    return model, (lambda: clock(take_step, seconds)), parts, take_step
+    compiled = train['network'] is not model  # hooks would compile it again
+    return model, lambda: clock(take_step, seconds), None if compiled else parts, take_step
 
 
 def nanogpt(path):
     """nanoGPT's own model.py, of a checkout."""
+    c = gpt_config()
+    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
     try:
-        spec = importlib.util.spec_from_file_location(
-            'nanogpt_model', os.path.join(path, 'model.py')
-        )
+        where = os.path.join(path, 'model.py')
+        spec = importlib.util.spec_from_file_location('nanogpt_model', where)
         module = importlib.util.module_from_spec(spec)
         sys.modules['nanogpt_model'] = module
         spec.loader.exec_module(module)
-        c = gpt_config()
-        return module.GPT(
-            module.GPTConfig(
-                c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias
-            )
-        ).to(device)
+        return module.GPT(module.GPTConfig(*sizes)).to(machine.device)
     except (OSError, AttributeError, TypeError) as e:
         raise UserError(f'compare={path} is no nanoGPT checkout ({e})') from None
 
@@ -167,50 +165,55 @@ def nanogpt(path):
 def train_nanogpt(path, compiled):
     """nanoGPT's step, as its train.py takes it: float32 on a CPU, autocast on a GPU, AdamW."""
     model = nanogpt(path)
-    opt = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    betas = (s.beta1, s.beta2)
+    opt = model.configure_optimizers(s.weight_decay, s.learning_rate, betas, machine.type)
     network = torch.compile(model) if compiled else model
-    autocast = autocast_to(torch.float32 if device_type == 'cpu' else dtype, device)
-    x, y = torch.randint(model.config.vocab_size, (2, batch_size, block_size), device=device)
+    autocast = contextlib.nullcontext() if machine.type == 'cpu' else machine.autocast()
+    shape = (2, s.batch_size, s.block_size)
+    x, y = torch.randint(model.config.vocab_size, shape, device=machine.device)
 
     def take_step():
         with autocast:
             loss = network(x, y)[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    return model, (lambda: clock(take_step, seconds)), None, None
+    return model, lambda: clock(take_step, seconds), None, take_step
 
 
 def generating(model, generate, forward=None):
-    """As train_fledge, of generate(prompts, n): the seconds a token of each stream, after the first; parts are those of a long prompt."""
+    """As train_fledge, of generate(prompts, n): seconds a token of each stream, after the first."""
     vocabulary = gpt_config().vocab_size
-    prompts = torch.randint(vocabulary, (streams, prompt_tokens), device=device)
-    long = torch.randint(vocabulary, (1, min(long_prompt, block_size - 1)), device=device)
+    prompts = torch.randint(vocabulary, (streams, prompt_tokens), device=machine.device)
+    length = min(long_prompt, s.block_size - 1)
+    long = torch.randint(vocabulary, (1, length), device=machine.device)
 
     def run():
         first = clock(lambda: generate(prompts, 1), seconds / 4)
         return (clock(lambda: generate(prompts, new_tokens), seconds) - first) / (new_tokens - 1)
 
     def parts():
-        return {
-            'first token': clock(lambda: generate(long, 1), 1),
-            'forward pass': clock(lambda: forward(long), 1),
-        }
+        first_token = clock(lambda: generate(long, 1), 1)
+        return {'first token': first_token, 'forward pass': clock(lambda: forward(long), 1)}
 
     return model, run, parts if forward else None, lambda: generate(prompts, 8)
 
 
 def generate_fledge():
-    model = GPT(gpt_config()).to(device, dtype).eval()
+    model = GPT(gpt_config()).to(machine.device, machine.dtype).eval()
     if quantize == 'int8':
-        int8.quantize(model)
-    if compile is True:
-        model.compile(dynamic=True)
-    return generating(
-        model, lambda prompts, n: model.generate(prompts, n, temperature=0), torch.no_grad()(model)
-    )
+        quantization.apply(model)
+    if s.compile is True:
+        model.compile()
+    elif machine.type == 'cpu':
+        cpu.speed_up(model, packed=True)
+
+    def generate(prompts, n):
+        return model.generate(prompts, n, temperature=0)
+
+    return generating(model, generate, torch.no_grad()(model))
 
 
 def generate_nanogpt(path):
@@ -219,64 +222,19 @@ def generate_nanogpt(path):
 
 
 def generate_transformers(kind):
-    """The same shapes in transformers: GPT-2, Llama or Qwen3, its own generate, greedy, with its cache."""
+    """The same shapes in transformers: its own generate, greedy, with its cache."""
     import transformers
 
-    c = gpt_config()
-    shared = dict(
-        vocab_size=c.vocab_size,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=c.tie_embeddings,
-    )
-    if c.position == 'learned':
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_positions=c.block_size,
-                n_embd=c.n_embd,
-                n_layer=c.n_layer,
-                n_head=c.n_head,
-                n_inner=c.n_inner,
-                **shared,
-            )
-        )
-    else:
-        family = 'Qwen3' if c.qk_norm else 'Llama'
-        model = getattr(transformers, family + 'ForCausalLM')(
-            getattr(transformers, family + 'Config')(
-                hidden_size=c.n_embd,
-                intermediate_size=c.n_inner,
-                num_hidden_layers=c.n_layer,
-                num_attention_heads=c.n_head,
-                num_key_value_heads=c.n_kv_head,
-                head_dim=c.head_dim,
-                max_position_embeddings=c.block_size,
-                **shared,
-            )
-        )
-    model = model.to(device, getattr(torch, kind)).eval()
-    return generating(
-        model,
-        lambda prompts, n: model.generate(
-            prompts, max_new_tokens=n, min_new_tokens=n, do_sample=False
-        ),
-    )
+    theirs = families.config_of(gpt_config())
+    theirs |= dict(bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    their_config = transformers.AutoConfig.for_model(**theirs)
+    model = transformers.AutoModelForCausalLM.from_config(their_config)
+    model = model.to(machine.device, getattr(torch, kind)).eval()
 
+    def generate(prompts, n):
+        return model.generate(prompts, max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
-def peak_memory():
-    """Bytes that this process has held at most: on the GPU, or all of it."""
-    if device_type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    try:
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == 'darwin' else 1024
-        )
+    return generating(model, generate)
 
 
 def work(connection, make, args):
@@ -284,11 +242,11 @@ def work(connection, make, args):
     try:
         if make.endswith('fledge'):
             keep_memory()
-        torch.manual_seed(seed)
+        torch.manual_seed(s.seed)
         model, run, parts, traced = globals()[make](*args)
-        size = sum(p.numel() for p in model.parameters())
+        n_params = sum(p.numel() for p in model.parameters())
         run()  # warms up, and compiles
-        connection.send(size)
+        connection.send(n_params)
         while (command := connection.recv()) != 'end':
             if command == 'run':
                 connection.send(run())
@@ -299,27 +257,23 @@ def work(connection, make, args):
                     traced()
                 trace.export_chrome_trace(command)
                 connection.send(None)
-        connection.send(peak_memory())
+        connection.send(machine.peak_memory())
     except EOFError:  # the others have failed
         pass
     except UserError as e:
         connection.send(e)
     except Exception as e:
-        connection.send(
-            UserError(f'{make}{args}: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
-        )
+        why = ' '.join(str(e).split())[:200]
+        connection.send(UserError(f'{make}{args}: {type(e).__name__}: {why}'))
 
 
 def race(contenders, profile_path):
     """Run contenders, {name: (function, arguments)}, in turn; ours is the first.
 
-    Returns {name: seconds of each run}, {name: bytes of memory}, {name: parameters}, and our times by part.
+    Returns {name: seconds of each run}, {name: bytes of memory}, {name: parameters}, and our times
+    by part.
     """
-    context, pipes, processes, sizes = multiprocessing.get_context('spawn'), {}, [], {}
-
-    def ask(name, command):
-        pipes[name].send(command)
-        return hear(name)
+    context, pipes, processes = multiprocessing.get_context('spawn'), {}, []
 
     def hear(name):
         try:
@@ -330,13 +284,18 @@ def race(contenders, profile_path):
             raise UserError(f'{name}: {answer}')
         return answer
 
+    def ask(name, command):
+        pipes[name].send(command)
+        return hear(name)
+
     try:
+        n_params = {}
         for name, (make, args) in contenders.items():
             pipes[name], theirs = context.Pipe()
             processes.append(context.Process(target=work, args=(theirs, make, args), daemon=True))
             processes[-1].start()
             theirs.close()
-            sizes[name] = hear(name)
+            n_params[name] = hear(name)
         times = {name: [] for name in contenders}
         for _ in range(rounds):
             for name in contenders:
@@ -345,163 +304,141 @@ def race(contenders, profile_path):
         parts = ask(ours, 'parts')
         if profile:
             ask(ours, profile_path)
-        return times, {name: ask(name, 'end') for name in contenders}, sizes, parts
+        return times, {name: ask(name, 'end') for name in contenders}, n_params, parts
     finally:
-        for process, pipe in zip(processes, pipes.values()):
+        for process, pipe in zip(processes, pipes.values(), strict=True):
             pipe.close()  # those still waiting for a command end
             process.join(10)
             process.terminate()
 
 
-def table(times, memory, sizes, amount, columns):
-    """Print a contender a line: amount a second, the shares of columns {title: limit}, memory, how much faster ours is; returns them."""
-    print(
-        f'  {"":28}{"parameters":>10}{"tokens/s":>10}'
-        + ''.join(f'{c:>18}' for c in columns)
-        + f'{"peak memory":>14}   fledge is faster by, pair by pair'
-    )
+def table(times, memory, n_params, n_tokens, share, limit):
+    """Print a line a contender; returns them as dicts.
+
+    n_tokens: of a run, whose seconds are in times; limit: the tokens a second of which ours is a
+    share, which is called `share`.
+    """
+    titles = f'{"parameters":>10}{"tokens/s":>10}{share:>18}{"peak memory":>14}'
+    print(f'  {"":28}{titles}   fledge is faster by, pair by pair')
     lines, ours = [], next(iter(times))
-    for name, t in times.items():
-        ratios = [theirs / mine for theirs, mine in zip(t, times[ours])]
+    for name, their_times in times.items():
+        ratios = [theirs / mine for theirs, mine in zip(their_times, times[ours], strict=True)]
         line = dict(
             name=name,
-            parameters=sizes[name],
-            tokens_per_second=amount / statistics.median(t),
+            parameters=n_params[name],
+            tokens_per_second=n_tokens / statistics.median(their_times),
             peak_memory=memory[name],
             ratio=statistics.median(ratios),
             ratio_range=[min(ratios), max(ratios)],
         )
-        print(
-            f'  {name:28}{sizes[name] / 1e6:>9,.1f}M{line["tokens_per_second"]:>10,.1f}'
-            + ''.join(
-                f'{line["tokens_per_second"] / limit:>18.1%}' if name == ours else f'{"":18}'
-                for limit in columns.values()
-            )
-            + f'{memory[name] / 1e9:>11.2f} GB'
-            + (
-                ''
-                if name == ours
-                else f'   {line["ratio"]:.2f}x ({line["ratio_range"][0]:.2f} to {line["ratio_range"][1]:.2f})'
-            )
-        )
+        speed = line['tokens_per_second']
+        words = f'  {name:28}{n_params[name] / 1e6:>9,.1f}M{speed:>10,.1f}'
+        words += f'{speed / limit:>18.1%}' if name == ours else f'{"":18}'
+        words += f'{memory[name] / 1e9:>11.2f} GB'
+        if name != ours:
+            words += f'   {line["ratio"]:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})'
+        print(words)
         lines.append(line)
     return lines
 
 
-one_of(
-    config,
-    compile=('auto', True, False),
-    only=('train', 'generate', 'all'),
-    quantize=('none', 'int8'),
-)
-at_least(
-    config,
-    rounds=1,
-    streams=1,
-    prompt_tokens=1,
-    new_tokens=2,
-    long_prompt=1,
-    seconds=0,
-    batch_size=1,
-    block_size=2,
-)
-if only != 'train' and prompt_tokens + new_tokens > block_size:
-    raise UserError(
-        f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than block_size={block_size}'
+def bench_training():
+    """Print training's table; returns its entries of the JSON object, and the matmul peak."""
+    contenders = {'fledge': ('train_fledge', ())}
+    if compare and compare != 'transformers':
+        contenders['nanoGPT, eager'] = ('train_nanogpt', (compare, False))
+        if s.compile is not False:
+            contenders['nanoGPT, compiled'] = ('train_nanogpt', (compare, True))
+    words = f'{s.batch_size} x {s.block_size} tokens a step'
+    print(f'\ntraining: {parameters / 1e6:.1f}M parameters, {words}')
+    before = peak_flops(machine.device, machine.dtype)
+    times, memory, n_params, parts = race(contenders, 'bench_train.json')
+    peak = max(before, peak_flops(machine.device, machine.dtype))  # machines have slow moments
+    limit = peak / flops_per_token(model, s.block_size)
+    n_tokens = s.batch_size * s.block_size
+    ours, *peers = table(times, memory, n_params, n_tokens, 'of matmul peak', limit)
+    if parts:
+        total = sum(parts.values())
+        shares = [f'{k} {v * 1e3:,.1f} ms ({v / total:.1%})' for k, v in parts.items()]
+        print(f'  a step: {", ".join(shares)}')
+    speed = ours['tokens_per_second']
+    return dict(
+        train_tokens_per_second=speed,
+        peak_share=speed / limit,
+        train_peak_memory=memory['fledge'],
+        parts=parts,
+        train_peers=peers,
+        matmul_peak=peak,
     )
-if compare and compare != 'transformers' and not os.path.exists(os.path.join(compare, 'model.py')):
+
+
+def bench_generation():
+    """Print generation's table; returns its entries of the JSON object."""
+    contenders = {'fledge': ('generate_fledge', ())}
+    if compare == 'transformers':
+        for kind in dict.fromkeys(('float32', str(machine.dtype)[6:])):
+            contenders[f'transformers, {kind}'] = ('generate_transformers', (kind,))
+    elif compare:
+        contenders['nanoGPT'] = ('generate_nanogpt', (compare,))
+    print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
+    before = read_bandwidth(machine.device)
+    times, memory, n_params, parts = race(contenders, 'bench_generate.json')
+    bandwidth = max(before, read_bandwidth(machine.device))
+    bytes_per_weight = 1 if quantize == 'int8' else machine.dtype.itemsize
+    limit = bandwidth / (matmul_params(model) * bytes_per_weight) * streams
+    ours, *peers = table(times, memory, n_params, streams, 'of memory read', limit)
+    first, forward = parts['first token'], parts['forward pass']
+    print(
+        f'  after {min(long_prompt, s.block_size - 1)} tokens: the first token {first:.3f} s, '
+        f'one forward pass {forward:.3f} s'
+    )
+    return dict(
+        decode_tokens_per_second=ours['tokens_per_second'],
+        bandwidth_share=ours['tokens_per_second'] / limit,
+        first_token_seconds=first,
+        forward_seconds=forward,
+        generate_peers=peers,
+        memory_bandwidth=bandwidth,
+    )
+
+
+one_of(config, compile=('auto', True, False), only=('train', 'generate', 'all'))
+one_of(config, quantize=('none', 'int8'))
+at_least(config, rounds=1, streams=1, prompt_tokens=1, new_tokens=2, long_prompt=1, seconds=0)
+at_least(config, batch_size=1, block_size=2)
+if only != 'train' and prompt_tokens + new_tokens > s.block_size:
+    raise UserError(
+        f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than '
+        f'block_size={s.block_size}'
+    )
+if compare == 'transformers':
+    if only == 'train':
+        raise UserError('compare=transformers is for generation')
+    if importlib.util.find_spec('transformers') is None:
+        raise UserError('the package transformers is not installed: pip install transformers')
+elif compare and not os.path.exists(os.path.join(compare, 'model.py')):
     raise UserError(
         f"compare={compare} is neither transformers nor a folder with nanoGPT's model.py"
     )
-if compare == 'transformers' and (
-    only == 'train' or importlib.util.find_spec('transformers') is None
-):
-    raise UserError(
-        'compare=transformers is for generation'
-        if only == 'train'
-        else 'the package transformers is not installed: pip install transformers'
-    )
-device = choose_device(device)
-device_type = device.split(':')[0]
-dtype = choose_dtype(dtype, device)
+machine = Machine(s.device, s.dtype)
 
 if __name__ == '__main__':
     with torch.device('meta'):
         model = GPT(gpt_config())
-    n_params, peak, bandwidth = (
-        model.get_num_params(non_embedding=False),
-        peak_flops(device, dtype),
-        read_bandwidth(device),
-    )
-    result = dict(
-        device=device,
-        dtype=str(dtype)[6:],
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        parameters=n_params,
-    )
+    parameters = model.get_num_params(non_embedding=False)
+    result = dict(device=machine.device, dtype=str(machine.dtype)[6:], parameters=parameters)
+    result |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
     if only != 'generate':
-        contenders = {'fledge': ('train_fledge', ())}
-        if compare and compare != 'transformers':
-            contenders |= {
-                f'nanoGPT, {"compiled" if c else "eager"}': ('train_nanogpt', (compare, c))
-                for c in (False, True)
-                if compile is not False or not c
-            }
-        print(
-            f'\ntraining: {n_params / 1e6:.1f}M parameters, {batch_size} x {block_size} tokens a step'
-        )
-        times, memory, sizes, parts = race(contenders, 'bench_train.json')
-        peak = max(peak, peak_flops(device, dtype))  # machines have slow moments
-        peers = table(
-            times,
-            memory,
-            sizes,
-            batch_size * block_size,
-            {'of matmul peak': peak / model.flops_per_token()},
-        )
-        print(
-            '  a step: '
-            + ', '.join(
-                f'{k} {v * 1e3:,.1f} ms ({v / sum(parts.values()):.1%})' for k, v in parts.items()
-            )
-        )
-        result |= dict(
-            train_tokens_per_second=peers[0]['tokens_per_second'],
-            peak_share=peers[0]['tokens_per_second'] * model.flops_per_token() / peak,
-            train_peak_memory=memory['fledge'],
-            parts=parts,
-            train_peers=peers[1:],
-        )
+        result |= bench_training()
     if only != 'train':
-        contenders = {'fledge': ('generate_fledge', ())}
-        if compare == 'transformers':
-            contenders |= {
-                f'transformers, {kind}': ('generate_transformers', (kind,))
-                for kind in dict.fromkeys(('float32', str(dtype)[6:]))
-            }
-        elif compare:
-            contenders['nanoGPT'] = ('generate_nanogpt', (compare,))
-        print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
-        times, memory, sizes, parts = race(contenders, 'bench_generate.json')
-        bandwidth = max(bandwidth, read_bandwidth(device))
-        read = model.matmul_params() * (
-            1 if quantize == 'int8' else torch.finfo(dtype).bits // 8
-        )  # bytes of weights a token of all streams
-        peers = table(times, memory, sizes, streams, {'of memory read': bandwidth / read * streams})
-        print(
-            f'  after {min(long_prompt, block_size - 1)} tokens: the first token {parts["first token"]:.3f} s, one forward pass {parts["forward pass"]:.3f} s'
-        )
-        result |= dict(
-            decode_tokens_per_second=peers[0]['tokens_per_second'],
-            bandwidth_share=peers[0]['tokens_per_second'] / streams * read / bandwidth,
-            first_token_seconds=parts['first token'],
-            forward_seconds=parts['forward pass'],
-            generate_peers=peers[1:],
-        )
+        result |= bench_generation()
+    result.setdefault('matmul_peak', peak_flops(machine.device, machine.dtype))
+    if 'memory_bandwidth' not in result:
+        result['memory_bandwidth'] = read_bandwidth(machine.device)
     print(
-        f'\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: {str(dtype)[6:]} matmul peak {peak / 1e9:,.0f} GFLOP/s, memory read {bandwidth / 1e9:.1f} GB/s'
+        f'\n{machine.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: '
+        f'{result["dtype"]} matmul peak {result["matmul_peak"] / 1e9:,.0f} GFLOP/s, '
+        f'memory read {result["memory_bandwidth"] / 1e9:.1f} GB/s'
     )
-    result |= dict(matmul_peak=peak, memory_bandwidth=bandwidth)
     if json:
         print(json_.dumps(result))

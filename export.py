@@ -10,8 +10,6 @@ written: what differs too much is an error, and is not left behind.
 """
 
 import copy
-import importlib.metadata
-import importlib.util
 import json as json_
 import os
 import shutil
@@ -19,7 +17,8 @@ from contextlib import suppress
 
 import torch
 
-from fledge import UserError, checkpoint, int8, lock_folder
+from fledge import UserError, checkpoint, lock_folder
+from fledge import quantize as quantization
 from fledge.configurator import configure, one_of
 from fledge.formats import gguf, huggingface, onnx
 from fledge.tokenizer import IM_END, find_tokenizer
@@ -46,19 +45,19 @@ DTYPES = dict(
     onnx=('float32',),
     ckpt=('float32',),
 )
-PACKAGES = dict(hf=['safetensors'], gguf=['gguf'], onnx=['onnx', 'onnxscript', 'onnxruntime'])
 # How far logits may be off, as a share of the largest: after writing and reading back, and because
 # the weights are rounded to a type.
 READ_BACK = 1e-5
 ROUNDED = dict(float32=1e-3, float16=2e-2, bfloat16=0.1, q8_0=0.2, int8=0.2)
-PROMPT = (
-    'The café opened at 7:45, before the rain; by noon, 1,200 people had walked past it.\r\n\n'
-    "\tdef main():\n\t    return 'nai\u0308ve'  # 東京 so far\n"
-)
-OLLAMA_CHAT = (
-    '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}'
-    '<|im_start|>assistant\n'
-)
+PROMPT = """The café opened at 7:45, before the rain; by noon, 1,200 people had walked past it.\r
+
+\tdef main():
+\t    return 'nai\u0308ve'  # 東京 so far
+"""
+OLLAMA_CHAT = """{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
 one_of(globals(), quantize=('none', 'int8'), format=('auto', *OUTPUTS))
 if quantize == 'int8':
     OUTPUTS['ckpt'] = 'int8.pt'
@@ -77,18 +76,13 @@ if dtype not in DTYPES[format]:
     raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
-for package in PACKAGES.get(format, []):
-    if not importlib.util.find_spec(package):
-        raise UserError(
-            f'--format={format} needs the package {package}: pip install -r requirements.txt'
-        )
 
 # ---- the model and its tokenizer
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).eval().requires_grad_(False)
 config, run = model.config, state['config']
 source = state.get('folder', '')  # of a Hugging Face model
-if int8.is_quantized(model):
+if quantization.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
 if tokenizer.vocab_size > config.vocab_size:
     raise UserError(
@@ -106,8 +100,8 @@ ids = torch.tensor([tokenizer.encode(start)[: config.block_size]])
 meta = read_meta(os.path.join('data', run['dataset'])) if run.get('dataset') else {}
 n_params = model.get_num_params(non_embedding=False)
 size = f'{n_params / 1e6:.1f}M' if n_params < 1e9 else f'{n_params / 1e9:.1f}B'
-folder_of_model = os.path.abspath(source or os.path.dirname(path))
-name = name or f'{run.get("dataset") or os.path.basename(folder_of_model)}-{size}'
+origin = os.path.basename(os.path.abspath(path if source else os.path.dirname(path)))
+name = name or f'{run.get("dataset") or origin}-{size}'
 
 # ---- where it goes; what is there stays, but for --overwrite
 if not output:
@@ -137,8 +131,8 @@ if os.path.isfile(output) and format == 'hf':
     raise UserError(f'{output} is a file; --format=hf writes a folder')
 if not file.endswith(ending):
     raise UserError(f'--output={output}: what --format={format} writes is called *{ending}')
-origin = os.path.realpath(source or path)
-if os.path.join(origin, '').startswith(os.path.join(os.path.realpath(output), '')):
+exported, replaced = (os.path.join(os.path.realpath(p), '') for p in (source or path, output))
+if exported.startswith(replaced):
     raise UserError(f'{output} holds the very model that is exported: name another --output')
 if os.path.isdir(output) and os.listdir(output) and 'config.json' not in os.listdir(output):
     raise UserError(f'{output} is a folder of something else: name another --output')
@@ -158,7 +152,7 @@ meant = model if written == 'float32' and format != 'gguf' else copy.deepcopy(mo
 if format == 'gguf':
     gguf.round_weights(meant, dtype)
 elif quantize == 'int8':  # the linear layers in 8 bits, embeddings in 16
-    int8.quantize(meant)
+    quantization.apply(meant)
     for embedding in [m for m in meant.modules() if isinstance(m, torch.nn.Embedding)]:
         rounded = embedding.weight.bfloat16().float()
         embedding.weight = torch.nn.Parameter(rounded, requires_grad=False)
@@ -199,15 +193,15 @@ def write(target):
         return gguf.largest_error(target, model, dtype), 'the file alone'
     if format == 'onnx':
         onnx.write(target, model, kv_cache)
-        version = importlib.metadata.version('onnxruntime')
-        return onnx.run(target, ids, kv_cache), f'onnxruntime {version}'
+        return onnx.run(target, ids, kv_cache), 'onnxruntime'
     tensors = meant.state_dict()
     if quantize == 'int8':
         for n in tensors:
             if n.startswith(('transformer.wte', 'transformer.wpe')):
                 tensors[n] = tensors[n].bfloat16()
     settings = {k: v for k, v in run.items() if k != 'lora_alpha'}
-    checkpoint.save(target, dict(model=tensors, model_args=config.model_args(), config=settings))
+    args = checkpoint.model_args(config)
+    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings))
     again = checkpoint.load_model(checkpoint.load(target), target).eval()
     return again(ids, ids)[0], 'the checkpoint loaded again'
 
@@ -274,8 +268,8 @@ finally:
     settle()
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})')
 print(f'the {what} read back from {by} are off by {difference:.2g}, at most {tolerance:.2g}')
-print(f'a prompt of {ids.shape[1]} tokens has logits up to {largest:.3g}', end='')
-print(f'; {written} itself moved them by {rounding:.2g}' if rounding else '')
+moved = f'; {written} itself moved them by {rounding:.2g}' if rounding else ''
+print(f'a prompt of {ids.shape[1]} tokens has logits up to {largest:.3g}{moved}')
 if json:
     result = dict(output=output, format=format, dtype=written, bytes=n_bytes, files=names)
     result |= dict(difference=difference, tolerance=tolerance, rounding=rounding, read_by=by)

@@ -7,15 +7,15 @@ python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
 import json as json_
 import sys
 
-import torch
-
-from fledge import UserError, checkpoint, int8
-from fledge.configurator import at_least, configure, one_of
-from fledge.device import choose_device, choose_dtype, keep_memory
+from fledge import UserError, checkpoint, cpu
+from fledge.configurator import at_least, configure, given, one_of
+from fledge.device import Machine
 from fledge.formats import huggingface
+from fledge.quantize import apply as quantize_weights
+from fledge.quantize import is_quantized
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, or a Hugging Face model: its folder or name
+init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
 out_dir = 'out'  # a run's folder
 start = '\n'  # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
 num_samples = 10  # drawn together
@@ -25,7 +25,7 @@ top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the fewest tokens that have this probability together
 min_p = 0.0  # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0  # above 1, tokens seen before become less likely
-stop = '<|endoftext|>'  # the special token that ends a sample, where the tokenizer has it
+stop = '<|endoftext|>'  # the special token that ends a sample; this one: the tokenizer's own end
 seed = 1337  # of the draws
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
@@ -36,17 +36,29 @@ configure(globals())
 # -----------------------------------------------------------------------------
 at_least(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
 one_of(globals(), quantize=('none', 'int8'))
-if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0:
+if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0 or seed >= 2**63:
     raise UserError(
-        f'top_p={top_p} must be in (0, 1], min_p={min_p} in [0, 1], repetition_penalty={repetition_penalty} above 0'
+        f'{top_p=} must be in (0, 1], {min_p=} in [0, 1], {repetition_penalty=} above 0, '
+        f'{seed=} below 2^63'
     )
-if seed >= 2**63:
-    raise UserError(f'seed={seed} must be below 2^63')
-device = choose_device(device)
-keep_memory()
-state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
-model = checkpoint.load_model(state, path).to(device, choose_dtype(dtype, device)).eval()
+idle = given & {'top_k', 'top_p', 'min_p', 'seed'}
+if temperature == 0 and idle:
+    print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)
 
+# ---- the model and its tokenizer
+machine = Machine(device, dtype)
+state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
+model = checkpoint.load_model(state, path).to(machine.device, machine.dtype).eval()
+if quantize == 'int8':
+    quantize_weights(model)
+if compile and is_quantized(model):
+    raise UserError('8-bit weights run on kernels of their own: leave out --compile')
+if compile:
+    model.compile()
+elif machine.type == 'cpu':
+    cpu.speed_up(model, packed=True)
+
+# ---- the prompt, and where a sample ends
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
@@ -63,42 +75,32 @@ if prompt[: len(tokenizer.begin)] != tokenizer.begin:
 prompt = prompt or [tokenizer.end_of_text or 0]
 if max(prompt) >= model.config.vocab_size:
     raise UserError(
-        f'the tokenizer gives token {max(prompt)}, and the model of {path} has {model.config.vocab_size}: it was trained with another tokenizer'
+        f'the tokenizer gives token {max(prompt)}, and the model of {path} has '
+        f'{model.config.vocab_size}: it was trained with another tokenizer'
     )
-if quantize == 'int8':
-    int8.quantize(model)
-if compile and int8.is_quantized(model):
-    raise UserError('8-bit weights run on kernels of their own: leave out --compile')
-if compile:
-    model.compile(dynamic=True)
-end = tokenizer.special.get(
-    stop, tokenizer.end_of_text if stop == '<|endoftext|>' else None
-)  # other families spell it otherwise
+end = tokenizer.special.get(stop)
+if end is None and stop == '<|endoftext|>':
+    end = tokenizer.end_of_text  # which other families spell otherwise
+elif end is None:
+    known = ', '.join(tokenizer.special) or 'there are none'
+    raise UserError(f'--stop={stop} is no special token of this tokenizer: {known}')
+
+# ---- the samples
+filters = dict(top_p=top_p, min_p=min_p or None, repetition_penalty=repetition_penalty)
 try:
     rows = model.generate(
-        [prompt] * num_samples,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        min_p=min_p or None,
-        repetition_penalty=repetition_penalty,
-        stop=end,
-        seed=seed,
+        [prompt] * num_samples, max_new_tokens, temperature, top_k or None, end, seed, **filters
     )
 except ValueError as e:
     raise UserError(f'{path}: {e}') from None
-samples = [
-    start + tokenizer.decode(row[len(prompt) : -1] if row[-1] == end else row[len(prompt) :])
-    for row in rows
-]
+samples = []
+for row in rows:
+    new = row[len(prompt) :]
+    samples.append(start + tokenizer.decode(new[:-1] if new[-1] == end else new))
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:
     print(sample)
     print('---------------')
 if json:
-    print(
-        json_.dumps(
-            {'start': start, 'samples': samples, 'tokens': [len(row) - len(prompt) for row in rows]}
-        )
-    )
+    counts = [len(row) - len(prompt) for row in rows]
+    print(json_.dumps({'start': start, 'samples': samples, 'tokens': counts}))

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """What a user can get wrong: shown as one line, with exit code 2 (fledge.configurator sees to it)."""
+    """What a user can get wrong: one line and exit code 2; fledge.configurator sees to it."""
 
 
 def read_json(path, what='object'):
-    """The JSON object at path, a dict; UserError where it is missing, broken or holds no such thing as `what`."""
+    """The JSON object at path, a dict; UserError where it is missing, broken or no `what`."""
     try:
         with open(path, encoding='utf-8') as f:
             content = json.load(f)
@@ -24,7 +24,10 @@ def read_json(path, what='object'):
 
 
 def lock_folder(folder, wait):
-    """Hold folder for this process, until it ends or closes the file number returned; UserError where another holds it."""
+    """Hold folder for this process, until it ends or closes the file number returned.
+
+    UserError where another process holds it, unless wait is true.
+    """
     import fcntl
 
     number = os.open(folder, os.O_RDONLY)
@@ -38,7 +41,7 @@ def lock_folder(folder, wait):
 
 @contextmanager
 def replacing(path, mode='w'):
-    """Open a file that takes the name `path` when the `with` block ends well, and leaves no trace otherwise."""
+    """Open a file that takes the name `path` when the `with` block ends well, else leaves none."""
     temporary = path + '.tmp'
     try:
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:

@@ -1,48 +1,52 @@
-"""Checkpoints: written whole or not at all, and read as plain tensors, so nothing in one is ever executed.
+"""Checkpoints: written whole or not at all, and read as plain tensors, so that none can run code.
 
-The file is nanoGPT's: a torch.save of model, optimizer, model_args, iter_num, best_val_loss and config.
+The file is nanoGPT's, a torch.save of model, optimizer, model_args, iter_num, best_val_loss and
+config.
 """
 
+import contextlib
 import os
 import pickle
 import re
+import shutil
+from dataclasses import asdict, fields
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fledge import UserError, adapters, int8, replacing
-from model import GPT, GPTConfig
+from fledge import UserError, adapters, quantize, replacing
+from model import ACTIVATIONS, GPT, GPTConfig
 
 
 def save(path, checkpoint):
-    """Write checkpoint, a dict of tensors and plain values, to path: the old file stays until the new one is on disk."""
+    """Write a dict of tensors and plain values; the old file stays until the new one is whole."""
     try:
         with replacing(path, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # a full disk surfaces as either
-        raise UserError(
-            f'cannot write {path}: {getattr(e, "strerror", None) or e}; what was there before is as it was'
-        ) from None
+        why = getattr(e, 'strerror', None) or e
+        raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
 
 
 def link(path, other):
-    """Give the checkpoint at path a second name, which keeps it when path is replaced by a later one."""
+    """Give the file at path a second name, which keeps it when path is replaced by a later one."""
     temporary = other + '.tmp'
-    if os.path.exists(temporary):  # of a process that was killed right here
+    with contextlib.suppress(FileNotFoundError):  # of a process that was killed right here
         os.remove(temporary)
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
-        import shutil
-
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
 
 
 def load(path):
-    """The checkpoint at path, ours or nanoGPT's, as a dict; UserError where it is missing, broken or carries code."""
+    """The checkpoint at path, ours or nanoGPT's, as a dict.
+
+    Raises UserError where it is missing, broken, or carries code.
+    """
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
@@ -53,37 +57,69 @@ def load(path):
         raise UserError(f'{path} is a folder; name the checkpoint file in it') from None
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL (\S+)', str(e))
+        if found:
+            raise UserError(
+                f'{path} carries pickled code ({found[1]}), which is never run'
+            ) from None
         raise UserError(
-            f'{path} carries pickled code ({found[1]}), which is never run: it is refused'
-            if found
-            else f'{path} is no checkpoint: it is broken, or carries pickled code, which is never run'
+            f'{path} is no checkpoint: it is broken, or carries pickled code, which is never run'
         ) from None
     except Exception as e:  # broken bytes fail in any way
         raise UserError(f'{path} is cut short or is no checkpoint ({type(e).__name__})') from None
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')
-    ):
+    check(checkpoint, path)
+    tensors = {}
+    for name, tensor in checkpoint['model'].items():
+        if not name.endswith('.attn.bias'):  # the causal mask that older scripts saved
+            tensors[name.removeprefix('_orig_mod.')] = tensor  # torch.compile's
+    return checkpoint | {'model': tensors}
+
+
+def check(checkpoint, path):
+    """UserError unless checkpoint is one; config may be missing, and is then empty."""
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if not isinstance(parts.get('model'), dict) or not isinstance(parts.get('model_args'), dict):
         raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
     config = checkpoint.setdefault('config', {})
-    if (
-        not all(isinstance(k, str) and torch.is_tensor(v) for k, v in checkpoint['model'].items())
-        or not isinstance(config, dict)
-        or not isinstance(config.get('dataset') or '', str)
-    ):
-        raise UserError(
-            f'{path} is no checkpoint: model holds more than named tensors, or config is no settings'
-        )
-    # torch.compile's prefix and the causal mask that older scripts saved
-    checkpoint['model'] = {
-        k.removeprefix('_orig_mod.'): v
-        for k, v in checkpoint['model'].items()
-        if not k.endswith('.attn.bias')
-    }
-    return checkpoint
+    if not isinstance(config, dict) or not isinstance(config.get('dataset') or '', str):
+        raise UserError(f'{path} is no checkpoint: its config is no settings')
+    for name, tensor in checkpoint['model'].items():
+        if not isinstance(name, str) or not torch.is_tensor(tensor):
+            raise UserError(f'{path} is no checkpoint: model holds more than named tensors')
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Turns torch.nn.init's functions, which all ask a mode first, into nothing."""
+def load_model(checkpoint, path, dropout=None):
+    """The GPT of a loaded checkpoint, on the CPU, its adapters merged.
+
+    dropout overrides the saved one. path names the checkpoint in a UserError.
+    """
+    args = dict(checkpoint['model_args'])
+    if dropout is not None:
+        args['dropout'] = dropout
+    alpha = checkpoint.get('config', {}).get('lora_alpha')
+    try:
+        state = adapters.merge(checkpoint['model'], alpha, path)
+        model = empty_model(GPTConfig(**args))
+        quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
+        if quantized:
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.to('meta')  # nothing is there to be rounded yet
+            quantize.apply(model)
+        for name, tensor in state.items():
+            if tensor.dtype != torch.int8:
+                state[name] = tensor.float()
+        # the checkpoint's tensors become the model's, so that there is one of each
+        model.load_state_dict(state, assign=True)
+        if model.config.tie_embeddings and not quantized:
+            model.lm_head.weight = model.transformer.wte.weight
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        why = ' '.join(str(e).split())[:300]
+        raise UserError(f'{path} does not fit this model: {why}') from None
+    return model
+
+
+class NoInitialization(TorchFunctionMode):
+    """Makes the functions of torch.nn.init, which all ask such a mode first, do nothing."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, '__module__', '') == 'torch.nn.init':
@@ -92,49 +128,41 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def empty_model(config):
-    """A GPT whose matrices are not filled in, and so take no memory yet: shapes, and a place to assign tensors to.
+    """A GPT whose matrices are not filled in: shapes, and a place to assign tensors to.
 
-    The meta device would do the same, and import torch's compiler for it, which takes half a second or more.
+    It takes 0.02 s. The meta device would do the same, but imports torch's compiler for it: 1.1 s.
     """
-    with _NothingDrawn():
+    with NoInitialization():
         return GPT(config)
 
 
-def load_model(checkpoint, path, dropout=None):
-    """The GPT of a loaded checkpoint, on the CPU, its adapters merged; dropout overrides the saved one. path is for error messages."""
-    try:
-        state = adapters.merge(
-            checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path
-        )
-        quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
-        config = GPTConfig(
-            **checkpoint['model_args'] | ({} if dropout is None else {'dropout': dropout})
-        )
-        model = empty_model(
-            config
-        )  # the checkpoint's tensors become the model's, so there is one of each
-        if quantized:
-            for layer in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
-                layer.to('meta')  # nothing is there to be rounded yet
-            int8.quantize(model)
-        model.load_state_dict(
-            {
-                name: tensor if tensor.dtype == torch.int8 else tensor.float()
-                for name, tensor in state.items()
-            },
-            assign=True,
-        )
-        if config.tie_embeddings and not quantized:
-            model.lm_head.weight = model.transformer.wte.weight
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-        LookupError,
-        ZeroDivisionError,
-    ) as e:
-        raise UserError(
-            f'{path} does not fit this model: {" ".join(str(e).split())[:300]}'
-        ) from None
-    return model
+def model_args(config):
+    """A GPTConfig as a dict: nanoGPT's seven fields, and those that depart from a GPT-2 of these.
+
+    So nanoGPT reads the checkpoint of a GPT-2.
+    """
+    gpt2 = {field.name: field.default for field in fields(config)[7:]}
+    gpt2 |= dict(n_kv_head=config.n_head, head_dim=config.n_embd / config.n_head)
+    gpt2 |= dict(n_inner=4 * config.n_embd, qkv_bias=config.bias)
+    if ACTIVATIONS[config.activation][0]:
+        del gpt2['n_inner']  # a gated MLP of that width has to say so
+    return {k: v for k, v in asdict(config).items() if k not in gpt2 or v != gpt2[k]}
+
+
+def fit_rows(checkpoint, block_size, path):
+    """Let the model of a loaded checkpoint train in rows of block_size tokens.
+
+    RoPE has no last position: the context stays, or grows to block_size. Learned positions beyond
+    block_size are dropped; there are no more than the checkpoint has (UserError, which names path).
+    """
+    args = checkpoint['model_args']
+    context = args.get('block_size', GPTConfig.block_size)
+    if args.get('position') == 'rope':
+        args['block_size'] = max(context, block_size)
+        return
+    if block_size > context:
+        raise UserError(f'{path} has {context} learned positions; {block_size=} is more')
+    name = 'transformer.wpe.weight'
+    if block_size < context and name in checkpoint['model']:
+        checkpoint['model'][name] = checkpoint['model'][name][:block_size].clone()
+        args['block_size'] = block_size

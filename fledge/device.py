@@ -1,12 +1,20 @@
-"""Which device and precision to compute in, and how fast this machine multiplies matrices."""
+"""The device and precision that a process computes in, its place among others, and their speed.
 
+What a machine does to a model is applied to a plain one from outside, by Machine.wrap.
+"""
+
+import contextlib
 import ctypes
 import math
+import os
+import sys
 import time
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from fledge import UserError
+from fledge import UserError, cpu
 
 # Dense FLOP/s of 16-bit matmuls with float32 accumulation, from the vendors' data sheets.
 DATA_SHEETS = {
@@ -28,28 +36,151 @@ DATA_SHEETS = {
 }
 
 
+class Machine:
+    """What a script computes on: device (a text such as 'cuda:0'), dtype (a torch one), processes.
+
+    rank, world_size: this process's number, and how many torchrun started. main: whether it is the
+    one that speaks and writes.
+    """
+
+    def __init__(self, device='auto', dtype='auto', backend='auto'):
+        self.rank = int(os.environ.get('RANK', 0))
+        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        self.main = self.rank == 0
+        local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        if self.world_size > 1 and device.startswith('cuda'):
+            device = 'cuda'  # a GPU each
+        self.device = choose_device(device, local_rank)
+        self.type = self.device.split(':')[0]
+        self.dtype = choose_dtype(dtype, self.device)
+        self.compiled_hidden = None
+        keep_memory()
+        if self.type == 'cuda':
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')  # tf32
+        if self.world_size > 1:
+            hook = sys.excepthook
+            if backend == 'auto' or self.type != 'cuda':
+                backend = 'nccl' if self.type == 'cuda' else 'gloo'
+            dist.init_process_group(backend)
+            sys.excepthook = hook  # torch.distributed has put its own in the way
+            # numbers on the hosts are agreed on without waiting for the GPUs
+            self.hosts = dist.new_group(backend='gloo')
+
+    def autocast(self):
+        """The context in which a forward pass computes in dtype."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.type, self.dtype)
+
+    def move(self, batch):
+        """A tokens.Batch of numpy arrays as one of tensors on the device."""
+        moved = type(batch)()
+        for name, array in batch.items():
+            tensor = torch.from_numpy(array)
+            if self.type == 'cuda':
+                tensor = tensor.pin_memory()  # so that the copy does not wait
+            moved[name] = tensor.to(self.device, non_blocking=True)
+        return moved
+
+    def wrap(self, model, compile=False, try_out=None, say=print):
+        """Make a plain model on this device what is fastest here; returns what to call.
+
+        compile: True, False or 'auto'; with 'auto' what the compiler cannot do is done without it.
+        try_out(network) makes the compiler work. The model keeps its parameters and their names.
+        """
+        network = model
+        if compile is True or (compile == 'auto' and self.type == 'cuda'):
+            try:
+                network = torch.compile(model)
+                try_out(network)
+                self.compiled_hidden = torch.compile(model.hidden)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                if compile is True or 'out of memory' in str(e):
+                    raise
+                why = str(e).strip().partition('\n')[0][:120]
+                say(f'torch.compile failed ({type(e).__name__}: {why}); going on without it')
+                network = model
+        elif self.type == 'cpu':
+            cpu.speed_up(model)
+        if self.world_size > 1:  # buffers are the same everywhere
+            devices = [self.device] if self.type == 'cuda' else None
+            network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return network
+
+    def hidden(self, model):
+        """model.hidden, compiled where the model that trains is."""
+        return self.compiled_hidden or model.hidden
+
+    def share(self, n_rows):
+        """How many of a step's rows are this process's; UserError where they do not divide."""
+        if n_rows % self.world_size:
+            raise UserError(
+                f'{n_rows} rows a step (gradient_accumulation_steps x batch_size) do not divide '
+                f'among {self.world_size} processes'
+            )
+        return n_rows // self.world_size
+
+    def gather(self, value):
+        """The values of all processes, a list: numbers, or dicts of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, self.hosts)
+        return values
+
+    def mean(self, tensor):
+        """The mean of a tensor over all processes, as a number."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor.item() / self.world_size
+
+    def wait_for_all(self):
+        if self.world_size > 1:
+            dist.barrier(self.hosts)
+
+    def leave(self):
+        """End together: no process hangs up while another still speaks."""
+        if self.world_size > 1:
+            dist.barrier(self.hosts)
+            dist.destroy_process_group()
+
+    def peak_memory(self):
+        """Bytes held at most: of the GPU, or of this process where it can be told, else 0."""
+        if self.type == 'cuda':
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError), open('/proc/self/status') as f:
+            for line in f:
+                if line.startswith('VmHWM'):
+                    return int(line.split()[1]) * 1024
+        with contextlib.suppress(ImportError):  # Windows has no such module
+            import resource
+
+            unit = 1 if sys.platform == 'darwin' else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return 0
+
+
 def choose_device(device, index=0):
-    """'auto' is cuda, else mps, else cpu, and 'cuda' is GPU number index; what is asked for is tried (UserError where it cannot be used)."""
+    """'auto' is cuda, else mps, else cpu; 'cuda' is GPU number index. UserError where it fails."""
     if device == 'auto':
-        return (
-            f'cuda:{index}'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
-    device = f'cuda:{index}' if device == 'cuda' else device
+        if torch.cuda.is_available():
+            return f'cuda:{index}'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda':
+        device = f'cuda:{index}'
     try:
         torch.empty(1, device=device).item()  # which the meta device has not
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        why = str(e).partition('\n')[0]
         raise UserError(
-            f'device={device!r} cannot be used here ({str(e).partition(chr(10))[0]}); --device=cpu always can'
+            f'device={device!r} cannot be used here ({why}); --device=cpu always can'
         ) from None
     return device
 
 
 def choose_dtype(dtype, device):
-    """'auto' is bfloat16 where the hardware computes in it, float16 on older GPUs, float32 elsewhere; returns a torch.dtype."""
+    """'auto' is what the hardware multiplies in: bfloat16, float16 (older GPUs), else float32."""
     kind = device.split(':')[0]
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
         raise UserError(f'dtype={dtype!r} is none of auto, float32, bfloat16, float16')
@@ -58,62 +189,63 @@ def choose_dtype(dtype, device):
     if dtype != 'auto':
         return getattr(torch, dtype)
     if kind == 'cuda':
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        )
-    if kind == 'cpu' and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if new else torch.float16
+    if kind == 'cpu' and cpu.has_bfloat16():
         return torch.bfloat16
     return torch.float32
 
 
-def autocast_to(dtype, device):
-    """The context in which a forward pass computes in dtype; float32 is left as it is."""
-    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
-
-
 def keep_memory():
-    """Have glibc keep what it frees, so that a step on a CPU does not get its memory from the system, page by page, anew.
+    """Have glibc keep what it frees: a step on a CPU then asks the system for no page anew.
 
-    Measured on a 70M model, 2 x 1,024 tokens: 830 tokens/s become 1,360. Elsewhere than on glibc nothing happens.
+    Measured on a 70M model, 2 x 1,024 tokens: 830 tokens/s become 1,360. Elsewhere it does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):
         return
-    for parameter, value in (
-        (-4, 0),
-        (-1, -1),
-        (-2, 64 << 20),
-    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
-        mallopt(parameter, value)
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+    mallopt(-2, 64 << 20)  # M_TOP_PAD
+
+
+def matmul_params(model):
+    """Number of parameters that multiply each token: all but embeddings and vectors."""
+    blocks = model.transformer.h.parameters()
+    return model.lm_head.weight.numel() + sum(p.numel() for p in blocks if p.dim() == 2)
+
+
+def flops_per_token(model, row_length):
+    """FLOPs of training on a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    c = model.config
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * row_length
+    return 6 * matmul_params(model) + attention
 
 
 def peak_flops(device, dtype):
-    """Dense matmul FLOP/s: the data sheet's where the GPU is known, else measured here (a tenth of a second)."""
+    """Dense matmul FLOP/s: a data sheet's where the GPU is known, else measured in a moment."""
     if device.startswith('cuda') and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, peak in DATA_SHEETS.items():
             if known in name:
                 return peak
-    n, best = 1024 if device == 'cpu' else 4096, math.inf
+    n = 1024 if device == 'cpu' else 4096
     a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best = math.inf
     for _ in range(20):
-        t = time.perf_counter()
+        start = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for an accelerator
-        best = min(best, time.perf_counter() - t)
+        best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 
 def read_bandwidth(device):
     """Bytes a second that a sum over a gigabyte reads, the best of five."""
-    x, best = (
-        torch.ones(1 << 28, device=device),
-        math.inf,
-    )  # zeros would be one page of memory, read over and over
+    x = torch.ones(1 << 28, device=device)  # zeros would be one page of memory, read over and over
+    best = math.inf
     for _ in range(5):
-        t = time.perf_counter()
+        start = time.perf_counter()
         x.sum().item()
-        best = min(best, time.perf_counter() - t)
+        best = min(best, time.perf_counter() - start)
     return x.numel() * 4 / best

@@ -174,7 +174,7 @@ class Tokenizer:
         return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
     def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
-        """This tokenizer, with those of the special tokens that it lacks added after its last id."""
+        """This tokenizer, with those special tokens that it lacks added after its last id."""
         missing = [t for t in tokens if t not in self.special]
         if self.end_of_text is not None:  # by whatever name
             missing = [t for t in missing if t != END_OF_TEXT]
@@ -432,3 +432,20 @@ def padded_vocab_size(tokenizer):
     if tokenizer is None or tokenizer.vocab_size == GPT2_SIZE:
         return GPT2_PADDED_SIZE
     return tokenizer.vocab_size
+
+
+def common_tokenizer(data_dir, theirs, weights):
+    """The tokenizer of data and of the weights that are trained or measured on it, or None.
+
+    theirs: that of the weights, None where it is not known. weights names them in words. UserError
+    where the two differ.
+    """
+    tokenizer = find_tokenizer(data_dir)
+    if tokenizer and theirs and not theirs.agrees_with(tokenizer):
+        raise UserError(
+            f'{data_dir} was prepared with another tokenizer than the one of {weights}: '
+            f'prepare it with --tokenizer={weights}'
+        )
+    if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
+        print(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
+    return tokenizer or theirs

@@ -8,10 +8,13 @@ any number of processes.
 
 import glob
 import os
+import subprocess
+import sys
 
 import numpy as np
 
 from fledge import UserError, read_json, replacing
+from fledge.tokenizer import is_gpt2_size
 
 # (magic, version): token type
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
@@ -83,46 +86,76 @@ def read_meta(folder):
 def split_files(folder, split):
     """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none."""
     whole = os.path.join(folder, f'{split}.bin')
-    return (
-        [whole]
-        if os.path.exists(whole)
-        else sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
-    )
+    if os.path.exists(whole):
+        return [whole]
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
+
+
+def has_masks(folder):
+    """Whether the tokens in folder are not all to be learned."""
+    return bool(glob.glob(os.path.join(glob.escape(folder), 'train*.mask.bin')))
+
+
+def find_data(dataset, vocab_size, make_default):
+    """UserError where data/dataset has nothing to train on; it names the command that makes it.
+
+    make_default: the default run's data, which needs no network, is made on the spot instead.
+    """
+    folder = os.path.join('data', dataset)
+    if split_files(folder, 'train'):
+        return
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = f'prepare/{dataset}.py'
+    if not os.path.exists(os.path.join(root, command)):
+        trained = f'train --vocab_size={vocab_size}'
+        tokenizer = 'gpt2' if not vocab_size or is_gpt2_size(vocab_size) else trained
+        command = f'prepare/text.py --input=YOUR_FILES --name={dataset} --tokenizer={tokenizer}'
+    if dataset != 'stdlib' or not make_default:
+        raise UserError(f'{folder} has no train.bin; make it with: python {command}')
+    if subprocess.run([sys.executable, os.path.join(root, command)]).returncode:
+        raise UserError(f'python {command} failed; see above')
+
+
+class Batch(dict):
+    """Arrays by name: `inputs` and `targets`, int64 (rows, block_size).
+
+    A target is -1 where nothing is to be predicted. `inputs, targets = batch` unpacks the two.
+    """
+
+    def __iter__(self):
+        return iter((self['inputs'], self['targets']))
 
 
 class Tokens:
-    """One split of a prepared dataset, as rows of block_size inputs and the block_size targets that follow them.
+    """One split of a prepared dataset, as rows of block_size tokens and the tokens behind each.
 
-    folder/split.bin, or its shards folder/split_000000.bin, ...; vocab_size bounds the ids (UserError beyond it).
-    seed: of the order of training's rows; None where the split is only evaluated.
+    folder/split.bin, or its shards folder/split_000000.bin, ... vocab_size bounds the ids
+    (UserError beyond it). seed: of the order of training's rows; None: for evaluation alone.
     """
 
     def __init__(self, folder, split, block_size, vocab_size, seed=None):
-        paths = split_files(folder, split)
-        if not paths:
+        self.paths = split_files(folder, split)
+        if not self.paths:
             raise UserError(f'{folder} has no {split}.bin')
-        self.paths, self.block_size, self.vocab_size, self.seed = (
-            paths,
-            block_size,
-            vocab_size,
-            seed,
-        )
-        self.shards = [read_bin(p, headerless=not read_meta(folder)) for p in paths]
-        self.n_tokens = sum(len(s) for s in self.shards)
-        # Whole rows of each shard, for any phase of the grid that they are cut on (see rows); no row crosses shards.
-        lengths = np.array([len(s) for s in self.shards])
-        whole = np.maximum(lengths - 1, 0) // block_size
-        self.rows_per_shard = np.where(whole > 1, (lengths - block_size) // block_size, whole)
-        self.slack = lengths - 1 - self.rows_per_shard * block_size
-        self.n_rows = int(self.rows_per_shard.sum())
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        headerless = not read_meta(folder)
+        self.shards = [read_bin(path, headerless) for path in self.paths]
+        self.n_tokens = sum(map(len, self.shards))
+        # The whole rows of each shard, wherever their grid begins (see rows); none crosses shards.
+        lengths = np.array([len(shard) for shard in self.shards])
         if lengths.max() < 2:
-            raise UserError(f'{paths[0]} holds a single token: there is nothing to predict')
+            raise UserError(f'{self.paths[0]} holds a single token: there is nothing to predict')
+        whole = np.maximum(lengths - 1, 0) // block_size
+        rows_per_shard = np.where(whole > 1, (lengths - block_size) // block_size, whole)
+        self.slack = lengths - 1 - rows_per_shard * block_size  # how far a grid can be shifted
+        self.first_row = np.concatenate([[0], np.cumsum(rows_per_shard)])  # of each shard
+        self.n_rows = int(self.first_row[-1])
         if self.n_rows == 0 and seed is not None:
             raise UserError(
-                f'block_size={block_size} is longer than the data: {paths[0]} has {self.n_tokens:,} tokens and a row takes {block_size + 1:,}'
+                f'block_size={block_size} is longer than the data: {self.paths[0]} has '
+                f'{self.n_tokens:,} tokens and a row takes {block_size + 1:,}'
             )
-        self.first_row = np.concatenate([[0], np.cumsum(self.rows_per_shard)])
-        self._epoch = None
+        self.epoch = None  # whose order is at hand
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
             self._check(self.shards[0], 0, 0)
 
@@ -133,58 +166,58 @@ class Tokens:
 
     def _check(self, ids, shard, start):
         if ids.max() >= self.vocab_size:
-            at = start + int(ids.argmax())
+            position = start + int(ids.argmax())
             raise UserError(
-                f'{self.paths[shard]} holds token {ids.max():,} at position {at:,}, beyond the vocabulary of {self.vocab_size:,}'
+                f'{self.paths[shard]} holds token {ids.max():,} at position {position:,}, '
+                f'beyond the vocabulary of {self.vocab_size:,}'
             )
 
     def rows(self, first, count):
-        """Rows first .. first + count - 1 of training's endless order: inputs and targets, int64 (count, block_size).
+        """Rows first .. first + count - 1 of training's endless order, a Batch.
 
-        Each epoch sees every row once, in a fresh permutation; the grid that the rows are cut on shifts as well,
-        so that another epoch cuts the text elsewhere.
+        Each epoch sees every row once, in a fresh permutation; the grid that the rows are cut on
+        shifts as well, so that another epoch cuts the text elsewhere.
         """
         places = np.arange(first, first + count)
         shards, starts = np.empty((2, count), np.int64)
         for epoch in np.unique(places // self.n_rows).tolist():
-            if epoch != self._epoch:
-                rng = np.random.default_rng([self.seed, epoch])
-                self._order, self._phase, self._epoch = (
-                    rng.permutation(self.n_rows),
-                    int(rng.integers(1 << 62)),
-                    epoch,
-                )
             here = places // self.n_rows == epoch
-            rows = self._order[places[here] % self.n_rows]
-            shards[here] = s = np.searchsorted(self.first_row, rows, side='right') - 1
-            starts[here] = (rows - self.first_row[s]) * self.block_size + self._phase % (
-                self.slack[s] + 1
-            )
+            shards[here], starts[here] = self._find(epoch, places[here] % self.n_rows)
         out = np.empty((count, self.block_size + 1), np.int64)
         for shard in np.unique(shards).tolist():
             here = shards == shard
             out[here] = self.shards[shard][starts[here, None] + np.arange(self.block_size + 1)]
         if count and out.max() >= self.vocab_size:
-            for shard, start in zip(shards.tolist(), starts.tolist()):
+            for shard, start in zip(shards.tolist(), starts.tolist(), strict=True):
                 self._read(shard, start, self.block_size + 1)  # names the place
-        return out[:, :-1], out[:, 1:]
+        return Batch(inputs=out[:, :-1], targets=out[:, 1:])
+
+    def _find(self, epoch, places):
+        """The shards, and the starts in them, of the rows at these places in the epoch's order."""
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.order = rng.permutation(self.n_rows)
+            self.shift = int(rng.integers(1 << 62))
+            self.epoch = epoch
+        rows = self.order[places]
+        shards = np.searchsorted(self.first_row, rows, side='right') - 1
+        in_shard = rows - self.first_row[shards]
+        return shards, in_shard * self.block_size + self.shift % (self.slack[shards] + 1)
 
     def evaluation_rows(self, limit=None):
-        """Where evaluation reads: (shard, start) of `limit` rows spread evenly over the split, or of all of it."""
-        starts = [
-            (s, i)
-            for s, data in enumerate(self.shards)
-            for i in range(0, len(data) - 1, self.block_size)
-        ]
+        """Where evaluation reads: (shard, start) of `limit` rows spread evenly, or of all."""
+        starts = []
+        for shard, ids in enumerate(self.shards):
+            starts += [(shard, start) for start in range(0, len(ids) - 1, self.block_size)]
         if limit is None or limit >= len(starts):
             return starts
         return [starts[i * len(starts) // limit] for i in range(limit)]
 
     def evaluation_batch(self, rows):
-        """Inputs and targets of some evaluation_rows; the last row of a shard is short, its missing targets are -1."""
-        x = np.zeros((len(rows), self.block_size), np.int64)
-        y = np.full((len(rows), self.block_size), -1, np.int64)
+        """Some of evaluation_rows as a Batch; the last row of a shard may be short."""
+        inputs = np.zeros((len(rows), self.block_size), np.int64)
+        targets = np.full((len(rows), self.block_size), -1, np.int64)
         for i, (shard, start) in enumerate(rows):
             ids = self._read(shard, start, self.block_size + 1)
-            x[i, : len(ids) - 1], y[i, : len(ids) - 1] = ids[:-1], ids[1:]
-        return x, y
+            inputs[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
+        return Batch(inputs=inputs, targets=targets)

@@ -1,8 +1,9 @@
 """Look at a prepared dataset: its documents token by token, its size, and what is wrong with it.
 
-python prepare/look.py data/notes --split=val     documents as coloured tokens over their ids, learned tokens underlined
-python prepare/look.py data/notes --count         tokens, documents, bytes a token, learned tokens
-python prepare/look.py data/notes --quality       vocabulary, lengths, duplicates, val text in train: a WARNING for each thing that ruins runs
+python prepare/look.py data/notes --split=val    coloured tokens over their ids; underlined: learned
+python prepare/look.py data/notes --count        tokens, documents, bytes a token, learned tokens
+python prepare/look.py data/notes --quality      vocabulary, lengths, duplicates, val text in train;
+                                                 a WARNING for each thing that ruins runs
 """
 
 import json as json_
@@ -14,12 +15,13 @@ import unicodedata
 
 import numpy as np
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
+
 from fledge import UserError
 from fledge.configurator import at_least, configure, one_of
+from fledge.corpus.quality import assess, chunks, show_quality
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import read_bin, read_meta, split_files
-from prepare.quality import assess, chunks, show_quality
 
 split = 'train'  # whose documents are shown: train, val or test
 document = 1  # the number of the first one shown
@@ -27,7 +29,8 @@ documents = 3  # how many are shown where the output is no terminal
 max_tokens = 500  # of each of them
 color = 'auto'  # True, False; auto: on a terminal, unless NO_COLOR is set
 count = False  # show the sizes of all splits
-quality = False  # show what the data is like, plot it (quality.png in its folder), warn of what ruins runs
+# show what the data is like, plot it (quality.png in its folder), warn of what ruins runs
+quality = False
 json = False  # of --count and --quality: the last line of output is one JSON object
 configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith('-')])
 
@@ -37,7 +40,8 @@ MAX_VOCAB = (
 
 
 class Split:
-    """One split: its shards, the mask of each (None: all is learned), and where each one's documents end.
+    """One split: its shards, the mask of each (None: all is learned), and where each one's
+    documents end.
 
     A document ends after an end-of-text token, or with its shard.
     """
@@ -48,7 +52,7 @@ class Split:
         self.shards = [np.asarray(read_bin(path, headerless)) for path in paths]
         self.masks = [
             read_mask(path.removesuffix('.bin') + '.mask.bin', len(ids))
-            for path, ids in zip(paths, self.shards)
+            for path, ids in zip(paths, self.shards, strict=True)
         ]
         self.ends, self.lengths, self.terminated = [], [], 0
         for ids in self.shards:
@@ -64,7 +68,7 @@ class Split:
 
     def document(self, number):
         """Document `number`, counted from 0: its ids and its mask."""
-        for ids, mask, ends in zip(self.shards, self.masks, self.ends):
+        for ids, mask, ends in zip(self.shards, self.masks, self.ends, strict=True):
             if number < len(ends):
                 here = slice(ends[number - 1] if number else 0, ends[number])
                 return ids[here], None if mask is None else mask[here]
@@ -72,7 +76,8 @@ class Split:
 
 
 class Dataset:
-    """A dataset: some of its splits, its tokenizer (or None), and the bytes that each id of its vocabulary spells."""
+    """A dataset: some of its splits, its tokenizer (or None), and the bytes that each id of its
+    vocabulary spells."""
 
     def __init__(self, folder, names):
         self.folder, self.meta, self.tokenizer = folder, read_meta(folder), find_tokenizer(folder)
@@ -103,7 +108,7 @@ class Dataset:
         return sum(int(self.n_bytes[self.known(part)].sum()) for _, part in chunks(ids))
 
     def text_of(self, i):
-        """Token i as text that a terminal does nothing with but print it: all else is spelled out."""
+        """Token i as text that a terminal just prints: all else is spelled out."""
         text = self.spelled[self.known(i)].decode(
             'utf-8', 'backslashreplace'
         )  # what is no UTF-8 by itself becomes \x..
@@ -127,7 +132,8 @@ def read_mask(path, n):
         return None
     if os.path.getsize(path) != n:
         raise UserError(
-            f'{path} has {os.path.getsize(path):,} bytes for {n:,} tokens: a mask is one byte a token'
+            f'{path} has {os.path.getsize(path):,} bytes for {n:,} tokens: '
+            'a mask is one byte a token'
         )
     return np.asarray(np.memmap(path, np.uint8, mode='r'))
 
@@ -144,7 +150,8 @@ def width_of(text):
     )
 
 
-# ----------------------------------------------------------------------------- documents, token by token
+# ----------------------------------------------------------------------------- documents, token by
+# token
 def rows(dataset, ids, mask, first, columns):
     """A document from token `first` on, row by row: (the token after the row, its lines)."""
     cells, used = [], 0
@@ -168,7 +175,8 @@ def rows(dataset, ids, mask, first, columns):
 
 
 def lines_of(cells):
-    """A row of (text, id, width, odd place, learned) as lines: texts, ids, and marks where there are no colours."""
+    """A row of (text, id, width, odd place, learned) as lines: texts, ids, and marks where there
+    are no colours."""
     if not color:
         lines = [
             '|'.join(text + ' ' * (width - width_of(text)) for text, _, width, _, _ in cells),
@@ -270,7 +278,7 @@ def sizes_of(dataset):
             n_bytes = sum(map(dataset.bytes_of, data.shards))
         learned = sum(
             len(ids) if mask is None else int(np.count_nonzero(mask))
-            for ids, mask in zip(data.shards, data.masks)
+            for ids, mask in zip(data.shards, data.masks, strict=True)
         )
         sizes[data.name] = dict(
             tokens=tokens,
@@ -293,7 +301,8 @@ def sizes_of(dataset):
 
 
 def noted_bytes(meta, name, tokens):
-    """The bytes of a split as meta.json has them; None where it speaks of other files, or has been broken by hand."""
+    """The bytes of a split as meta.json has them; None where it speaks of other files, or has been
+    broken by hand."""
     try:
         noted = meta['splits'][name]
         return noted['bytes'] if noted['tokens'] == tokens and type(noted['bytes']) is int else None

@@ -66,7 +66,8 @@ def start(cwd, script, *args, env=None, **options):
     )
 
 
-# Most of a short script's time is torch's import. A process that has done it forks one child a script, which then runs as by itself.
+# Most of a short script's time is torch's import. A process that has done it forks one child a
+# script, which then runs as by itself.
 FORKS = """
 import atexit, json, os, runpy, signal, sys
 import torch
@@ -118,7 +119,8 @@ def forked(cwd, path, *args, env=None):
 
 
 def run(cwd, script, *args, code=0, env=None):
-    """Run a script of ours in cwd to its end, which must be exit code `code`; returns its stdout, or stderr for a failure."""
+    """Run a script of ours in cwd to its end, which must be exit code `code`; returns its stdout,
+    or stderr for a failure."""
     if script.startswith('prepare/'):  # which import no torch
         process = start(cwd, script, *args, env=env)
         try:
@@ -145,7 +147,7 @@ def metrics(folder):
 
 
 def write_tiny(folder, n_train=4000, n_val=500, vocab_size=64):
-    """A dataset of `vocab_size` byte tokens with some order in it, as a prepare script leaves it."""
+    """A dataset of `vocab_size` byte tokens with some order, as a prepare script leaves it."""
     from fledge.tokenizer import char_tokenizer
     from fledge.tokens import write_bin
 

@@ -1,4 +1,5 @@
-"""bench.py: what it prints and measures, beside a stand-in for nanoGPT, on models of nearly no size (README's commands show transformers)."""
+"""bench.py: what it prints and measures, beside a stand-in for nanoGPT, on models of nearly no size
+(README's commands show transformers)."""
 
 import json
 
@@ -27,14 +28,25 @@ import torch
 from torch import nn
 @dataclass
 class GPTConfig:
-    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.wte, self.head = config, nn.Embedding(config.vocab_size, config.n_embd), nn.Linear(config.n_embd, config.vocab_size)
-        assert (config.block_size, config.vocab_size, config.n_layer, config.n_embd) == (32, 64, 1, 16)
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        assert (config.block_size, config.vocab_size) == (32, 64)
+        assert (config.n_layer, config.n_embd) == (1, 16)
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
     def forward(self, idx, targets):
         logits = self.head(self.wte(idx))
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,5 +1,6 @@
 """Checkpoints survive, and never run code."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -21,7 +22,7 @@ def a_checkpoint(**more):
     return (
         dict(
             model=model.state_dict(),
-            model_args=model.config.model_args(),
+            model_args=checkpoint.model_args(model.config),
             iter_num=3,
             best_val_loss=2.5,
         )
@@ -110,9 +111,7 @@ def test_one_that_does_not_fit_is_named(tmp_path):
         dict(model={5: torch.zeros(1)}),
     ):
         torch.save(good | odd, path)
-        with pytest.raises(
-            UserError, match='holds more than named tensors, or config is no settings'
-        ):
+        with pytest.raises(UserError, match='holds more than named tensors|config is no settings'):
             checkpoint.load(path)
     with pytest.raises(UserError, match='does not fit this model'):
         checkpoint.load_model(
@@ -161,8 +160,10 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path):
 def test_killed_while_saving_leaves_a_whole_one(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     program = (
-        'import sys, torch\nfrom fledge import checkpoint\nbig = dict(model={"w": torch.zeros(5_000_000)}, model_args={}, iter_num=0)\n'
-        f'while True:\n    big["iter_num"] += 1\n    checkpoint.save({path!r}, big)\n    print(big["iter_num"], flush=True)\n'
+        'import sys, torch\nfrom fledge import checkpoint\n'
+        'big = dict(model={"w": torch.zeros(5_000_000)}, model_args={}, iter_num=0)\n'
+        f'while True:\n    big["iter_num"] += 1\n    checkpoint.save({path!r}, big)\n'
+        '    print(big["iter_num"], flush=True)\n'
     )
     for lines in (1, 2, 3):
         process = subprocess.Popen(
@@ -182,10 +183,8 @@ def test_broken_bytes_are_a_mistake_not_a_traceback(tmp_path, seed):
     for _ in range(20):
         raw[rng.randrange(len(raw) if seed % 2 else 3000)] = rng.randrange(256)
     path.write_bytes(raw)
-    try:
+    with contextlib.suppress(UserError):
         checkpoint.load_model(checkpoint.load(str(path)), str(path))
-    except UserError:
-        pass
 
 
 def test_a_linked_checkpoint_stays_when_the_first_is_replaced(tmp_path):
@@ -217,8 +216,10 @@ def test_optimizer_state_comes_back_but_settings_stay(name):
     assert (
         second[0].param_groups[0]['betas'] == (0.8, 0.9) and second[-1].param_groups[0]['lr'] == 0.3
     )
-    for a, b in zip(first, second):
-        for s, t in zip(a.state_dict()['state'].values(), b.state_dict()['state'].values()):
+    for a, b in zip(first, second, strict=True):
+        for s, t in zip(
+            a.state_dict()['state'].values(), b.state_dict()['state'].values(), strict=True
+        ):
             assert all(torch.equal(s[k], t[k]) for k in s)
     step(second)
     with pytest.raises(UserError, match="another optimizer's"):

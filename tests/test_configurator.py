@@ -1,15 +1,18 @@
 """Config files, JSON files and flags over a script's settings."""
 
+import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, run
 
 from fledge import UserError
-from fledge.configurator import configure
+from fledge.configurator import configure, given, missing_package
 from model import GPT, GPTConfig
 
 DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None, _private=3)
@@ -19,7 +22,8 @@ DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.py').write_text(
-        'import time\nsteps = 20\nrate = 1\nname = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
+        'import time\nsteps = 20\nrate = 1\n'
+        'name = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
         'def hook(model, batch):\n    return steps\n'
     )
     (tmp_path / 'b.py').write_text('steps = steps * 2  # sees what came before it\n')
@@ -107,7 +111,9 @@ def test_values_take_the_type_of_the_default(flag, name, value):
         ('--steps', 'takes a whole number'),
         ('nowhere.py', 'nowhere.py: No such file'),
         ('nowhere.json', 'nowhere.json: No such file'),
-        ('steps=3', 'a setting is --key=value'),
+        ('steps=3', 'did you mean --steps=3'),
+        ('steps', 'did you mean --steps=VALUE'),
+        ('binary.txt', 'a config file ends in .py or .json'),
         ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'),
         ('syntax.py', 'syntax.py, line 1:'),
         ('typo.py', "no setting is called 'stepz'"),
@@ -162,7 +168,8 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
 )
 def test_a_config_has_the_size_that_its_name_says(name, low, high):
     values = {}
-    exec(open(os.path.join(ROOT, 'config', f'{name}.py')).read(), values)
+    with open(os.path.join(ROOT, 'config', f'{name}.py'), encoding='utf-8') as f:
+        exec(f.read(), values)
     known = {k: v for k, v in values.items() if k in GPTConfig.__dataclass_fields__}
     with torch.device('meta'):
         model = GPT(GPTConfig(**{'vocab_size': 65, **known}))
@@ -177,3 +184,50 @@ def test_a_script_takes_another_ones_settings_too(tmp_path):
         and 'choose_device' not in out
         and '--objective' not in out
     )
+
+
+def test_advice_is_for_packages_that_are_ours():
+    def missing(name):
+        return missing_package(ModuleNotFoundError(f'No module named {name!r}', name=name))
+
+    assert missing('mdoel') is None  # a slip of who hacks the code: Python's own traceback
+    assert missing('torch.utils.gone') is None  # torch is there
+    assert missing_package(ImportError('cannot import name', name='torch')) is None
+    if importlib.util.find_spec('tensorboard') is None:
+        assert missing('tensorboard') == 'tensorboard'
+
+
+@pytest.mark.parametrize(
+    'code, status, words',
+    [
+        ('import mdoel', 1, "No module named 'mdoel'"),
+        (
+            'open("gone.txt")',
+            1,
+            "FileNotFoundError: [Errno 2] No such file or directory: 'gone.txt'",
+        ),
+        ('raise OSError(28, "No space left on device")', 2, 'error: [Errno 28] No space left'),
+        ('raise UserError("what is wrong")', 2, 'error: what is wrong'),
+        ('raise KeyboardInterrupt', 130, 'interrupted'),
+    ],
+)
+def test_only_a_users_mistake_is_one_line(tmp_path, code, status, words):
+    script = 'from fledge import UserError\nfrom fledge.configurator import configure\n'
+    script += f'steps = 3\nconfigure(globals())\n{code}\n'
+    done = subprocess.run(
+        [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status and words in done.stderr
+    assert ('Traceback' in done.stderr) == (status == 1)
+
+
+def test_given_are_the_names_that_were_given(files):
+    given.clear()
+    configured('a.py', '--steps=1', 'c.json')
+    assert given == {'steps', 'rate', 'name', 'on'}
+
+
+def test_a_file_that_is_no_config_is_not_run(files):
+    (files / 'corpus.txt').write_text('raise SystemExit("it was run")')
+    with pytest.raises(UserError, match='did you mean --input=corpus.txt'):
+        configure(dict(DEFAULTS, input=''), ['corpus.txt'])

@@ -1,4 +1,5 @@
-"""evaluate.py: its figures by hand and by the trainer's own, in every form a model comes in; what it refuses."""
+"""evaluate.py: its figures by hand and by the trainer's own, in every form a model comes in; what
+it refuses."""
 
 import json
 import math
@@ -62,8 +63,8 @@ def test_by_hand(trained):
         0.0,
         0,
     )
-    for start in range(0, len(ids) - 1, 16):  # rows of 16, the last one short
-        x, y = ids[start : start + 16][: len(ids) - 1 - start], ids[start + 1 : start + 17]
+    for first in range(0, len(ids) - 1, 16):  # rows of 16, the last one short
+        x, y = ids[first : first + 16][: len(ids) - 1 - first], ids[first + 1 : first + 17]
         with torch.no_grad():
             p = model(x[None], x[None])[0][0].double().log_softmax(dim=-1)
         nats -= p[range(len(y)), y].sum().item()
@@ -114,7 +115,8 @@ KINDS = {
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_bytes_are_those_of_the_text(kind, tmp_path):
-    """Tokens that end within a character count what they hold of it, special ones nothing, in every backend."""
+    """Tokens that end within a character count what they hold of it, special ones nothing, in every
+    backend."""
     text = 'naïve cafés in 東京, 12 of them 😀 with Ελλάδα'
     plain = train_bpe([text] * 9, 300)
     tokenizer = Tokenizer(KINDS[kind](plain.spec))
@@ -199,7 +201,7 @@ def test_logits_are_made_a_part_at_a_time(tmp_path):
     model = GPT(GPTConfig(block_size=1024, vocab_size=150_000, n_layer=1, n_head=1, n_embd=8))
     checkpoint.save(
         str(tmp_path / 'model.pt'),
-        dict(model=model.state_dict(), model_args=model.config.model_args()),
+        dict(model=model.state_dict(), model_args=checkpoint.model_args(model.config)),
     )
     byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'data/d').mkdir(parents=True)

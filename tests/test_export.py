@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
 
-from fledge import UserError, adapters, checkpoint, int8
+from fledge import UserError, adapters, checkpoint, quantize
 from fledge.formats import families, gguf, huggingface, onnx
 from fledge.tokenizer import (
     CHAT_TEMPLATE,
@@ -34,8 +34,8 @@ from model import GPT, GPTConfig
 transformers = pytest.importorskip('transformers')
 gguf_package = pytest.importorskip('gguf')
 TEXT = (
-    'the quick brown fox, jumps over 12 lazy dogs. It\'s\n\n  a "test" of <tokens> and naïve cafés; '
-    '東京 too! def main(x):\n\treturn x + 1\n'
+    'the quick brown fox, jumps over 12 lazy dogs. It\'s\n\n  a "test" of <tokens> and naïve '
+    'cafés; 東京 too! def main(x):\n\treturn x + 1\n'
 )
 
 
@@ -153,10 +153,9 @@ def test_a_family_goes_back_to_transformers_as_it_came(name, tmp_path):
     with torch.no_grad():
         assert (again(ids).logits - theirs(ids).logits).abs().max() < 1e-5
         assert (again(ids).logits - logits(model, ids)).abs().max() < 1e-4
-    assert (
-        type(again) is type(theirs)
-        and huggingface.load(str(tmp_path / 'out'))['model_args'] == model.config.model_args()
-    )
+    assert type(again) is type(theirs) and huggingface.load(str(tmp_path / 'out'))[
+        'model_args'
+    ] == checkpoint.model_args(model.config)
 
 
 def test_gpt2_without_biases_gets_zeros(tmp_path):
@@ -736,7 +735,7 @@ def test_int8_checkpoint_samples_like_the_flag_and_is_not_trained(trained, expor
         torch.arange(40)[None],
     )
     assert quantized.lm_head.scale.dtype == torch.float32
-    expected = logits(int8.quantize(model), ids)
+    expected = logits(quantize.apply(model), ids)
     assert (logits(quantized.float(), ids) - expected).abs().max() < 0.02 * expected.abs().max()
     assert '8-bit weights, which cannot be trained' in fails(
         trained,
@@ -1034,7 +1033,7 @@ def test_a_link_stays_a_link(trained, exported):
 
 
 def test_a_type_that_ruins_the_model_is_refused(trained, exported):
-    """One column is a million times the others, which 8 bits cannot hold; a norm makes up for it."""
+    """One column is a million times the others, as 8 bits cannot hold; a norm makes up for it."""
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
     for layer in range(2):
         for norm, matrix in (('ln_1', 'attn.c_attn'), ('ln_2', 'mlp.c_fc')):

@@ -46,7 +46,8 @@ ARGS = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_siz
 
 @pytest.fixture
 def theirs(tmp_path):
-    """A working folder with a nanoGPT config file and a nanoGPT data folder: headerless .bin files and a pickled vocabulary."""
+    """A working folder with a nanoGPT config file and a nanoGPT data folder: headerless .bin files
+    and a pickled vocabulary."""
     folder = tmp_path / 'data' / 'char'
     folder.mkdir(parents=True)
     rng, characters = np.random.default_rng(0), '\n abcdefghij'
@@ -66,13 +67,17 @@ def theirs(tmp_path):
 
 
 def gpt2_loss(weights, args, x, y):
-    """GPT-2 written out from its paper on nanoGPT's parameter names: the reference that ours has to match."""
+    """GPT-2 written out from its paper on nanoGPT's parameter names: the reference that ours has to
+    match."""
     T, C, H = x.shape[1], args['n_embd'], args['n_head']
-    layer_norm = lambda z, name: (
-        (z - z.mean(-1, keepdim=True))
-        / (z.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        * weights[name]
-    )
+
+    def layer_norm(z, name):
+        return (
+            (z - z.mean(-1, keepdim=True))
+            / (z.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+            * weights[name]
+        )
+
     h = weights['transformer.wte.weight'][x] + weights['transformer.wpe.weight'][:T]
     for i in range(args['n_layer']):
         w = {
@@ -98,7 +103,8 @@ def gpt2_loss(weights, args, x, y):
 
 
 def reference_run(folder, start, steps):
-    """nanoGPT's loop on our batches: AdamW with decay on matrices, clipping, warmup and cosine. Returns weights and losses."""
+    """nanoGPT's loop on our batches: AdamW with decay on matrices, clipping, warmup and cosine.
+    Returns weights and losses."""
     weights = {k: v.clone().requires_grad_() for k, v in start.items() if k != 'lm_head.weight'}
     optimizer = torch.optim.AdamW(
         [
@@ -128,7 +134,8 @@ def reference_run(folder, start, steps):
 
 
 def test_a_nanogpt_config_does_the_same_work(theirs):
-    """Their config, their data, the same batches: the same loss curve as nanoGPT's loop written out."""
+    """Their config, their data, the same batches: the same loss curve as nanoGPT's loop written
+    out."""
     torch.manual_seed(1337)
     start = GPT(
         GPTConfig(**ARGS)
@@ -244,13 +251,44 @@ def test_our_checkpoint_is_theirs(theirs):
 
 
 def test_every_setting_of_nanogpt_is_known():
-    names = (
-        'out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project wandb_run_name dataset '
-        'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 '
-        'grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile'
-    ).split()
+    names = [
+        'out_dir',
+        'eval_interval',
+        'log_interval',
+        'eval_iters',
+        'eval_only',
+        'always_save_checkpoint',
+        'init_from',
+        'wandb_log',
+        'wandb_project',
+        'wandb_run_name',
+        'dataset',
+        'gradient_accumulation_steps',
+        'batch_size',
+        'block_size',
+        'n_layer',
+        'n_head',
+        'n_embd',
+        'dropout',
+        'bias',
+        'learning_rate',
+        'max_iters',
+        'weight_decay',
+        'beta1',
+        'beta2',
+        'grad_clip',
+        'decay_lr',
+        'warmup_iters',
+        'lr_decay_iters',
+        'min_lr',
+        'backend',
+        'device',
+        'dtype',
+        'compile',
+    ]
     values = {}
-    exec(open(NANOGPT).read(), values)
+    with open(NANOGPT, encoding='utf-8') as f:
+        exec(f.read(), values)
     assert set(names) <= set(values)
     with open(os.path.join(ROOT, 'train.py')) as f:
         settings = f.read()

@@ -1,4 +1,5 @@
-"""README's commands, read from README and run as written, with smaller models and fewer steps appended."""
+"""README's commands, read from README and run as written, with smaller models and fewer steps
+appended."""
 
 import os
 import re
@@ -12,8 +13,9 @@ from conftest import ROOT, SHARED, forked, write_tiny
 from test_bench import NANOGPT
 
 SMALL = (
-    '--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 '
-    '--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu'
+    '--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=32 --block_size=32 '
+    '--batch_size=2 --gradient_accumulation_steps=2 --max_iters=6 --eval_interval=3 --eval_iters=1 '
+    '--sample_interval=3 --sample_tokens=5 --warmup_iters=1 --device=cpu'
 )
 
 
@@ -39,12 +41,7 @@ def test_readme_names_the_two_commands():
 def test_readmes_table_has_every_corpus():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         named = set(re.findall(r'`(?:python )?prepare/(\w+)\.py', f.read()))
-    scripts = {
-        n[:-3]
-        for n in os.listdir(os.path.join(ROOT, 'prepare'))
-        if n.endswith('.py')
-        and 'configure(globals()' in open(os.path.join(ROOT, 'prepare', n)).read()
-    }
+    scripts = {n[:-3] for n in os.listdir(os.path.join(ROOT, 'prepare')) if n.endswith('.py')}
     assert named == scripts - {'text', 'chat', 'look', 'merge'}  # those have examples of their own
 
 
@@ -79,7 +76,8 @@ def test_readmes_commands_run(tmp_path):
         ''.join(f'{{"text": "note {i}"}}\n' for i in range(900))
     )
     (tmp_path / 'talks.jsonl').write_text(
-        '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
+        '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", '
+        '"content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
     )
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
@@ -101,10 +99,14 @@ def test_readmes_commands_run(tmp_path):
             ]  # corpora too large to have here
             words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
         if 'bench.py' in words:
-            words += (
-                SMALL.split()
-                + '--vocab_size=64 --rounds=1 --seconds=0 --new_tokens=3 --prompt_tokens=3 --compile=False'.split()
-            )
+            words += SMALL.split() + [
+                '--vocab_size=64',
+                '--rounds=1',
+                '--seconds=0',
+                '--new_tokens=3',
+                '--prompt_tokens=3',
+                '--compile=False',
+            ]
             words = [w.replace('../nanoGPT', str(tmp_path / 'theirs')) for w in words]
         if 'sample.py' in words:
             words += ['--max_new_tokens=5']

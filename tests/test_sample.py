@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, fails, run, write_tiny
+from conftest import TINY, fails, run, start, write_tiny
 
 from fledge import checkpoint
 
@@ -37,9 +37,11 @@ def test_samples_continue_the_prompt(trained):
 
 
 def test_flags_of_sampling(trained):
-    one = lambda *flags: run(
-        trained, 'sample.py', '--start=012', '--num_samples=1', '--max_new_tokens=30', *flags
-    )
+    def one(*flags):
+        return run(
+            trained, 'sample.py', '--start=012', '--num_samples=1', '--max_new_tokens=30', *flags
+        )
+
     assert one() == one() != one('--seed=2')
     assert (
         one('--temperature=0') == one('--top_k=1') == one('--top_p=0.00001') == one('--min_p=1.0')
@@ -66,6 +68,16 @@ def test_a_run_samples_without_its_data(trained, tmp_path):
         '--num_samples=1',
         '--max_new_tokens=5',
     )
+
+
+def test_what_does_nothing_is_said(trained):
+    words = 'is no special token of this tokenizer'
+    assert words in fails(trained, 'sample.py', '--stop=###', '--num_samples=1')
+    process = start(
+        trained, 'sample.py', '--start=0', '--temperature=0', '--top_k=3', '--num_samples=1'
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and 'without effect at temperature=0: top_k' in err
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -18,13 +18,18 @@ from fledge.tokenizer import (
     char_tokenizer,
     find_tokenizer,
     gpt2_tokenizer,
+    is_gpt2_size,
     load_tokenizer,
+    padded_vocab_size,
     train_bpe,
 )
 
 
 def random_texts(n, seed=0):
-    """Texts that break tokenizers: any Unicode, control characters, runs of spaces and newlines, special tokens spelled out."""
+    """Texts that break tokenizers: any Unicode, control characters, runs of spaces and newlines.
+
+    Special tokens are spelled out in some.
+    """
     rng = random.Random(seed)
     pieces = [
         'def main():\n',
@@ -77,7 +82,7 @@ def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
         )
     texts = random_texts(1000)
     batch = [tokenizer.encode_array(t).tolist() for t in texts]
-    for text, ids in zip(texts, batch):
+    for text, ids in zip(texts, batch, strict=True):
         assert ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
         if '<|' not in text:  # `tokenizers` takes special tokens in text for special
             assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
@@ -156,6 +161,19 @@ def test_gpt2_is_tiktokens(request):
     assert ours.encode('a<|endoftext|>', allow_special=True) == theirs.encode(
         'a<|endoftext|>', allowed_special='all'
     )
+
+
+def test_which_vocabularies_are_gpt2s(request, trained, tmp_path):
+    gpt2 = tokenizer_named('gpt2', request)
+    assert padded_vocab_size(gpt2) == padded_vocab_size(None) == 50304
+    assert padded_vocab_size(trained) == 1000
+    assert [n for n in (0, 1000, 50256, 50257, 50258, 50304) if is_gpt2_size(n)] == [50257, 50304]
+    for size in (50257, 50304):
+        assert find_tokenizer(str(tmp_path), vocab_size=size).spec == gpt2.spec
+    assert find_tokenizer(str(tmp_path), vocab_size=1000) is None
+    assert find_tokenizer(str(tmp_path)) is None
+    trained.save(str(tmp_path / 'tokenizer.json'))
+    assert find_tokenizer(str(tmp_path), vocab_size=50304).spec == trained.spec
 
 
 def test_trained_vocabulary_has_the_size_asked_for(trained):

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
+from fledge.run import RunLog
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
@@ -43,7 +44,7 @@ def assert_same_run(a, b):
     )
     assert all(torch.equal(v, second['model'][k]) for k, v in first['model'].items())
     flat = [o['state'] for c in (first, second) for o in c['optimizer']]
-    for x, y in zip(flat[:2], flat[2:]):
+    for x, y in zip(flat[:2], flat[2:], strict=True):
         assert all(torch.equal(x[i][k], y[i][k]) for i in x for k in x[i])
 
 
@@ -57,10 +58,19 @@ def whole(tmp_path_factory):
 
 
 def slow(folder, seconds=0.03):
-    """A config file whose steps take their time, so that a signal or a kill comes between two of them."""
-    (folder / 'slow.py').write_text(
-        f'import time\ndef objective(model, batch):\n    time.sleep({seconds})\n    return model(*batch, return_logits=False)[1]\n'
-    )
+    """A config file that makes steps take their time: a signal or a kill comes between two."""
+    (folder / 'slow.py').write_text(f"""
+import time
+import model
+
+_forward = model.GPT.forward
+
+def _slow_forward(self, *args, **options):
+    time.sleep({seconds})
+    return _forward(self, *args, **options)
+
+model.GPT.forward = _slow_forward
+""")
     return 'slow.py'
 
 
@@ -207,7 +217,8 @@ def test_a_new_run_keeps_the_one_that_was_there(workdir):
 
 
 def test_processes_share_the_batch_of_one(workdir):
-    """DistributedDataParallel over 1 and 2 processes: the same batches, so the same losses up to rounding; one voice."""
+    """DistributedDataParallel over 1 and 2 processes: the same batches, so the same losses up to
+    rounding; one voice."""
     flags = [*TINY, '--max_iters=12', '--gradient_accumulation_steps=2', '--eval_interval=6']
     run(workdir, 'train.py', *flags, '--out_dir=one')
     two = subprocess.run(
@@ -242,7 +253,8 @@ calls, init = [], DistributedDataParallel.__init__
 
 def average(state, bucket):
     calls.append(1)
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0] / 2)
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0] / 2)
 
 def counted(self, *args, **kwargs):
     init(self, *args, **kwargs)
@@ -318,9 +330,10 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     stopped = checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))
     run(workdir, 'train.py', 'slow.py', '--init_from=resume')
     lines = [m for m in metrics(workdir / 'out') if m['step'] >= stopped['iter_num']]
-    rest = 1 - (lines[0]['step'] - 5) / (
-        stopped['total_steps'] - 5
-    )  # after the warmup: what is left of the steps that time allows
+    # what is spent of its time, but for twice the longest evaluation, is done of the schedule
+    budget = 60 * 0.2 - 2 * stopped['run']['longest_evaluation']
+    assert stopped['run']['elapsed'] <= lines[0]['elapsed'] < stopped['run']['elapsed'] + 1
+    rest = 1 - (lines[0]['elapsed'] / budget * 100000 - 5) / (100000 - 5)
     assert lines[0]['lr'] == pytest.approx(0.006 * rest, rel=1e-6)  # no jump
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
@@ -417,8 +430,55 @@ def test_evaluation_is_the_same_whatever_the_batch(whole, workdir):
         )
         for b in (4, 7)
     )  # dropout is off in it, and a short last row counts for its tokens
-    pick = lambda out: re.search(r'val loss (\S+),', out)[1]
+
+    def pick(out):
+        return re.search(r'val loss (\S+),', out)[1]
+
     assert pick(first) == pick(second)
+
+
+def test_a_rows_length_is_not_the_context_where_positions_are_rope(whole, workdir):
+    start_from = [*TINY, f'--init_from={whole}/out/ckpt.pt', '--max_iters=2']
+    for length, context in ((8, 16), (24, 24)):
+        out = run(workdir, 'train.py', *start_from, f'--block_size={length}')
+        saved = checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))
+        assert saved['model_args']['block_size'] == context
+        assert saved['config']['block_size'] == length
+        assert f'{4 * length} tokens a step' in out
+    evaluated = json.loads(run(workdir, 'evaluate.py', '--json').splitlines()[-1])
+    assert evaluated['block_size'] == 24
+    learned = ['--position=learned', '--max_iters=1', '--out_dir=learned']
+    run(workdir, 'train.py', *TINY, *learned)
+    start_from[-2] = '--init_from=learned/ckpt.pt'
+    assert 'the context of 16 becomes 8' in run(workdir, 'train.py', *start_from, '--block_size=8')
+    words = 'has 16 learned positions; block_size=24 is more'
+    assert words in fails(workdir, 'train.py', *start_from, '--block_size=24')
+
+
+def test_a_setting_that_does_nothing_is_named(whole, workdir):
+    start_from = [*TINY, f'--init_from={whole}/out/ckpt.pt', '--eval_only']
+    out = run(workdir, 'train.py', *start_from, '--n_layer=5', '--n_inner=0')
+    assert (
+        'n_layer=5 is ignored: the checkpoint has 2' in out and 'n_inner' not in out.split('\n')[0]
+    )
+    out = run(workdir, 'train.py', *TINY, '--eval_only', '--decay_lr=False', '--min_lr=1e-4')
+    assert 'without effect here: warmup_iters (decay_lr=False), min_lr (decay_lr=False)' in out
+
+
+def test_masks_are_not_ignored_in_silence(workdir):
+    (workdir / 'data' / 'tiny' / 'train.mask.bin').write_bytes(bytes(4000))
+    assert 'data/tiny has masks, which are not read yet' in run(
+        workdir, 'train.py', *TINY, '--eval_only'
+    )
+
+
+def test_the_curves_of_a_long_run_stay_small(tmp_path):
+    log = RunLog(True, str(tmp_path))
+    for step in range(20_000):
+        log.add_to_curves(dict(tokens=step, train_loss=1.0, val_loss=None))
+    curve = log.curves['train_loss']
+    assert 500 < len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] == 19_999
+    assert not log.curves['val_loss']
 
 
 def test_two_runs_do_not_write_to_one_folder(workdir):
@@ -430,7 +490,10 @@ def test_two_runs_do_not_write_to_one_folder(workdir):
 
 
 def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
-    run(workdir, 'train.py', *TINY, slow(workdir, 0), '--max_iters=3')
+    (workdir / 'own.py').write_text(
+        'def objective(model, batch):\n    return model(*batch, return_logits=False)[1]\n'
+    )
+    run(workdir, 'train.py', *TINY, 'own.py', '--max_iters=3')
     assert 'objective of its own' in fails(
         workdir, 'train.py', '--init_from=resume', '--max_iters=5'
     )
@@ -439,14 +502,14 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     out = run(
         workdir,
         'train.py',
-        'slow.py',
+        'own.py',
         '--init_from=resume',
         '--max_iters=5',
         '--learning_rate=0.001',
     )
     assert json.loads((workdir / 'out' / 'settings.json').read_text())['init_from'] == 'scratch'
     assert 'n_layer=5 is ignored: the checkpoint has 2' in run(
-        workdir, 'train.py', 'slow.py', '--init_from=resume', '--n_layer=5'
+        workdir, 'train.py', 'own.py', '--init_from=resume', '--n_layer=5'
     )
     assert (
         'resuming at step 3'
@@ -457,9 +520,26 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     assert [m['step'] for m in metrics(workdir / 'out')] == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_objective_may_log_more_numbers(workdir):
+    (workdir / 'two.py').write_text("""
+max_iters = 4
+def objective(model, batch):
+    logits, loss = model(batch['inputs'], batch['targets'])
+    return loss, {'largest_logit': logits.max()}
+""")
+    out = run(workdir, 'train.py', *TINY, 'two.py')
+    lines = metrics(workdir / 'out')
+    assert all(m['largest_logit'] > 0 for m in lines[:-1])
+    assert lines[0]['val_largest_logit'] > 0 and lines[0]['val_bpb'] is None
+    evaluation = re.search('step 0: (.*)', out)[1]
+    assert re.fullmatch(r'val loss 4\.\d+, largest_logit 0\.\d+', evaluation)
+    assert '| largest_logit 0.' in out
+
+
 def test_a_config_file_may_bring_its_own_loss(workdir):
     (workdir / 'mine.py').write_text(
-        'max_iters = 4\ndef objective(model, batch):\n    x, y = batch\n    return model(x, y)[1] * 2\n'
+        'max_iters = 4\ndef objective(model, batch):\n'
+        '    x, y = batch\n    return model(x, y)[1] * 2\n'
     )
     run(workdir, 'train.py', *TINY, 'mine.py')
     run(workdir, 'train.py', *TINY, '--max_iters=4', '--out_dir=plain')
@@ -531,8 +611,8 @@ def test_nothing_is_imported_before_it_is_needed(workdir):
 import sys
 
 def objective(model, batch):
-    early = {'wandb', 'datasets', 'matplotlib', 'tokenizers', 'tensorboard', 'transformers'} & set(sys.modules)
-    assert not early, early
+    late = {'wandb', 'datasets', 'matplotlib', 'tokenizers', 'tensorboard', 'transformers'}
+    assert not late & set(sys.modules), late & set(sys.modules)
     return model(*batch, return_logits=False)[1]
 """)
     run(
@@ -585,20 +665,11 @@ def test_compile_trains_the_same(workdir):
         assert a['train_loss'] == pytest.approx(b['train_loss'], abs=1e-3)
 
 
-def test_compile_falls_back(workdir):
-    out = run(
-        workdir,
-        'train.py',
-        *TINY,
-        '--max_iters=3',
-        '--compile',
-        env={'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')},
-    )
-    assert (
-        out.count('torch.compile failed (') == 1
-        and 'going on without it' in out
-        and 'done at step 3' in out
-    )
+def test_a_failure_to_compile_is_an_error_where_compiling_was_asked_for(workdir):
+    env = {'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')}
+    process = start(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env=env)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and 'nonexistent' in err and 'going on' not in out
 
 
 def test_a_terminal_gets_a_progress_bar(workdir):

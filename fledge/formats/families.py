@@ -253,9 +253,10 @@ def refuse_foreign(config, family, where):
     if kinds:
         raise UserError(f'{where}: layer_types has {min(kinds)}, which is not supported')
     window = config.get('use_sliding_window') and config.get('sliding_window', 4096)
-    some_layers = config.get('max_window_layers', 28) < config.get('num_hidden_layers', 0)
-    if window and some_layers and not config.get('layer_types'):
-        raise UserError(f'{where}: use_sliding_window=True is not supported')
+    if window and not config.get('layer_types'):
+        first_layer = config.get('max_window_layers', 28)
+        if first_layer < config['num_hidden_layers']:
+            raise UserError(f'{where}: use_sliding_window=True is not supported')
 
 
 def read_rope(config, where):

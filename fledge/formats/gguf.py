@@ -81,16 +81,6 @@ def add_sentencepiece(writer, tokenizer, tokens):
             tokens[i] = token, UNKNOWN
 
 
-def add_byte_level(writer, tokenizer):
-    """What llama.cpp goes by in byte-level BPE: the merges in order, and how text is split."""
-    merges = tokenizer.spec['model']['merges']
-    merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges]
-    writer.add_tokenizer_model('gpt2')
-    writer.add_tokenizer_pre(split_name(tokenizer.spec))
-    # llama.cpp wants one merge at least: one of two words that are no tokens does nothing
-    writer.add_token_merges(merges or ['no merge'])
-
-
 def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
     """The tokenizer's part of the metadata, padded to the vocab_size of the model's embedding.
 
@@ -108,7 +98,11 @@ def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
     if model.get('byte_fallback'):
         add_sentencepiece(writer, tokenizer, tokens)
     else:
-        add_byte_level(writer, tokenizer)
+        merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+        writer.add_tokenizer_model('gpt2')
+        writer.add_tokenizer_pre(split_name(tokenizer.spec))
+        # llama.cpp wants one merge at least: one of two words that are no tokens does nothing
+        writer.add_token_merges(merges or ['no merge'])
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     begin = tokenizer.begin[0] if tokenizer.begin else end
@@ -128,18 +122,18 @@ def add_settings(writer, c, kind):
     """The model's part of the metadata, by its family's table; UserError for what is not read."""
     import gguf
 
-    scaling = c.rope_scaling or {}
-    if scaling.get('rope_type') == 'llama3' and kind != 'llama':
+    family, scaling = families.FAMILIES[kind], c.rope_scaling or {}
+    if scaling.get('rope_type') == 'llama3' and family.gguf != 'llama':
         raise UserError(
             'llama.cpp reads rope_scaling of type llama3 for llama alone, '
             f'and this is a {kind} model'
         )
-    if kind == 'qwen2' and c.n_head * c.head_dim != c.n_embd:
+    if family.gguf == 'qwen2' and c.n_head * c.head_dim != c.n_embd:
         raise UserError(
             f'llama.cpp reads no qwen2 model whose heads ({c.n_head} of {c.head_dim}) '
             f'are not as wide as the model ({c.n_embd})'
         )
-    for ours, _, theirs, _ in families.FAMILIES[kind].settings:
+    for ours, _, theirs, _ in family.settings:
         value = getattr(c, ours)
         if theirs:
             add = writer.add_float32 if families.TYPES[ours] is float else writer.add_uint32
@@ -227,16 +221,12 @@ def largest_error(path, model, dtype):
     """
     import gguf
 
-    kind = families.config_of(model.config)['model_type']
+    kind, largest = families.config_of(model.config)['model_type'], 0.0
     held = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    largest = 0.0
     for name, stored, array in tensors(model, kind, dtype):
-        found = held.pop(name, None)
-        if found is None or found.tensor_type != stored:
+        found, block = held.pop(name, None), gguf.quants.quantize(array, stored)
+        if found is None or found.tensor_type != stored or found.data.shape != block.shape:
             return float('inf')
-        meant = gguf.quants.dequantize(gguf.quants.quantize(array, stored), stored)
-        read = gguf.quants.dequantize(found.data, stored)
-        if read.shape != meant.shape:
-            return float('inf')
-        largest = max(largest, float(np.abs(read - meant).max()))
+        off = gguf.quants.dequantize(found.data, stored) - gguf.quants.dequantize(block, stored)
+        largest = max(largest, float(np.abs(off).max()))
     return float('inf') if held else largest

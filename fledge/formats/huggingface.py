@@ -164,7 +164,8 @@ def load(source, block_size=0):
         head, embedding = (read_tensor(file_of, n, folder).float() for n in (head, embedding))
         args['tie_embeddings'] = torch.equal(head, embedding)
     state = our_tensors(file_of, kind, args, folder)
-    return dict(model=state, model_args=GPTConfig(**args).model_args(), config={}, folder=folder)
+    args = checkpoint.model_args(GPTConfig(**args))
+    return dict(model=state, model_args=args, config={}, folder=folder)
 
 
 def load_with_tokenizer(init_from, out_dir, dataset=''):
@@ -233,11 +234,7 @@ def special_tokens(tokenizer, source):
     stops, begin = ends(tokenizer), tokenizer.begin[0] if tokenizer.begin else None
     end = stops[0] if stops else None
     # None is written as well: transformers has defaults for what is not there
-    ids = dict(
-        bos_token_id=begin,
-        eos_token_id=stops if len(stops) > 1 else end,
-        pad_token_id=end,
-    )
+    ids = dict(bos_token_id=begin, eos_token_id=stops if len(stops) > 1 else end, pad_token_id=end)
     text_of = {i: token for token, i in tokenizer.special.items()}
     texts = dict(bos_token=text_of.get(begin), eos_token=text_of.get(end))
     texts['pad_token'] = texts['eos_token']
@@ -362,18 +359,19 @@ def card(name, model, state, meta, began):
         facts['data'] = run.get('dataset', '?') + (f' ({source})' if source else '')
         facts['began from'] = began if named else os.path.basename(began.rstrip('/'))
         facts['steps'] = f'{state["iter_num"]:,}'
-        facts['tokens seen'] = f'{state["iter_num"] * rows * c.block_size:,}'
-        if state.get('evaluation'):
-            step, loss, bits_per_byte = state['evaluation']
-            bits = f', {bits_per_byte:.4f} bits a byte' if bits_per_byte else ''
-            facts['validation loss'] = f'{loss:.4f} nats a token{bits}, at step {step:,}'
+        tokens = state['iter_num'] * rows * run.get('block_size', c.block_size)
+        facts['tokens seen'] = f'{tokens:,}'
+        evaluation = state.get('run', {}).get('evaluation')
+        if evaluation:
+            bits = evaluation.get('bits_per_byte')
+            bits = f', {bits:.4f} bits a byte' if bits else ''
+            at = f'{bits}, at step {state["run"]["evaluated_step"]:,}'
+            facts['validation loss'] = f'{evaluation["loss"]:.4f} nats a token{at}'
         facts |= {key.replace('_', ' '): run[key] for key in SETTINGS_ON_CARD if key in run}
     training = ''.join(f'| {key} | {value} |\n' for key, value in facts.items())
+    if facts:
+        training = f'| training | |\n|---|---|\n{training}\n'
+    n_params = model.get_num_params(non_embedding=False)
     return CARD.format(
-        base=base,
-        name=name,
-        n_params=model.get_num_params(non_embedding=False),
-        architecture=architecture,
-        c=c,
-        training=f'| training | |\n|---|---|\n{training}\n' if facts else '',
+        name=name, base=base, n_params=n_params, architecture=architecture, c=c, training=training
     )

@@ -1,11 +1,12 @@
-"""8-bit weights: how far they are from the real ones, and that a model of them does the same work."""
+"""8-bit weights: how far they are from the real ones, and that a model of them works as well."""
 
 import math
 
 import torch
 
-from fledge.int8 import Int8Linear, quantize
-from model import GPT, GPTConfig, KVCache
+from fledge import quantize
+from fledge.quantize import Int8Linear
+from model import GPT, GPTConfig
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def test_perplexity_is_within_half_a_percent():
     @torch.no_grad()
     def perplexities():
         """Of whole rows, and token by token through the cache as generation reads them."""
-        cache, logits = KVCache(model.config, 8), []
+        cache, logits = model.make_cache(8, 32), []
         for t in range(32):
             logits.append(model(text[:8, t : t + 1], cache=cache)[0])
         by_token = torch.nn.functional.cross_entropy(
@@ -79,12 +80,12 @@ def test_perplexity_is_within_half_a_percent():
     before = perplexities()
     greedy = model.generate(text[:1, :8], 12, temperature=0)
     assert before[0] < 8  # it has learned something to lose
-    quantize(model)
+    quantize.apply(model)
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     with torch.no_grad():
         losses = [model(text[:, :-1], text[:, 1:], return_logits=r)[1] for r in (True, False)]
     assert losses[0] == losses[1]
-    for a, b in zip(perplexities(), before):
+    for a, b in zip(perplexities(), before, strict=True):
         assert abs(a / b - 1) < 0.005
     assert model.generate(text[:1, :8], 12, temperature=0).shape == greedy.shape
     assert model.to(torch.bfloat16).generate(text[:3, :8], 4, seed=1).shape == (3, 12)

@@ -1,6 +1,8 @@
-"""The figures of look.py --quality: vocabulary, lengths, repeated and faulty documents, val text in train, and what to be warned of.
+"""The figures of look.py --quality: vocabulary, lengths, repeated and faulty documents, val text in
+train, and what to be warned of.
 
-`dataset` is look.py's Dataset, `data` one of its splits. Files may be larger than memory: they are read CHUNK tokens at a time.
+`dataset` is look.py's Dataset, `data` one of its splits. Files may be larger than memory: they are
+read CHUNK tokens at a time.
 """
 
 import codecs
@@ -101,8 +103,10 @@ def assess(dataset, result):
 
 
 def scan(dataset, data, wanted):
-    """One pass over a split: how often each id occurs (the last count: all ids beyond the vocabulary), which of the
-    window hashes `wanted` it has, and the numbers of the documents with tokens that may be FAULTS."""
+    """One pass over a split: how often each id occurs (the last count: all ids beyond the
+    vocabulary), which of the
+    window hashes `wanted` it has, and the numbers of the documents with tokens that may be
+    FAULTS."""
     fault = re.compile(
         '|'.join(FAULTS.values())
     )  # of a token alone, maybe: half a character may turn out to be none
@@ -115,7 +119,7 @@ def scan(dataset, data, wanted):
     likely[wanted >> np.uint64(48)] = True
     counts = np.zeros(dataset.vocab_size + 1, np.int64)
     found, suspects, documents_before = [wanted[:0]], [], 0
-    for ids, ends in zip(data.shards, data.ends):
+    for ids, ends in zip(data.shards, data.ends, strict=True):
         for at, part in chunks(ids):
             part = dataset.known(part)
             counts += np.bincount(part, minlength=len(counts))
@@ -133,7 +137,8 @@ def scan(dataset, data, wanted):
 
 
 def window_hashes(ids):
-    """A 64-bit number for each stretch of WINDOW tokens: the sum of one for each pair of neighbours in it."""
+    """A 64-bit number for each stretch of WINDOW tokens: the sum of one for each pair of neighbours
+    in it."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     pairs = (ids[:-1].astype(np.uint64) << np.uint64(32) | ids[1:]) * odd
     pairs = (
@@ -160,11 +165,11 @@ def windows_of(data):
 def document_hashes(data):
     """A 64-bit number for each document, of its bytes in the file."""
     hashes = []
-    for ids, ends in zip(data.shards, data.ends):
+    for ids, ends in zip(data.shards, data.ends, strict=True):
         starts = [0, *ends[:-1].tolist()]
         hashes += [
             hashlib.blake2b(ids[start:end], digest_size=8).digest()
-            for start, end in zip(starts, ends.tolist())
+            for start, end in zip(starts, ends.tolist(), strict=True)
         ]
     return np.frombuffer(b''.join(hashes), np.uint64)
 
@@ -215,7 +220,8 @@ def plot(dataset, counts):
 
     seen = np.sort(counts[counts > 0])[::-1]
     ranks = np.arange(1, len(seen) + 1)
-    title = f'{os.path.basename(dataset.folder)}: {counts.sum():,} tokens, {len(seen):,} different ones of {len(counts):,}'
+    title = f'{os.path.basename(dataset.folder)}: {counts.sum():,} tokens, '
+    title += f'{len(seen):,} different ones of {len(counts):,}'
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     axes.loglog(ranks, seen, '.-', label='train')
@@ -256,12 +262,14 @@ def warnings_of(dataset, result):
         warnings += [line for bad, line in shares_of(name, f) if bad]
         if f['beyond_vocabulary']:
             warnings.append(
-                f'{f["beyond_vocabulary"]:,} tokens of {name} are beyond the vocabulary of {dataset.vocab_size:,}: '
+                f'{f["beyond_vocabulary"]:,} tokens of {name} are beyond the vocabulary of '
+                f'{dataset.vocab_size:,}: '
                 'training stops at the first of them'
             )
         if dataset.end is not None and not data.terminated:
             warnings.append(
-                f'{name} has no end-of-text token: a model trained on such text never learns to stop'
+                f'{name} has no end-of-text token: '
+                'a model trained on such text never learns to stop'
             )
         if f['learned'] == 0:
             warnings.append(f'the mask of {name} lets nothing be learned')
@@ -281,7 +289,8 @@ def warnings_of(dataset, result):
             )
         if missing > 0.05 * expected:
             warnings.append(
-                f'{missing:,} of the {expected:,} ids of the vocabulary, single bytes and special tokens left out, '
+                f'{missing:,} of the {expected:,} ids of the vocabulary, single bytes and special '
+                'tokens left out, '
                 f'are never seen in train ({missing / expected:.1%})'
             )
     return warnings
@@ -292,7 +301,8 @@ def show_quality(dataset, result):
     splits = {data.name: result['splits'][data.name] for data in dataset.splits}
     if 'train' in splits:
         print(
-            f'\n{result["ids_seen"]:,} of the {dataset.vocab_size:,} ids of the vocabulary are in train ({result["coverage"]:.1%})'
+            f'\n{result["ids_seen"]:,} of the {dataset.vocab_size:,} ids of the vocabulary are in '
+            f'train ({result["coverage"]:.1%})'
         )
         for which in ('most', 'least'):
             print(f'\nthe {which} frequent: id, times, share of train, text')

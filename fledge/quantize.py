@@ -1,0 +1,84 @@
+"""8-bit weights, applied to a model from outside.
+
+They are half the bytes of bfloat16, and generation, which reads all weights for each token, takes
+half the time.
+"""
+
+import warnings
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from fledge import cpu
+
+# Without VNNI products of 8-bit numbers are summed in 16 bits, which overflow unless one has but 7.
+SEVEN_BITS = not cpu.has_vnni()
+
+
+def apply(model):
+    """Give all linear layers of a model 8-bit weights, in place; returns it.
+
+    Embeddings and norms stay as they are, and so does the embedding that was tied to the head.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model
+
+
+def is_quantized(model):
+    return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight (rows, columns) is int8, with a float32 scale a row.
+
+    On a CPU a few rows of input, as in a step of generation, are rounded to 8 bits as well, each by
+    its own range, and multiplied as integers. More of them, or another device, multiply by the
+    weight in the input's type.
+    """
+
+    FEW = 16  # rows of input
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale)
+        self.bias = linear.bias
+        self.packed = None
+
+    def forward(self, x):
+        n_rows = x.shape[:-1].numel()
+        if x.device.type != 'cpu' or n_rows > self.FEW:
+            weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        rows = x.float()
+        if n_rows == 1:
+            y = torch.ops.quantized.linear_dynamic(rows, self.pack(), SEVEN_BITS)
+        else:  # the product rounds all rows by one range: each is brought to the same first
+            largest = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8)
+            y = torch.ops.quantized.linear_dynamic(rows / largest, self.pack(), SEVEN_BITS)
+            y = y * largest
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def pack(self):
+        """The weight in the layout of torch's integer product, made again when it changes."""
+        weight, scale = self.weight, self.scale
+        version = weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
+        if self.packed is None or self.packed[0] != version:
+            # torch.quantize_per_channel is deprecated, and nothing as fast has taken its place
+            warnings.filterwarnings('ignore', message='torch.quantize_per', category=UserWarning)
+            zeros = torch.zeros(len(scale), dtype=torch.long)
+            weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self.packed = version, torch.ops.quantized.linear_prepack(weight, None)
+        return self.packed[1]
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale  # stays float32 where a model is turned to bfloat16
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.weight.device)
+        return self

@@ -1,0 +1,190 @@
+"""What a CPU does faster: each part against the plain one that it stands for."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fledge import cpu
+from fledge.cpu import CausalAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
+from test_model import QWEN3, all_logits, every_family, tiny, tokens
+
+
+def assert_same_gradients(ours, theirs, inputs, **tolerance):
+    dy = torch.randn_like(ours)
+    our_gradients = torch.autograd.grad(ours, inputs, dy)
+    their_gradients = torch.autograd.grad(theirs, inputs, dy)
+    torch.testing.assert_close(our_gradients, their_gradients, **tolerance)
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2, 4])
+@pytest.mark.parametrize('length', [7, 128, 300])  # less than a block, one block, blocks and a rest
+@pytest.mark.parametrize('cache_bytes', [1, 8 << 20])  # row by row, and all at once
+def test_attention_in_blocks_equals_torchs(n_kv_head, length, cache_bytes, monkeypatch):
+    monkeypatch.setattr(CausalAttention, 'CACHE_BYTES', cache_bytes)
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True)
+        for n in (4, n_kv_head, n_kv_head)
+    )
+    ours = CausalAttention.apply(q, k, v, 0.0)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    assert_same_gradients(ours, theirs, (q, k, v))
+
+
+@pytest.mark.parametrize('length', [7, 300])
+def test_attention_drops_as_it_says(length, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, length, 8, requires_grad=True) for n in (4, 2, 2))
+    masks = []
+
+    def recorded(*args):
+        masks.append(dropout_mask(*args))
+        return masks[-1]
+
+    monkeypatch.setattr(cpu, 'dropout_mask', recorded)
+    ours = CausalAttention.apply(q, k, v, 0.25)
+    blocks = [m.view(2, 2, 2, -1, m.shape[-1]) for m in masks]
+    whole = [F.pad(block, (0, length - block.shape[-1])) for block in blocks]
+    kept = torch.cat(whole, dim=3).view(2, 4, length, length)
+    future = torch.full((length, length), -math.inf).triu(1)
+    p = (q @ k.repeat_interleave(2, 1).mT / 8**0.5 + future).softmax(-1)
+    theirs = (p * kept / 0.75) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(ours, theirs)
+    assert_same_gradients(ours, theirs, (q, k, v), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    mask = dropout_mask((1000, 1001), rate, torch.float32)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - (1 - rate)) < 0.002
+    # four masks come from one 64-bit draw: none is special
+    for part in mask.flatten()[:1_000_000].view(-1, 4).mean(0):
+        assert abs(part - (1 - rate)) < 0.004
+    x = torch.ones(1000, 1000)
+    assert abs(Dropout(rate)(x).mean() - 1) < 0.1
+    assert torch.equal(Dropout(rate).eval()(x), x)
+
+
+def test_rmsnorm_equals_torchs():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 7, 3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    ours, theirs = RMSNormFunction.apply(x, weight, 1e-5), F.rms_norm(x, (8,), weight, 1e-5)
+    torch.testing.assert_close(ours, theirs)
+    assert_same_gradients(ours, theirs, (x, weight))
+
+
+@pytest.mark.parametrize('switches', [{}, QWEN3], ids=['gpt2', 'qwen3'])
+def test_what_the_backward_pass_computes_again_changes_nothing(switches, monkeypatch):
+    idx, gradients = tokens(4, 25), []
+    for large in (1, 1 << 40):
+        monkeypatch.setattr(cpu, 'LARGE', large)
+        model = cpu.speed_up(tiny(switches, n_layer=1))
+        loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)[1]
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('large', [1, 1 << 40])
+def test_what_is_computed_again_is_not_kept(dtype, large, monkeypatch):
+    monkeypatch.setattr(cpu, 'LARGE', large)
+    mlp = cpu.speed_up(tiny()).transformer.h[0].mlp
+    functions = [
+        (cpu.RMSNorm(32, eps=1e-6), mlp.c_fc),
+        (cpu.LayerNorm(32), mlp.c_fc),
+        (mlp.activate, mlp.c_proj),
+    ]
+    for function, linear in functions:
+        x = torch.randn(4, 25, 32 if linear is mlp.c_fc else 2 * linear.in_features, dtype=dtype)
+        x = x.requires_grad_() * 1
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = function(x)
+            z = linear(y)
+        kept = weakref.ref(y)
+        del y
+        assert (kept() is None) == (large == 1)
+        z.sum().backward()
+
+
+def test_what_was_changed_in_place_is_not_computed_again(monkeypatch):
+    monkeypatch.setattr(cpu, 'LARGE', 1)
+    norm, linear = cpu.RMSNorm(8, eps=1e-6), cpu.Linear(8, 3)
+    x = torch.randn(5, 8, requires_grad=True)
+    changed = norm(x)
+    with torch.no_grad():
+        changed.mul_(2)
+    gradient = torch.autograd.grad(linear(changed).sum(), linear.weight)[0]
+    torch.testing.assert_close(gradient, 2 * norm(x).sum(0).expand(3, -1))
+
+
+@every_family
+@torch.no_grad()
+def test_a_step_in_bfloat16_is_as_exact_as_bfloat16(switches):
+    model, idx = tiny(switches), tokens(3, 20)
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()  # so that only the arithmetic differs
+    exact = all_logits(model, idx)[:, -1]
+    cpu.speed_up(model.to(torch.bfloat16), packed=True)
+    for rows in (1, 3):  # a text alone goes through float16
+        cache = model.make_cache(rows, 24)
+        model(idx[:rows, :-1], cache=cache)
+        logits = model(idx[:rows, -1:], cache=cache)[0][:, -1]
+        assert logits.dtype == torch.float32 and cache.longest == 20
+        assert (logits - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_a_text_alone_survives_what_float16_does_not():
+    model, idx = tiny().to(torch.bfloat16), tokens(1, 5)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight.mul_(2000)
+    cpu.speed_up(model, packed=True)
+    alone = model.generate(idx, 8, temperature=0).tolist()
+    assert not model.lm_head.fits_float16
+    assert (
+        alone == model.generate(torch.cat((idx, tokens(2, 5)[1:])), 8, temperature=0)[:1].tolist()
+    )
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_called():
+    """Quantization, adapters and hooks live in its forward: its weight is not read."""
+    model, idx = cpu.speed_up(tiny()), tokens(2, 12)
+    before = model(idx, idx, return_logits=False)[1]
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    logits, expected = model(idx, idx)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(model(idx, idx, return_logits=False)[1], expected)
+
+
+@pytest.mark.parametrize('chunk_bytes', [1, 4000, 1 << 20])
+def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
+    monkeypatch.setattr(HeadLoss, 'CHUNK_BYTES', chunk_bytes)
+    torch.manual_seed(0)
+    x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (30,))
+    targets[::3] = -1
+    ours = HeadLoss.apply(x, weight, targets, True)
+    theirs = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(HeadLoss.apply(x, weight, targets, False), theirs)
+    assert_same_gradients(ours, theirs, (x, weight))
+
+
+def test_the_loss_in_chunks_takes_float32_under_autocast():
+    torch.manual_seed(0)
+    x, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (30,))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = HeadLoss.apply(x, weight, targets, True)
+    exact = F.cross_entropy(x @ weight.T, targets)
+    torch.testing.assert_close(loss, exact, atol=0.03, rtol=0)
+    gradients = torch.autograd.grad(loss, (x, weight))
+    for a, b in zip(gradients, torch.autograd.grad(exact, (x, weight)), strict=True):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.05 * b.abs().max()

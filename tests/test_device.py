@@ -1,0 +1,48 @@
+"""The device and its precision; and all CPU paths again, as a CPU without AVX512 takes them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run
+
+from fledge import UserError, cpu
+from fledge.device import Machine, choose_device, choose_dtype
+
+AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'path',
+    ['test_model.py', 'tests/test_cpu.py', 'tests/test_quantize.py', 'tests/test_optimizers.py'],
+)
+def test_cpu_paths_hold_on_avx2(path):
+    """Most laptops are such machines; a newer one plays the part."""
+    command = [sys.executable, '-m', 'pytest', '-n', '0', '-x', path]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | AVX2, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_cpu_trains_in_what_it_multiplies_in(workdir):
+    out = run(workdir, 'train.py', *TINY, '--max_iters=2', env=AVX2)
+    assert 'cpu in float32' in out
+    native = 'bfloat16' if cpu.has_bfloat16() else 'float32'
+    assert f'cpu in {native}' in run(workdir, 'train.py', *TINY, '--max_iters=2')
+
+
+def test_precisions():
+    assert choose_dtype('float16', 'cpu') == torch.float32  # nanoGPT's default, where it has no GPU
+    assert choose_dtype('bfloat16', 'cpu') == torch.bfloat16
+    with pytest.raises(UserError, match='none of auto'):
+        choose_dtype('float8', 'cpu')
+    with pytest.raises(UserError, match='cannot be used here'):
+        choose_device('meta')
+
+
+def test_a_process_alone():
+    machine = Machine('cpu', 'float32')
+    assert machine.main and machine.share(12) == 12 and machine.gather(3) == [3]
+    assert machine.mean(torch.tensor(2.0)) == 2.0 and machine.peak_memory() > 1e7
