@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
 
-from fledge import checkpoint
+from fledge import checkpoint, cpu
 from fledge.run import RunLog
 from fledge.tokens import write_bin
 
@@ -589,6 +589,7 @@ def test_settings_train(workdir, flags):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not cpu.has_bfloat16(), reason='this CPU does not multiply in bfloat16')
 def test_bfloat16_reaches_the_loss_of_float32(workdir):
     for dtype in ('float32', 'bfloat16'):
         run(
