@@ -1,8 +1,7 @@
 """The figures of look.py --quality: vocabulary, lengths, repeated and faulty documents, val text in
-train, and what to be warned of.
+train, and what to be warned of. `dataset` is look.py's Dataset, `data` one of its splits.
 
-`dataset` is look.py's Dataset, `data` one of its splits. Files may be larger than memory: they are
-read CHUNK tokens at a time.
+Files may be larger than memory: they are read CHUNK tokens at a time.
 """
 
 import codecs
@@ -16,79 +15,46 @@ import numpy as np
 from fledge import replacing
 
 CHUNK = 1 << 18
-WINDOW, WINDOWS = (
-    50,
-    1000,
-)  # tokens in a stretch of val that is looked for in train, and how many of them
+WINDOW = 50  # the tokens in a stretch of val that is looked for in train
+WINDOWS = 1000  # how many of them are looked for
 NEAR_EMPTY = 5  # a document of fewer tokens teaches nothing
 FAULTS = {  # in text whose bytes that are no UTF-8 were decoded to \udc80 ... \udcff
-    'replacement_characters': '\ufffd',
-    'invalid_bytes': '[\udc80-\udcff]',
-    'control_characters': '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]',
+    'documents_with_replacement_characters': '\ufffd',
+    'documents_with_invalid_bytes': '[\udc80-\udcff]',
+    'documents_with_control_characters': '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]',
 }
-SHARES = [  # a figure, of what it is a share, the largest that is no warning, what it says
-    (
-        'documents_in_train',
-        'documents',
-        0.01,
-        'documents of {} are in train too, and flatter its loss',
-    ),
-    (
-        'windows_in_train',
-        'windows',
-        0.01,
-        f'windows of {WINDOW} tokens of {{}} are in train too, and flatter its loss',
-    ),
-    ('duplicates', 'documents', 0.01, 'documents of {} repeat another one'),
-    ('near_empty', 'documents', 0.05, f'documents of {{}} have fewer than {NEAR_EMPTY} tokens'),
-    (
-        'documents_with_replacement_characters',
-        'documents',
-        0.01,
-        'documents of {} hold U+FFFD: their text was decoded wrongly',
-    ),
-    (
-        'documents_with_invalid_bytes',
-        'documents',
-        0.01,
-        'documents of {} hold bytes that are no UTF-8',
-    ),
-    (
-        'documents_with_control_characters',
-        'documents',
-        0.01,
-        'documents of {} hold control characters',
-    ),
-]
+SHARES = {  # figures of a split that are shares of its documents or windows, and what they say
+    'documents_in_train': 'documents of {} are in train too, and flatter its loss',
+    'windows_in_train': f'windows of {WINDOW} tokens of {{}} are in train too',
+    'duplicates': 'documents of {} repeat another one',
+    'near_empty': f'documents of {{}} have fewer than {NEAR_EMPTY} tokens',
+    'documents_with_replacement_characters': 'documents of {} hold U+FFFD: badly decoded text',
+    'documents_with_invalid_bytes': 'documents of {} hold bytes that are no UTF-8',
+    'documents_with_control_characters': 'documents of {} hold control characters',
+}
 
 
-def chunks(ids):
-    """(where it begins, CHUNK ids), ..."""
-    for at in range(0, len(ids), CHUNK):
-        yield at, ids[at : at + CHUNK]
+def chunks(ids, overlap=0):
+    """ids, CHUNK at a time, each with the first `overlap` of the next."""
+    for start in range(0, len(ids), CHUNK):
+        yield ids[start : start + CHUNK + overlap]
 
 
 def assess(dataset, result):
     """Add to result what the splits are like, and the warnings that follow."""
     splits = result['splits']
     windows = {data.name: windows_of(data) for data in dataset.splits if data.name != 'train'}
+    wanted = np.concatenate([np.array([], np.uint64), *windows.values()])
     hashes = {}
     for data in dataset.splits:  # train comes first
-        name, figures = data.name, splits[data.name]
-        wanted = (
-            [window for theirs in windows.values() for window in theirs] if name == 'train' else []
-        )
-        counts, found, suspects = scan(dataset, data, np.array(wanted, np.uint64))
-        hashes[name] = document_hashes(data)
-        faults = Counter(
-            fault for number in suspects for fault in faults_of(dataset, data.document(number)[0])
-        )
+        figures = splits[data.name]
+        counts, found = scan(dataset, data, wanted)
+        hashes[data.name], faults = read_documents(dataset, data)
         figures['beyond_vocabulary'] = int(counts[-1])
-        figures['duplicates'] = len(hashes[name]) - len(np.unique(hashes[name]))
+        figures['duplicates'] = len(data.lengths) - len(np.unique(hashes[data.name]))
         figures['near_empty'] = int((data.lengths < NEAR_EMPTY).sum())
-        for fault in FAULTS:
-            figures[f'documents_with_{fault}'] = faults[fault]
-        if name == 'train':
+        figures.update({fault: faults[fault] for fault in FAULTS})
+        if data.name == 'train':
             result.update(frequencies(dataset, counts[:-1], figures['tokens']))
             plot(dataset, counts[:-1])
             result['lengths'] = histogram(data.lengths)
@@ -96,93 +62,62 @@ def assess(dataset, result):
                 splits[other]['windows'] = len(theirs)
                 splits[other]['windows_in_train'] = int(np.isin(theirs, found).sum())
         elif 'train' in hashes:  # that a short one is in train too says nothing
-            figures['documents_in_train'] = int(
-                np.isin(hashes[name][data.lengths >= NEAR_EMPTY], hashes['train']).sum()
-            )
+            long_ones = hashes[data.name][data.lengths >= NEAR_EMPTY]
+            figures['documents_in_train'] = int(np.isin(long_ones, hashes['train']).sum())
     result['warnings'] = warnings_of(dataset, result)
 
 
 def scan(dataset, data, wanted):
-    """One pass over a split: how often each id occurs (the last count: all ids beyond the
-    vocabulary), which of the
-    window hashes `wanted` it has, and the numbers of the documents with tokens that may be
-    FAULTS."""
-    fault = re.compile(
-        '|'.join(FAULTS.values())
-    )  # of a token alone, maybe: half a character may turn out to be none
-    suspicious = np.array(
-        [bool(fault.search(b.decode('utf-8', 'surrogateescape'))) for b in dataset.spelled]
-    )
-    likely = np.zeros(
-        1 << 16, bool
-    )  # the first 16 bits of the wanted hashes: they rule out most windows at once
-    likely[wanted >> np.uint64(48)] = True
-    counts = np.zeros(dataset.vocab_size + 1, np.int64)
-    found, suspects, documents_before = [wanted[:0]], [], 0
-    for ids, ends in zip(data.shards, data.ends, strict=True):
-        for at, part in chunks(ids):
-            part = dataset.known(part)
-            counts += np.bincount(part, minlength=len(counts))
-            places = at + np.flatnonzero(suspicious[part])
-            suspects.append(
-                documents_before + np.unique(np.searchsorted(ends, places, side='right'))
-            )
-            if len(wanted):
-                hashed = window_hashes(
-                    ids[at : at + CHUNK + WINDOW - 1]
-                )  # a window may end in the next chunk
-                found.append(np.intersect1d(hashed[likely[hashed >> np.uint64(48)]], wanted))
-        documents_before += len(ends)
-    return counts, np.concatenate(found), np.unique(np.concatenate(suspects)).tolist()
+    """How often each id occurs in a split (the last count: all ids beyond the vocabulary), and
+    which of the window hashes `wanted` it has."""
+    counts, found = np.zeros(dataset.vocab_size + 1, np.int64), []
+    for ids in data.shards:
+        for part in chunks(ids, WINDOW - 1):  # a window may end in the next chunk
+            counts += np.bincount(dataset.known(part[:CHUNK]), minlength=len(counts))
+            found.append(np.intersect1d(window_hashes(part), wanted))
+    return counts, np.concatenate(found)
 
 
 def window_hashes(ids):
     """A 64-bit number for each stretch of WINDOW tokens: the sum of one for each pair of neighbours
-    in it."""
+    in it, mixed so that it is not the sum of the tokens."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     pairs = (ids[:-1].astype(np.uint64) << np.uint64(32) | ids[1:]) * odd
-    pairs = (
-        pairs ^ pairs >> np.uint64(32)
-    ) * odd  # else the sum of the pairs would be that of the tokens
+    pairs = (pairs ^ pairs >> np.uint64(32)) * odd
     sums = np.append(np.uint64(0), np.cumsum(pairs))  # modulo 2^64, and so is their difference
     return sums[WINDOW - 1 :] - sums[: 1 - WINDOW]
 
 
 def windows_of(data):
     """The hashes of about WINDOWS stretches of WINDOW tokens, spread evenly over a split."""
-    hashes = []
+    hashes = [np.array([], np.uint64)]
     for ids in data.shards:
         whole = len(ids) // WINDOW
-        for place in (
-            np.linspace(0, whole - 1, min(whole, -(-WINDOWS // len(data.shards))))
-            .astype(int)
-            .tolist()
-        ):
-            hashes.append(window_hashes(ids[place * WINDOW : (place + 1) * WINDOW])[0])
-    return np.array(hashes, np.uint64)
+        number = min(whole, -(-WINDOWS // len(data.shards)))
+        for place in np.linspace(0, whole - 1, number).astype(int).tolist():
+            hashes.append(window_hashes(ids[place * WINDOW : (place + 1) * WINDOW]))
+    return np.concatenate(hashes)
 
 
-def document_hashes(data):
-    """A 64-bit number for each document, of its bytes in the file."""
-    hashes = []
-    for ids, ends in zip(data.shards, data.ends, strict=True):
-        starts = [0, *ends[:-1].tolist()]
-        hashes += [
-            hashlib.blake2b(ids[start:end], digest_size=8).digest()
-            for start, end in zip(starts, ends.tolist(), strict=True)
-        ]
-    return np.frombuffer(b''.join(hashes), np.uint64)
+def read_documents(dataset, data):
+    """A 64-bit number for each document of a split, and how many have each of FAULTS."""
+    pattern = re.compile('|'.join(FAULTS.values()))
+    # by itself a token may hold half a character, which turns out to be none of FAULTS
+    texts = [spelled.decode('utf-8', 'surrogateescape') for spelled in dataset.spelled]
+    suspicious = np.array([bool(pattern.search(text)) for text in texts])
+    hashes, faults = [], Counter()
+    for ids, _ in data.documents():
+        hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
+        if any(suspicious[dataset.known(part)].any() for part in chunks(ids)):
+            faults.update(faults_of(dataset, ids))
+    return np.frombuffer(b''.join(hashes), np.uint64), faults
 
 
 def faults_of(dataset, ids):
     """Which of FAULTS the text of a document has."""
-    decoder = codecs.getincrementaldecoder('utf-8')(
-        'surrogateescape'
-    )  # a chunk may end within a character
+    spelled = (dataset.bytes_of(part) for part in chunks(ids))
     found = set()
-    for at, part in chunks(ids):
-        spelled = b''.join([dataset.spelled[i] for i in dataset.known(part).tolist()])
-        text = decoder.decode(spelled, final=at + CHUNK >= len(ids))
+    for text in codecs.iterdecode(spelled, 'utf-8', 'surrogateescape'):
         found |= {fault for fault, pattern in FAULTS.items() if re.search(pattern, text)}
     return found
 
@@ -190,27 +125,20 @@ def faults_of(dataset, ids):
 def frequencies(dataset, counts, tokens):
     """Which ids of the vocabulary train has, and how often."""
     order = np.argsort(-counts, kind='stable')[: np.count_nonzero(counts)].tolist()
-    most, least = [
-        [
-            dict(id=i, count=int(counts[i]), share=counts[i] / tokens, text=dataset.text_of(i))
-            for i in ids
-        ]
-        for ids in (order[:20], order[:-21:-1])
-    ]
     expected = set(range(len(counts)))
     if dataset.tokenizer:
         expected -= set(dataset.tokenizer.special.values())  # they may wait for fine-tuning
-        if dataset.tokenizer.bpe:
-            expected -= {
-                i for i in expected if len(dataset.spelled[i]) == 1
-            }  # such a vocabulary has every byte
+        if dataset.tokenizer.bpe:  # such a vocabulary has every byte
+            expected -= {i for i in expected if len(dataset.spelled[i]) == 1}
+    times = [(i, int(counts[i])) for i in order]
+    table = [dict(id=i, count=n, share=n / tokens, text=dataset.text_of(i)) for i, n in times]
     return dict(
         ids_seen=len(order),
         coverage=len(order) / len(counts),
         ids_expected=len(expected),
         ids_missing=len(expected - set(order)),
-        most_frequent=most,
-        least_frequent=least,
+        most_frequent=table[:20],
+        least_frequent=table[:-21:-1],
     )
 
 
@@ -220,38 +148,30 @@ def plot(dataset, counts):
 
     seen = np.sort(counts[counts > 0])[::-1]
     ranks = np.arange(1, len(seen) + 1)
-    title = f'{os.path.basename(dataset.folder)}: {counts.sum():,} tokens, '
-    title += f'{len(seen):,} different ones of {len(counts):,}'
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 5)).subplots()
     axes.loglog(ranks, seen, '.-', label='train')
     axes.loglog(ranks, seen[:1] / ranks, '--', color='gray', label="Zipf's law, 1 / rank")
-    axes.set(
-        xlabel='rank of the token',
-        ylabel='times in train',
-        ylim=(0.7, None),
-        title=title.replace('$', r'\$'),
-    )
+    axes.set(xlabel='rank of the token', ylabel='times in train', ylim=(0.7, None))
     axes.legend()
-    axes.grid(alpha=0.3)
     with replacing(os.path.join(dataset.folder, 'quality.png'), 'wb') as f:
-        figure.savefig(f, format='png', dpi=150)
+        axes.figure.savefig(f, format='png', dpi=150)
 
 
 def histogram(lengths):
     """How many documents have 0, 1, 2-3, 4-7, ... tokens, up to the longest."""
-    bits = np.bincount(np.frexp(lengths)[1])  # 0 takes 0 bits, 1 takes 1, 2 and 3 take 2
-    return {
-        f'{1 << b - 1:,}-{(1 << b) - 1:,}' if b > 1 else str(b): int(n) for b, n in enumerate(bits)
-    }
+    counts = np.bincount(np.frexp(lengths)[1]).tolist()  # by bits: 0 takes 0, 1 takes 1, 2 and 3 2
+    names = ['0', '1'] + [f'{1 << b:,}-{(2 << b) - 1:,}' for b in range(1, len(counts))]
+    return dict(zip(names, counts, strict=False))
 
 
 def shares_of(name, f):
     """(is it a warning, a line) for each of SHARES that is known of a split."""
-    for key, total, most, text in SHARES:
-        if key in f and f[total]:
-            share = f[key] / f[total]
-            yield share > most, f'{f[key]:,} of {f[total]:,} {text.format(name)} ({share:.1%})'
+    for key, text in SHARES.items():
+        total = f.get('windows' if key == 'windows_in_train' else 'documents')
+        if key in f and total:
+            share = f[key] / total
+            line = f'{f[key]:,} of {total:,} {text.format(name)} ({share:.1%})'
+            yield share > (0.05 if key == 'near_empty' else 0.01), line
 
 
 def warnings_of(dataset, result):
@@ -260,59 +180,41 @@ def warnings_of(dataset, result):
     for data in dataset.splits:
         name, f = data.name, result['splits'][data.name]
         warnings += [line for bad, line in shares_of(name, f) if bad]
-        if f['beyond_vocabulary']:
-            warnings.append(
-                f'{f["beyond_vocabulary"]:,} tokens of {name} are beyond the vocabulary of '
-                f'{dataset.vocab_size:,}: '
-                'training stops at the first of them'
-            )
-        if dataset.end is not None and not data.terminated:
-            warnings.append(
-                f'{name} has no end-of-text token: '
-                'a model trained on such text never learns to stop'
-            )
+        beyond, size = f['beyond_vocabulary'], dataset.vocab_size
+        if beyond:
+            warnings.append(f'{beyond:,} tokens of {name} are beyond the vocabulary of {size:,}')
+        if dataset.end is not None and data.lengths.sum() == f['tokens']:
+            warnings.append(f'{name} has no end-of-text token: a model never learns to stop by it')
         if f['learned'] == 0:
             warnings.append(f'the mask of {name} lets nothing be learned')
         if name == 'val' and f['tokens'] < 10_000:
             warnings.append(f'val has {f["tokens"]:,} tokens: under 10,000 its loss is noisy')
     if result.get('most_frequent'):
-        first, missing, expected = (
-            result['most_frequent'][0],
-            result['ids_missing'],
-            result['ids_expected'],
-        )
-        if first['share'] > (
-            0.1 if dataset.vocab_size >= 1000 else 0.3
-        ):  # of characters, a space is a fifth
-            warnings.append(
-                f'one token is {first["share"]:.1%} of train: {first["id"]} {first["text"]}'
-            )
+        first = result['most_frequent'][0]
+        most = 0.1 if dataset.vocab_size >= 1000 else 0.3  # of characters, a space is a fifth
+        if first['share'] > most:
+            what = f'{first["id"]} {first["text"]}'
+            warnings.append(f'one token is {first["share"]:.1%} of train: {what}')
+        missing, expected = result['ids_missing'], result['ids_expected']
         if missing > 0.05 * expected:
-            warnings.append(
-                f'{missing:,} of the {expected:,} ids of the vocabulary, single bytes and special '
-                'tokens left out, '
-                f'are never seen in train ({missing / expected:.1%})'
-            )
+            what = f'{missing:,} of the {expected:,} ids of the vocabulary, bytes and special ones'
+            warnings.append(f'{what} left out, are never seen in train ({missing / expected:.1%})')
     return warnings
 
 
 def show_quality(dataset, result):
     """Print what assess found."""
-    splits = {data.name: result['splits'][data.name] for data in dataset.splits}
-    if 'train' in splits:
-        print(
-            f'\n{result["ids_seen"]:,} of the {dataset.vocab_size:,} ids of the vocabulary are in '
-            f'train ({result["coverage"]:.1%})'
-        )
+    if 'lengths' in result:  # there is a train
+        seen = f'{result["ids_seen"]:,} of the {dataset.vocab_size:,} ids of the vocabulary'
+        print(f'\n{seen} are in train ({result["coverage"]:.1%})')
         for which in ('most', 'least'):
             print(f'\nthe {which} frequent: id, times, share of train, text')
             for t in result[f'{which}_frequent']:
                 print(f'{t["id"]:8} {t["count"]:13,} {t["share"]:9.4%}  {t["text"]}'.rstrip())
         print('\ntokens of a document of train, the end of text not counted:')
         for lengths, n in result['lengths'].items():
-            bar = '█' * -(-40 * n // max(result['lengths'].values()))
-            print(f'{lengths:>25} {n:13,} {n / splits["train"]["documents"]:6.1%} {bar}'.rstrip())
+            print(f'{lengths:>25} {n:13,} {n / result["splits"]["train"]["documents"]:6.1%}')
         print(f'\ntimes of each rank: {os.path.join(dataset.folder, "quality.png")}')
-    for name, f in splits.items():
-        print('', *[line for _, line in shares_of(name, f)], sep='\n')
+    for name, f in result['splits'].items():
+        print(*[f'\n{line}' for _, line in shares_of(name, f)], sep='', end='\n')
     print('', *[f'WARNING: {line}' for line in result['warnings']] or ['no warnings'], sep='\n')
