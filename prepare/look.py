@@ -66,14 +66,12 @@ class Split:
 
 
 class Dataset:
-    """A dataset: some of its splits, its tokenizer (or None), and the bytes that each id of its
-    vocabulary spells."""
+    """Some splits of a dataset, its tokenizer (or None), and the bytes that each id spells."""
 
     def __init__(self, folder, names):
         self.folder, self.tokenizer = folder, find_tokenizer(folder)
         self.end = self.tokenizer.end_of_text if self.tokenizer else None
-        headerless = not read_meta(folder)
-        self.splits = [Split(folder, name, self.end, headerless) for name in names]
+        self.splits = [Split(folder, name, self.end, not read_meta(folder)) for name in names]
         if self.tokenizer:
             self.vocab_size, spelled = self.tokenizer.vocab_size, self.tokenizer.token_bytes
             self.sizes = np.append(self.tokenizer.text_bytes(self.vocab_size), 0)
@@ -134,8 +132,7 @@ def rows(dataset, ids, mask, first, columns):
 
 
 def lines_of(cells, with_ids):
-    """A row of (text, id, learned), both padded, as lines: texts, ids, and marks under what is
-    learned, or colours."""
+    """A row of (padded text, padded id, learned) as lines: texts, ids, and marks or colours."""
     texts, ids, learned = zip(*cells, strict=True)
     if color:  # black on pastel reads well on dark and on light terminals
         lines = ['', f'\x1b[2m{"".join(ids)}\x1b[0m']
@@ -168,8 +165,8 @@ def show(dataset):
     """Some documents, for a file or a pipe."""
     data, columns = dataset.splits[0], shutil.get_terminal_size((100, 24)).columns
     last = min(document - 1 + documents, len(data.lengths))
-    shown = zip(range(document - 1, last), data.documents(document - 1), strict=False)
-    for number, (ids, mask) in shown:
+    for number in range(document - 1, last):
+        ids, mask = next(data.documents(number))
         print(header(dataset, number, ids, mask))
         for _, lines in rows(dataset, ids[:max_tokens], mask, 0, columns):
             print('\n'.join(lines))
@@ -195,9 +192,7 @@ def browse(dataset):
             page, after = page + lines, i
         part = f' · {first + 1:,} to {after:,} of them here' if after - first < len(ids) else ''
         print('\n'.join([header(dataset, number, ids, mask, part), *page]))
-        key = '?'
-        while key not in ('', 'b', 'q') and not (key.isdecimal() and 1 <= int(key) <= total):
-            key = input(f'Enter next, b back, 1 to {total} goes there, q quits: ').strip()
+        key = input(f'Enter next, b back, 1 to {total} goes there, q quits: ').strip()
         if key == 'q':
             return
         if key == '':
@@ -205,7 +200,7 @@ def browse(dataset):
         elif key == 'b':
             screens.pop()
             screens = screens or [(max(number - 1, 0), 0)]
-        else:
+        elif key.isdecimal() and 1 <= int(key) <= total:
             screens = [(int(key) - 1, 0)]
 
 

@@ -263,9 +263,7 @@ def test_pages(tmp_path):
     out = terminal(
         tmp_path, ['d'], ['', '', 'b', '7', '', 'b', 'nonsense', '99', '0', '12', 'b', 'q']
     )
-    assert (
-        pages(out) == ['1', '2', '3', '2', '7', '8', '7', '12', '11'] and out.count('q quits') == 12
-    )
+    assert pages(out) == ['1', '2', '3', '2', '7', '8', '7', '7', '7', '7', '12', '11']
     assert pages(terminal(tmp_path, ['d', '--document=11'], ['', ''])) == [
         '11',
         '12',

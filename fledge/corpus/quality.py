@@ -42,27 +42,25 @@ def chunks(ids, overlap=0):
 
 def assess(dataset, result):
     """Add to result what the splits are like, and the warnings that follow."""
-    splits = result['splits']
     windows = {data.name: windows_of(data) for data in dataset.splits if data.name != 'train'}
     wanted = np.concatenate([np.array([], np.uint64), *windows.values()])
-    hashes = {}
+    found, hashes = {}, {}
     for data in dataset.splits:  # train comes first
-        figures = splits[data.name]
-        counts, found = scan(dataset, data, wanted)
-        hashes[data.name], faults = read_documents(dataset, data)
+        name, figures = data.name, result['splits'][data.name]
+        counts, found[name] = scan(dataset, data, wanted)
+        hashes[name], faults = read_documents(dataset, data)
         figures['beyond_vocabulary'] = int(counts[-1])
-        figures['duplicates'] = len(data.lengths) - len(np.unique(hashes[data.name]))
+        figures['duplicates'] = len(data.lengths) - len(np.unique(hashes[name]))
         figures['near_empty'] = int((data.lengths < NEAR_EMPTY).sum())
         figures.update({fault: faults[fault] for fault in FAULTS})
-        if data.name == 'train':
+        if name == 'train':
             result.update(frequencies(dataset, counts[:-1], figures['tokens']))
             plot(dataset, counts[:-1])
             result['lengths'] = histogram(data.lengths)
-            for other, theirs in windows.items():
-                splits[other]['windows'] = len(theirs)
-                splits[other]['windows_in_train'] = int(np.isin(theirs, found).sum())
-        elif 'train' in hashes:  # that a short one is in train too says nothing
-            long_ones = hashes[data.name][data.lengths >= NEAR_EMPTY]
+        elif 'train' in hashes:
+            figures['windows'] = len(windows[name])
+            figures['windows_in_train'] = int(np.isin(windows[name], found['train']).sum())
+            long_ones = hashes[name][data.lengths >= NEAR_EMPTY]  # short ones are alike by chance
             figures['documents_in_train'] = int(np.isin(long_ones, hashes['train']).sum())
     result['warnings'] = warnings_of(dataset, result)
 
@@ -147,12 +145,9 @@ def plot(dataset, counts):
     from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
     seen = np.sort(counts[counts > 0])[::-1]
-    ranks = np.arange(1, len(seen) + 1)
     axes = Figure(figsize=(8, 5)).subplots()
-    axes.loglog(ranks, seen, '.-', label='train')
-    axes.loglog(ranks, seen[:1] / ranks, '--', color='gray', label="Zipf's law, 1 / rank")
+    axes.loglog(np.arange(1, len(seen) + 1), seen, '.-')
     axes.set(xlabel='rank of the token', ylabel='times in train', ylim=(0.7, None))
-    axes.legend()
     with replacing(os.path.join(dataset.folder, 'quality.png'), 'wb') as f:
         axes.figure.savefig(f, format='png', dpi=150)
 
@@ -193,8 +188,7 @@ def warnings_of(dataset, result):
         first = result['most_frequent'][0]
         most = 0.1 if dataset.vocab_size >= 1000 else 0.3  # of characters, a space is a fifth
         if first['share'] > most:
-            what = f'{first["id"]} {first["text"]}'
-            warnings.append(f'one token is {first["share"]:.1%} of train: {what}')
+            warnings.append('one token is {share:.1%} of train: {id} {text}'.format(**first))
         missing, expected = result['ids_missing'], result['ids_expected']
         if missing > 0.05 * expected:
             what = f'{missing:,} of the {expected:,} ids of the vocabulary, bytes and special ones'
@@ -216,5 +210,5 @@ def show_quality(dataset, result):
             print(f'{lengths:>25} {n:13,} {n / result["splits"]["train"]["documents"]:6.1%}')
         print(f'\ntimes of each rank: {os.path.join(dataset.folder, "quality.png")}')
     for name, f in result['splits'].items():
-        print(*[f'\n{line}' for _, line in shares_of(name, f)], sep='', end='\n')
+        print('', *[line for _, line in shares_of(name, f)], sep='\n')
     print('', *[f'WARNING: {line}' for line in result['warnings']] or ['no warnings'], sep='\n')
