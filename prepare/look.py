@@ -97,13 +97,11 @@ class Dataset:
     def text_of(self, i):
         """Token i as text that a terminal just prints: all else is spelled out."""
         text = self.spelled[self.known(i)].decode('utf-8', 'backslashreplace')
-        if text.endswith(' '):
-            text = text[:-1] + '·'  # told from the padding behind it
+        text = text[:-1] + '·' if text.endswith(' ') else text  # told from the padding behind it
         if text and width_of(text[0]) == 0:
             text = '◌' + text  # what a combining character sits on
         text = text.replace('\n', '⏎').replace('\t', '→')
-        parts = [c if c.isprintable() else c.encode('unicode_escape').decode() for c in text]
-        return ''.join(parts)
+        return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def width_of(text):

@@ -66,13 +66,15 @@ def assess(dataset, result):
 
 
 def scan(dataset, data, wanted):
-    """How often each id occurs in a split (the last count: all ids beyond the vocabulary), and
-    which of the window hashes `wanted` it has."""
+    """How often a split has each id (last: any beyond the vocabulary), and its hashes in `wanted`."""
+    likely = np.zeros(1 << 16, bool)  # the first 16 bits of a hash rule out most at once
+    likely[wanted >> np.uint64(48)] = True
     counts, found = np.zeros(dataset.vocab_size + 1, np.int64), []
     for ids in data.shards:
         for part in chunks(ids, WINDOW - 1):  # a window may end in the next chunk
             counts += np.bincount(dataset.known(part[:CHUNK]), minlength=len(counts))
-            found.append(np.intersect1d(window_hashes(part), wanted))
+            hashes = window_hashes(part)
+            found.append(np.intersect1d(hashes[likely[hashes >> np.uint64(48)]], wanted))
     return counts, np.concatenate(found)
 
 
