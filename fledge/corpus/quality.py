@@ -66,7 +66,7 @@ def assess(dataset, result):
 
 
 def scan(dataset, data, wanted):
-    """How often a split has each id (last: any beyond the vocabulary), and its hashes in `wanted`."""
+    """How often a split has each id (last: any beyond the vocabulary), its hashes in `wanted`."""
     likely = np.zeros(1 << 16, bool)  # the first 16 bits of a hash rule out most at once
     likely[wanted >> np.uint64(48)] = True
     counts, found = np.zeros(dataset.vocab_size + 1, np.int64), []
@@ -211,6 +211,6 @@ def show_quality(dataset, result):
         for lengths, n in result['lengths'].items():
             print(f'{lengths:>25} {n:13,} {n / result["splits"]["train"]["documents"]:6.1%}')
         print(f'\ntimes of each rank: {os.path.join(dataset.folder, "quality.png")}')
-    for name, f in result['splits'].items():
+    for name, f in result['splits'].items():  # of the total there is an empty line alone
         print('', *[line for _, line in shares_of(name, f)], sep='\n')
-    print('', *[f'WARNING: {line}' for line in result['warnings']] or ['no warnings'], sep='\n')
+    print(*[f'WARNING: {line}' for line in result['warnings']] or ['no warnings'], sep='\n')
