@@ -108,16 +108,13 @@ def assignments(path):
 
 def refuse(arg, defaults):
     """UserError for an argument that is neither flag nor config file: it says what was meant."""
-    name = arg.partition('=')[0]
-    if '=' in arg and name in defaults:
-        meant = f'--{arg}'
+    name, equals, _ = arg.partition('=')
+    if name in defaults:
+        meant = f'--{arg}' if equals else f'--{name}=VALUE'
     elif 'input' in defaults and os.path.exists(arg):
         meant = f'--input={arg}'
-    elif name in defaults:
-        meant = f'--{name}=VALUE'
     else:
-        meant = 'a setting is --key=value, a config file ends in .py or .json'
-        raise UserError(f'{arg}: {meant}')
+        raise UserError(f'{arg}: a setting is --key=value, a config file ends in .py or .json')
     raise UserError(f'{arg} is no config file (.py, .json); did you mean {meant}?')
 
 
