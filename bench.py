@@ -195,8 +195,9 @@ def generating(model, generate, forward=None):
         return (clock(lambda: generate(prompts, new_tokens), seconds) - first) / (new_tokens - 1)
 
     def parts():
-        first_token = clock(lambda: generate(long, 1), 1)
-        return {'first token': first_token, 'forward pass': clock(lambda: forward(long), 1)}
+        least = min(1, seconds)
+        first_token = clock(lambda: generate(long, 1), least)
+        return {'first token': first_token, 'forward pass': clock(lambda: forward(long), least)}
 
     return model, run, parts if forward else None, lambda: generate(prompts, 8)
 

@@ -25,7 +25,7 @@ top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the fewest tokens that have this probability together
 min_p = 0.0  # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0  # above 1, tokens seen before become less likely
-stop = '<|endoftext|>'  # the special token that ends a sample; this one: the tokenizer's own end
+stop = '<|endoftext|>'  # the special token that ends a sample (this: any tokenizer's end); '': none
 seed = 1337  # of the draws
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
@@ -49,7 +49,9 @@ if temperature == 0 and idle:
 machine = Machine(device, dtype)
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
 model = checkpoint.load_model(state, path).to(machine.device, machine.dtype).eval()
-if quantize == 'int8':
+if quantize == 'int8' and is_quantized(model):
+    print(f'without effect: {path} has 8-bit weights already', file=sys.stderr)
+elif quantize == 'int8':
     quantize_weights(model)
 if compile and is_quantized(model):
     raise UserError('8-bit weights run on kernels of their own: leave out --compile')
@@ -81,7 +83,7 @@ if max(prompt) >= model.config.vocab_size:
 end = tokenizer.special.get(stop)
 if end is None and stop == '<|endoftext|>':
     end = tokenizer.end_of_text  # which other families spell otherwise
-elif end is None:
+elif end is None and stop:
     known = ', '.join(tokenizer.special) or 'there are none'
     raise UserError(f'--stop={stop} is no special token of this tokenizer: {known}')
 

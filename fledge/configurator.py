@@ -109,8 +109,11 @@ def assignments(path):
 def refuse(arg, defaults):
     """UserError for an argument that is neither flag nor config file: it says what was meant."""
     name, equals, _ = arg.partition('=')
-    if name in defaults:
-        meant = f'--{arg}' if equals else f'--{name}=VALUE'
+    near = difflib.get_close_matches(name, defaults, n=1)
+    if os.path.exists(f'{arg}.py'):
+        meant = f'{arg}.py'
+    elif near:
+        meant = f'--{near[0]}{arg[len(name) :]}' if equals else f'--{near[0]}=VALUE'
     elif 'input' in defaults and os.path.exists(arg):
         meant = f'--input={arg}'
     else:
@@ -184,11 +187,11 @@ def run_config(path, values):
     try:
         exec(compile(source, path, 'exec'), namespace, assigned)
     except SyntaxError as e:
-        raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
+        raise UserError(f'{path}, line {e.lineno or "?"}: {e.msg}') from None
     except (Exception, SystemExit) as e:
         frames = traceback.extract_tb(e.__traceback__)
-        line = [frame.lineno for frame in frames if frame.filename == path][-1]
-        raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from None
+        lines = [f', line {frame.lineno}' for frame in frames if frame.filename == path]
+        raise UserError(f'{path}{"".join(lines[-1:])}: {type(e).__name__}: {e}') from None
     return assigned
 
 
@@ -221,7 +224,9 @@ def one_line(kind, error, trace):
     elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
         words = 'out of memory; take fewer rows at once (batch_size, num_samples), '
         words += 'a shorter block_size or, to train, --gradient_checkpointing'
-    elif isinstance(error, OSError) and error.errno in FULL_OR_BROKEN_DISK:
+    elif isinstance(error, (ConnectionError, TimeoutError)) or (
+        isinstance(error, OSError) and error.errno in FULL_OR_BROKEN_DISK
+    ):  # a closed pipe, a lost network, a disk
         words = str(error)
     else:
         return sys.__excepthook__(kind, error, trace)

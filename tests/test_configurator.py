@@ -112,7 +112,9 @@ def test_values_take_the_type_of_the_default(flag, name, value):
         ('nowhere.py', 'nowhere.py: No such file'),
         ('nowhere.json', 'nowhere.json: No such file'),
         ('steps=3', 'did you mean --steps=3'),
+        ('step=3', 'did you mean --steps=3'),
         ('steps', 'did you mean --steps=VALUE'),
+        ('raises', 'did you mean raises.py'),
         ('binary.txt', 'a config file ends in .py or .json'),
         ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'),
         ('syntax.py', 'syntax.py, line 1:'),
@@ -209,6 +211,7 @@ def test_advice_is_for_packages_that_are_ours():
         ('raise OSError(28, "No space left on device")', 2, 'error: [Errno 28] No space left'),
         ('raise UserError("what is wrong")', 2, 'error: what is wrong'),
         ('raise KeyboardInterrupt', 130, 'interrupted'),
+        ('raise BrokenPipeError(32, "Broken pipe")', 2, 'error: [Errno 32] Broken pipe'),
     ],
 )
 def test_only_a_users_mistake_is_one_line(tmp_path, code, status, words):

@@ -73,6 +73,7 @@ def test_a_run_samples_without_its_data(trained, tmp_path):
 def test_what_does_nothing_is_said(trained):
     words = 'is no special token of this tokenizer'
     assert words in fails(trained, 'sample.py', '--stop=###', '--num_samples=1')
+    run(trained, 'sample.py', '--stop=', '--start=0', '--num_samples=1', '--max_new_tokens=3')
     process = start(
         trained, 'sample.py', '--start=0', '--temperature=0', '--top_k=3', '--num_samples=1'
     )
