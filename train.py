@@ -118,7 +118,6 @@ machine = Machine(device, dtype, backend)
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
-tokens_per_step = rows_per_step * block_size
 log = run.RunLog(machine.main, None if dry_run or eval_only else out_dir)
 
 # ---- data and its tokenizer
@@ -131,7 +130,7 @@ if has_masks(data_dir):
 theirs = None
 if start and not resuming:  # the tokenizer comes along with the weights
     theirs = find_tokenizer(start.get('folder') or os.path.dirname(init_from) or '.')
-tokenizer = common_tokenizer(data_dir, theirs, init_from)
+tokenizer = common_tokenizer(data_dir, theirs, init_from, log.say)
 
 # ---- model
 torch.manual_seed(seed)
@@ -145,6 +144,8 @@ if start is None:
         raise UserError(str(e)) from None
 else:
     context = start['model_args'].get('block_size', 1024)
+    if 'block_size' not in given:
+        block_size = config['block_size'] = min(block_size, context)
     checkpoint.fit_rows(start, block_size, source)
     model = checkpoint.load_model(start, source, dropout=dropout)
     if model.config.block_size != context:
@@ -168,6 +169,7 @@ except UserError as e:
 text_bytes = tokenizer.text_bytes(vocab_size) if tokenizer else np.zeros(vocab_size, np.int64)
 train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
 val_data = Tokens(data_dir, 'val', block_size, vocab_size)
+tokens_per_step = rows_per_step * block_size
 if target_tokens or target_epochs:
     max_iters = math.ceil((target_tokens or target_epochs * train_data.n_tokens) / tokens_per_step)
 opts = []
@@ -209,7 +211,7 @@ log.say(
     f'{n_epochs:.2f} epochs of {train_data.n_tokens:,} tokens'
 )
 if resuming:
-    changes = [f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items()]
+    changes = [f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items() if v != config[k]]
     log.say(f'resuming at step {state.step}' + ''.join(changes))
 
 
@@ -390,7 +392,7 @@ while True:
                 n = state.evaluations_since_best
                 log.say(f'no better val loss in {n} evaluations: stopping early')
                 done = True
-            if state.step > 0:
+            if state.step > 0 and not done:
                 log.draw()
         due = sample_interval and state.step > 0 and (state.step % sample_interval == 0 or done)
         if due and tokenizer and not stopping:
@@ -408,7 +410,7 @@ while True:
         logged_step = state.step + 1
         clock.start_interval()
     state.step += 1
-    log.advance(state)
+    log.advance(state, max_iters)
 
 log.close_bar()
 if stopping:

@@ -35,7 +35,7 @@ def evaluate(model, data, machine, batch_size, n_batches, text_bytes, objective=
                 numbers['bytes'] = text_bytes[learned].sum()
             else:
                 loss, means = loss_and_numbers(objective, model, machine.move(batch))
-                means = {'loss': loss} | means
+                means = means | {'loss': loss}
                 numbers = {name: float(mean) * len(learned) for name, mean in means.items()}
         numbers['tokens'] = len(learned)
         for name, number in numbers.items():
@@ -63,18 +63,19 @@ def next_token_sums(model, batch, hidden):
     """Nats of all targets, and how many were the likeliest token. hidden: model's, or compiled."""
     learned = batch['targets'] >= 0
     x, targets = hidden(batch['inputs'])[learned], batch['targets'][learned]
-    nats, correct = 0.0, 0
+    nats = torch.zeros((), device=x.device)  # on the device, which is not waited for
+    correct = torch.zeros((), dtype=torch.long, device=x.device)
     for x_rows, target_rows in zip(x.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
         logits = model.lm_head(x_rows).float()
-        nats += F.cross_entropy(logits, target_rows, reduction='sum').item()
-        correct += int((logits.argmax(dim=-1) == target_rows).sum())
-    return {'nats': nats, 'correct': correct}
+        nats += F.cross_entropy(logits, target_rows, reduction='sum')
+        correct += (logits.argmax(dim=-1) == target_rows).sum()
+    return {'nats': nats.item(), 'correct': correct.item()}
 
 
 def in_words(result):
     """An evaluation as a person reads it."""
     words = [f'loss {result["loss"]:.4f}']
-    if 'perplexity' in result:
+    if 'bytes' in result:  # it is of next_token
         words.append(f'perplexity {result["perplexity"]:.6g}')
         if result['bits_per_byte'] is not None:
             words.append(f'{result["bits_per_byte"]:.4f} bits per byte')

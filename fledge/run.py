@@ -38,10 +38,10 @@ class RunState:
         line = dict(step=self.step, tokens=self.step * tokens_per_step, elapsed=self.elapsed)
         if self.evaluated_step == self.step:
             numbers = dict(self.evaluation)
-            line['val_bpb'] = numbers.pop('bits_per_byte', None)
-            for name, number in numbers.items():
-                if name not in ('perplexity', 'accuracy', 'tokens', 'bytes'):
-                    line[f'val_{name}'] = number
+            if 'bytes' in numbers:  # it is of next_token
+                numbers = dict(loss=numbers['loss'], bpb=numbers['bits_per_byte'])
+            numbers.pop('tokens', None)
+            line |= {f'val_{name}': number for name, number in numbers.items()}
         return line
 
     def in_checkpoint(self):
@@ -57,7 +57,10 @@ class RunState:
                 f'{path} is no checkpoint of a run: start from it with --init_from={path} '
                 'and another --out_dir'
             )
-        saved = checkpoint.get('run', {})  # nanoGPT's has none
+        saved = checkpoint.get('run')
+        if saved is None:  # nanoGPT's has none, and an older one of ours these two of its fields
+            older = ('elapsed', 'evaluations_since_best')
+            saved = {name: checkpoint[name] for name in older if name in checkpoint}
         state = cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
         state.step = checkpoint['iter_num']
         state.best_val_loss = float(checkpoint['best_val_loss'])
@@ -209,11 +212,11 @@ class RunLog:
 
             self.bar = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
 
-    def advance(self, state):
+    def advance(self, state, max_iters):
         """Move the bar on by a step; its end is where the run is expected to end."""
         if self.bar is not None:
             if state.progress > 0:
-                self.bar.total = min(self.bar.total, round(state.step / state.progress))
+                self.bar.total = min(max_iters, round(state.step / state.progress))
             self.bar.update()
 
     def close_bar(self):
@@ -263,7 +266,7 @@ class RunLog:
             if line[name] is not None:
                 curve.append((line['tokens'], line[name]))
             if len(curve) > PLOT_POINTS:
-                del curve[1:-1:2]
+                self.curves[name] = thin_out(curve)
 
     def draw(self):
         """loss.png: the losses against tokens."""
@@ -284,6 +287,16 @@ class RunLog:
         axes.grid(alpha=0.3)
         figure.savefig(self.path('loss.png'), dpi=120, bbox_inches='tight')
         pyplot.close(figure)
+
+
+def thin_out(curve):
+    """Half of PLOT_POINTS at most of a curve's points, evenly spread over its tokens."""
+    distance = 2 * curve[-1][0] / PLOT_POINTS
+    kept = curve[:1]
+    for point in curve:
+        if point[0] - kept[-1][0] >= distance:
+            kept.append(point)
+    return kept
 
 
 def read_metrics(path):

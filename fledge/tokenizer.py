@@ -434,7 +434,7 @@ def padded_vocab_size(tokenizer):
     return tokenizer.vocab_size
 
 
-def common_tokenizer(data_dir, theirs, weights):
+def common_tokenizer(data_dir, theirs, weights, say=print):
     """The tokenizer of data and of the weights that are trained or measured on it, or None.
 
     theirs: that of the weights, None where it is not known. weights names them in words. UserError
@@ -442,10 +442,11 @@ def common_tokenizer(data_dir, theirs, weights):
     """
     tokenizer = find_tokenizer(data_dir)
     if tokenizer and theirs and not theirs.agrees_with(tokenizer):
+        source = (os.path.dirname(weights) or '.') if os.path.isfile(weights) else weights
         raise UserError(
             f'{data_dir} was prepared with another tokenizer than the one of {weights}: '
-            f'prepare it with --tokenizer={weights}'
+            f'prepare it with --tokenizer={source}'
         )
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
-        print(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
+        say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
     return tokenizer or theirs

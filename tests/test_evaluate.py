@@ -277,9 +277,8 @@ def test_what_is_refused(trained):
     other.mkdir()
     write_bin(str(other / 'val.bin'), list(range(40)), 256)
     byte_tokenizer().save(str(other / 'tokenizer.json'))
-    assert 'another tokenizer than the one of out/ckpt.pt' in fails(
-        trained, 'evaluate.py', '--dataset=other'
-    )
+    words = 'another tokenizer than the one of out/ckpt.pt: prepare it with --tokenizer=out\n'
+    assert words in fails(trained, 'evaluate.py', '--dataset=other')
     broken = checkpoint.load(str(trained / 'out/ckpt.pt'))
     broken['model']['transformer.ln_f.weight'][0] = float('nan')
     checkpoint.save(str(trained / 'out/broken.pt'), broken)

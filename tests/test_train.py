@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
+from tqdm import tqdm
 
 from fledge import checkpoint, cpu
-from fledge.run import RunLog
+from fledge.run import RunLog, RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
@@ -338,6 +339,19 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
 
+def test_a_checkpoint_of_before_there_was_a_run_state_goes_on(workdir):
+    run(workdir, 'train.py', *TINY, '--max_iters=4', '--eval_interval=2', '--learning_rate=0')
+    path = str(workdir / 'out' / 'ckpt.pt')
+    saved = checkpoint.load(path)
+    state = saved.pop('run')
+    saved |= dict(elapsed=1000.0, evaluations_since_best=2, evaluation=[4, 4.0, None])
+    checkpoint.save(path, saved)
+    run(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
+    after = checkpoint.load(path)['run']
+    assert after['elapsed'] > 1000 and after['evaluations_since_best'] > 2
+    assert after['best_val_loss'] == state['best_val_loss']
+
+
 def test_early_stopping(workdir):
     out = run(
         workdir,
@@ -453,6 +467,9 @@ def test_a_rows_length_is_not_the_context_where_positions_are_rope(whole, workdi
     assert 'the context of 16 becomes 8' in run(workdir, 'train.py', *start_from, '--block_size=8')
     words = 'has 16 learned positions; block_size=24 is more'
     assert words in fails(workdir, 'train.py', *start_from, '--block_size=24')
+    start_from = [flag for flag in start_from if not flag.startswith('--block_size')]
+    out = run(workdir, 'train.py', *start_from)  # rows are no longer than the context then
+    assert 'block_size=16 ' in out and '64 tokens a step' in out
 
 
 def test_a_setting_that_does_nothing_is_named(whole, workdir):
@@ -472,12 +489,24 @@ def test_masks_are_not_ignored_in_silence(workdir):
     )
 
 
+def test_the_bar_ends_where_the_run_is_expected_to(tmp_path):
+    log, state = RunLog(True), RunState()
+    log.bar = tqdm(total=1000, disable=True)
+    expected = []
+    for state.step, state.progress in ((1, 0.02), (10, 0.04), (500, 0.5)):  # evaluated at step 0
+        log.advance(state, 1000)
+        expected.append(log.bar.total)
+    assert expected == [50, 250, 1000]
+
+
 def test_the_curves_of_a_long_run_stay_small(tmp_path):
     log = RunLog(True, str(tmp_path))
     for step in range(20_000):
         log.add_to_curves(dict(tokens=step, train_loss=1.0, val_loss=None))
     curve = log.curves['train_loss']
-    assert 500 < len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] == 19_999
+    assert 500 < len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] > 19_900
+    gaps = [later[0] - earlier[0] for earlier, later in zip(curve, curve[1:], strict=False)]
+    assert max(gaps) < 100  # no part of the run is left out
     assert not log.curves['val_loss']
 
 
@@ -525,14 +554,16 @@ def test_an_objective_may_log_more_numbers(workdir):
 max_iters = 4
 def objective(model, batch):
     logits, loss = model(batch['inputs'], batch['targets'])
-    return loss, {'largest_logit': logits.max()}
+    hits = (logits.argmax(dim=-1) == batch['targets']).float()
+    return loss, {'largest_logit': logits.max(), 'accuracy': hits.mean(), 'loss': 100 * loss}
 """)
     out = run(workdir, 'train.py', *TINY, 'two.py')
     lines = metrics(workdir / 'out')
     assert all(m['largest_logit'] > 0 for m in lines[:-1])
     assert lines[0]['val_largest_logit'] > 0 and lines[0]['val_bpb'] is None
+    assert 0 <= lines[0]['val_accuracy'] <= 1 and 3 < lines[0]['val_loss'] < 5
     evaluation = re.search('step 0: (.*)', out)[1]
-    assert re.fullmatch(r'val loss 4\.\d+, largest_logit 0\.\d+', evaluation)
+    assert re.fullmatch(r'val loss 4\.\d+, largest_logit 0\.\d+, accuracy 0\.\d+', evaluation)
     assert '| largest_logit 0.' in out
 
 
