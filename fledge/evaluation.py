@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from fledge.objectives import loss_and_numbers, next_token
 
-LOGITS_ROWS = 512  # tokens whose logits exist at once: with a large vocabulary all are gigabytes
+LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch are gigabytes
 
 
 @torch.no_grad()
@@ -65,7 +65,8 @@ def next_token_sums(model, batch, hidden):
     x, targets = hidden(batch['inputs'])[learned], batch['targets'][learned]
     nats = torch.zeros((), device=x.device)  # on the device, which is not waited for
     correct = torch.zeros((), dtype=torch.long, device=x.device)
-    for x_rows, target_rows in zip(x.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
+    n = max(1, LOGITS // model.config.vocab_size)
+    for x_rows, target_rows in zip(x.split(n), targets.split(n), strict=True):
         logits = model.lm_head(x_rows).float()
         nats += F.cross_entropy(logits, target_rows, reduction='sum')
         correct += (logits.argmax(dim=-1) == target_rows).sum()
