@@ -20,7 +20,7 @@ import torch
 from fledge import UserError, checkpoint, lock_folder
 from fledge import quantize as quantization
 from fledge.configurator import configure, one_of
-from fledge.formats import gguf, huggingface, onnx
+from fledge.formats import families, gguf, huggingface, onnx
 from fledge.tokenizer import IM_END, find_tokenizer
 from fledge.tokens import read_meta
 
@@ -182,6 +182,8 @@ def write(target):
 
     Of GGUF it is how far its weights are off, in place of logits.
     """
+    if format in ('hf', 'gguf'):  # which know models by their family's name
+        families.check_forward(families.config_of(config)['model_type'])
     if format == 'hf':
         began = init_from if source else run.get('init_from', 'scratch')
         card = huggingface.card(name, model, state, meta, began)

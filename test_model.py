@@ -358,24 +358,24 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
     assert greedy == [model.generate([p], 5, temperature=0)[0] for p in (prompt, other, prompt)]
 
 
-class ParallelBlock(model_py.Block):
-    """The block of GPT-J and PaLM: what someone who hacks the model may make of Block."""
+class OddBlock(model_py.Block):
+    """What someone may make of Block, and what no block is."""
 
     def forward(self, x, context):
-        return x + self.attn(self.ln_1(x), context) + self.mlp(self.ln_2(x))
+        return 0.5 * x - super().forward(x, context)
 
 
 @torch.no_grad()
 def test_generate_follows_an_edited_block(monkeypatch, ready):
-    sequential = tiny().generate(tokens(2, 5), 8, temperature=0)
-    monkeypatch.setattr(model_py, 'Block', ParallelBlock)
+    before = tiny().generate(tokens(2, 5), 8, temperature=0)
+    monkeypatch.setattr(model_py, 'Block', OddBlock)
     plain, model = tiny(), ready(tiny())
     expected = tokens(2, 5)
     for _ in range(8):
         best = all_logits(plain, expected)[:, -1].argmax(-1)
         expected = torch.cat((expected, best[:, None]), dim=1)
     assert torch.equal(model.generate(tokens(2, 5), 8, temperature=0), expected)
-    assert not torch.equal(sequential, expected)
+    assert not torch.equal(before, expected)
 
 
 @pytest.mark.parametrize('switches', [{}, QWEN3], ids=['gpt2', 'qwen3'])

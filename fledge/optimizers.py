@@ -114,6 +114,8 @@ def load_state_dict(optimizers, saved):
     """Restore momenta and step counts; rates, betas and decay stay as the settings say."""
     states = saved if isinstance(saved, list) else [saved]
     try:
+        if len(states) != len(optimizers):
+            raise ValueError(f'{len(states)} optimizers were saved, here are {len(optimizers)}')
         for optimizer, state in zip(optimizers, states, strict=True):
             _load_one(optimizer, state)
     except (ValueError, KeyError, IndexError, TypeError) as e:
@@ -125,8 +127,10 @@ def load_state_dict(optimizers, saved):
 
 def _load_one(optimizer, state):
     groups = []
-    ours = optimizer.state_dict()['param_groups']
-    for group, saved in zip(ours, state['param_groups'], strict=True):
+    ours, theirs = optimizer.state_dict()['param_groups'], state['param_groups']
+    if len(ours) != len(theirs):
+        raise ValueError(f'{len(theirs)} parameter groups were saved, here are {len(ours)}')
+    for group, saved in zip(ours, theirs, strict=True):
         groups.append(group | {'params': saved['params']})
     shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
     for i, entry in state['state'].items():

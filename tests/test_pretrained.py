@@ -12,6 +12,7 @@ from conftest import ROOT, fails, run, write_tiny
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
+import model as model_py
 from fledge import UserError
 from fledge.checkpoint import load, load_model
 from fledge.formats import families, gguf, huggingface
@@ -663,3 +664,26 @@ print(peak() - before)"""
     assert (
         0.9 * size < int(done.stdout) < size + 20000 * 512 * 4 * 2.5 < 1.5 * size
     )  # what is mapped of the file counts as well
+
+
+@pytest.mark.parametrize('kind', families.FAMILIES)
+@torch.no_grad()
+def test_what_an_edited_model_computes_is_held_against_its_family(kind, monkeypatch):
+    ours = families.tiny_model(kind)
+    config = families.config_of(ours.config) | dict(bos_token_id=None, eos_token_id=None)
+    assert config['model_type'] == kind
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config)
+    ).eval()
+    theirs.load_state_dict(dict(huggingface.their_tensors(ours, kind)), strict=False)
+    theirs.tie_weights()
+    logits = theirs(torch.arange(8)[None]).logits[0, -1]
+    assert logits.abs().sum().item() == pytest.approx(families.SUM_OF_LOGITS[kind], rel=1e-4)
+    families.check_forward(kind)
+
+    def parallel(block, x, context):
+        return x + block.attn(block.ln_1(x), context) + block.mlp(block.ln_2(x))
+
+    monkeypatch.setattr(model_py.Block, 'forward', parallel)
+    with pytest.raises(UserError, match=f'model.py was edited, and no longer computes what {kind}'):
+        families.check_forward(kind)

@@ -9,8 +9,10 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 from fledge import UserError
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 REQUIRED = object()  # of a setting: config.json has to have it
 
@@ -145,6 +147,8 @@ QWEN3 = replace(
 )
 # By model_type. A model is written as the first of these that it fits.
 FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen2=QWEN2, qwen3=QWEN3)
+# What transformers gives for tiny_model of each: the sum of the last token's logits, without sign.
+SUM_OF_LOGITS = dict(gpt2=26.6028, llama=18.907, qwen2=23.0663, qwen3=15.3416)
 
 # Settings of any family that change the model, unless they are off.
 FOREIGN = re.compile(
@@ -327,3 +331,28 @@ def config_of(c):
         if ours == 'activation':
             config[theirs] = next(n for n, a in family.activations.items() if a == c.activation)
     return config | family.only | dict.fromkeys(family.dropout, c.dropout)
+
+
+def tiny_model(kind):
+    """A model of a family whose weights are given by a formula."""
+    family = FAMILIES[kind]
+    sizes = dict(block_size=8, vocab_size=16, n_layer=2, n_head=4, n_embd=16, n_inner=24)
+    if family.fixed.get('position') == 'rope':
+        sizes['n_kv_head'] = 2
+    activation = next(iter(family.activations.values()))
+    model = GPT(GPTConfig(**sizes, **family.fixed, activation=activation)).eval()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(torch.sin(torch.arange(p.numel()) * 0.7 + i).view(p.shape))
+    return model
+
+
+def check_forward(kind):
+    """UserError where model.py was edited and computes something else than a family's models."""
+    with torch.no_grad():
+        logits = tiny_model(kind)(torch.arange(8)[None])[0]
+    if not math.isclose(logits.abs().sum().item(), SUM_OF_LOGITS[kind], rel_tol=1e-4):
+        raise UserError(
+            f'model.py was edited, and no longer computes what {kind} does: others would load '
+            'another model than this one; --format=onnx holds it as it is'
+        )
