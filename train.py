@@ -359,16 +359,7 @@ if eval_only:
     log.say(f'val {in_words(evaluate_val())}')
     raise SystemExit
 if dry_run:
-    train_step(0, 0.0)[0].item()  # warms up
-    began = time.perf_counter()
-    train_step(1, 0.0)[0].item()
-    seconds = time.perf_counter() - began
-    held = 8 * n_params + optimizers.state_bytes(opts)  # weights, gradients, optimizer state
-    log.say(
-        run.dry_run_report(
-            n_params, tokens_per_step, max_iters, seconds, held, machine.peak_memory()
-        )
-    )
+    log.say(run.dry_run_report(train_step, n_params, tokens_per_step, max_iters, opts, machine))
     raise SystemExit
 
 # ---- the training loop

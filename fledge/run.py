@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 
-from fledge import UserError, lock_folder, replacing
+from fledge import UserError, lock_folder, optimizers, replacing
 from fledge.configurator import at_least, one_of
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
@@ -309,9 +309,15 @@ def read_metrics(path):
     return lines
 
 
-def dry_run_report(n_params, tokens_per_step, max_iters, seconds, held, peak):
-    """What a run will take. seconds: of a step; held, peak: bytes that stay, and at most."""
+def dry_run_report(train_step, n_params, tokens_per_step, max_iters, opts, machine):
+    """What a run will take, told from two real steps."""
+    train_step(0, 0.0)[0].item()  # warms up
+    began = time.perf_counter()
+    train_step(1, 0.0)[0].item()
+    seconds = time.perf_counter() - began
     tokens = max_iters * tokens_per_step
+    held = 8 * n_params + optimizers.state_bytes(opts)
+    peak = machine.peak_memory()
     return (
         f'parameters: {n_params:,}\n'
         f'tokens: {tokens:,}\n'
