@@ -102,7 +102,7 @@ def test_readmes_commands_run(tmp_path):
             words += SMALL.split() + [
                 '--vocab_size=64',
                 '--rounds=1',
-                '--seconds=0',
+                '--seconds=0.1',
                 '--new_tokens=3',
                 '--prompt_tokens=3',
                 '--compile=False',
