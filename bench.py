@@ -14,12 +14,11 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
 
-from fledge import UserError, cpu
+from fledge import UserError, checkpoint, cpu
 from fledge import quantize as quantization
 from fledge.configurator import at_least, configure, one_of, read_settings
 from fledge.device import (
@@ -31,9 +30,9 @@ from fledge.device import (
     read_bandwidth,
 )
 from fledge.formats import families
-from fledge.tokenizer import find_tokenizer, padded_vocab_size
+from fledge.tokenizer import find_tokenizer
 from fledge.tokens import split_files, write_bin
-from model import GPT, GPTConfig
+from model import GPT
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 # -----------------------------------------------------------------------------
@@ -57,14 +56,7 @@ PARTS = ['data', 'forward', 'head and loss', 'backward', 'optimizer']
 
 def gpt_config():
     """The GPTConfig of these settings; GPT-2's vocabulary where the data is not there."""
-    values = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-    if not s.vocab_size:
-        values['vocab_size'] = padded_vocab_size(find_tokenizer(os.path.join('data', s.dataset)))
-    values['qkv_bias'] = s.bias if s.qkv_bias == 'auto' else s.qkv_bias
-    try:
-        return GPTConfig(**values)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    return checkpoint.config_of(config, find_tokenizer(os.path.join('data', s.dataset)))
 
 
 def synchronize():

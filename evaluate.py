@@ -51,13 +51,15 @@ if not dataset:
     raise UserError(f'{path} does not say what it was trained on: name the data with --dataset')
 data_dir = os.path.join('data', dataset)
 data = Tokens(data_dir, split, block_size, vocab_size)
-common_tokenizer(data_dir, tokenizer, path)
+if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
+    raise UserError(
+        f'{data_dir} was not prepared with what begins a text for {path}: prepare it again'
+    )
 if has_masks(data_dir):
     print(f'{data_dir} has masks, which are not read yet: all of its tokens are measured')
 
 began = time.monotonic()
-text_bytes = tokenizer.text_bytes(vocab_size)
-result = evaluate(model, data, machine, batch_size, eval_iters, text_bytes)
+result = evaluate(model, data, machine, batch_size, eval_iters, tokenizer)
 speed = result['tokens'] / (time.monotonic() - began)
 dtype = str(machine.dtype)[6:]
 if not math.isfinite(result['loss']):

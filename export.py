@@ -203,7 +203,8 @@ def write(target):
                 tensors[n] = tensors[n].bfloat16()
     settings = {k: v for k, v in run.items() if k != 'lora_alpha'}
     args = checkpoint.model_args(config)
-    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings))
+    begins = dict(begin=tokenizer.begin, tokenizer=tokenizer.digest())
+    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **begins))
     again = checkpoint.load_model(checkpoint.load(target), target).eval()
     return again(ids, ids)[0], 'the checkpoint loaded again'
 

@@ -71,10 +71,7 @@ try:
     start.encode()
 except UnicodeEncodeError:
     raise UserError('--start is no valid UTF-8') from None
-prompt = tokenizer.encode(start, allow_special=True)
-if prompt[: len(tokenizer.begin)] != tokenizer.begin:
-    prompt = tokenizer.begin + prompt
-prompt = prompt or [tokenizer.end_of_text or 0]
+prompt = tokenizer.encode_prompt(start)
 if max(prompt) >= model.config.vocab_size:
     raise UserError(
         f'the tokenizer gives token {max(prompt)}, and the model of {path} has '
@@ -98,7 +95,8 @@ except ValueError as e:
 samples = []
 for row in rows:
     new = row[len(prompt) :]
-    samples.append(start + tokenizer.decode(new[:-1] if new[-1] == end else new))
+    text = tokenizer.decode_behind(prompt, new[:-1] if new[-1] == end else new)
+    samples.append(start + text)
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:
     print(sample)

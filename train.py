@@ -6,10 +6,10 @@ Several nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d 
                          --rdzv_endpoint=HOST:29500 train.py ...
 """
 
+import functools
 import math
 import os
 import time
-from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ import torch
 from fledge import UserError, checkpoint, optimizers, quantize, replacing, run
 from fledge.configurator import configure, given
 from fledge.device import Machine, flops_per_token, peak_flops
-from fledge.evaluation import evaluate, in_words
+from fledge.evaluation import evaluate, in_words, samples
 from fledge.formats import huggingface
 from fledge.objectives import loss_and_numbers, next_token
-from fledge.tokenizer import common_tokenizer, find_tokenizer, padded_vocab_size
-from fledge.tokens import Tokens, find_data, has_masks
-from model import GPT, GPTConfig
+from fledge.tokenizer import common_tokenizer, find_tokenizer
+from fledge.tokens import Tokens, digest, find_data, has_masks
+from model import GPT
 
 # -----------------------------------------------------------------------------
 # The settings. As they stand they are the default run: 2.4M parameters of Qwen3's architecture on
@@ -128,50 +128,31 @@ machine.wait_for_all()
 if has_masks(data_dir):
     log.say(f'{data_dir} has masks, which are not read yet: all of its tokens are learned')
 theirs = None
-if start and not resuming:  # the tokenizer comes along with the weights
-    theirs = find_tokenizer(start.get('folder') or os.path.dirname(init_from) or '.')
-tokenizer = common_tokenizer(data_dir, theirs, init_from, log.say)
+if start:  # the tokenizer comes along with the weights
+    theirs = find_tokenizer(start.get('folder') or os.path.dirname(source) or '.')
+tokenizer = common_tokenizer(data_dir, theirs, source, log.say)
 
 # ---- model
 torch.manual_seed(seed)
 if start is None:
-    vocab_size = vocab_size or padded_vocab_size(tokenizer)
-    qkv_bias = bias if qkv_bias == 'auto' else qkv_bias
-    names = [field.name for field in fields(GPTConfig) if field.name in config]
-    try:
-        model = GPT(GPTConfig(**{name: globals()[name] for name in names}))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    model = GPT(checkpoint.config_of(config, tokenizer))
 else:
-    context = start['model_args'].get('block_size', 1024)
-    if 'block_size' not in given:
-        block_size = config['block_size'] = min(block_size, context)
-    checkpoint.fit_rows(start, block_size, source)
-    model = checkpoint.load_model(start, source, dropout=dropout)
-    if model.config.block_size != context:
-        log.say(f'the context of {context} becomes {model.config.block_size}, by block_size')
+    model = checkpoint.model_to_train(start, source, config, given, log.say, tokenizer)
     if quantize.is_quantized(model) and not eval_only:
         raise UserError(
             f'{source} has 8-bit weights, which cannot be trained: start from what it was made of'
         )
-    for name in sorted(config.keys() & asdict(model.config).keys() - {'block_size'}):
-        own = getattr(model.config, name)  # the shape of a checkpoint is its own
-        if own != config[name] and name in given and config[name] not in (0, 'auto'):
-            log.say(f'{name}={config[name]!r} is ignored: the checkpoint has {own!r}')
-        config[name] = own
-    vocab_size = model.config.vocab_size
+block_size, vocab_size = config['block_size'], model.config.vocab_size
 model.gradient_checkpointing = gradient_checkpointing
 model.to(machine.device)
 try:
     tokenizer = tokenizer or find_tokenizer(vocab_size=vocab_size)
 except UserError as e:
     log.say(f'{e}: no samples, no bits per byte')
-text_bytes = tokenizer.text_bytes(vocab_size) if tokenizer else np.zeros(vocab_size, np.int64)
 train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
 val_data = Tokens(data_dir, 'val', block_size, vocab_size)
+data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
-if target_tokens or target_epochs:
-    max_iters = math.ceil((target_tokens or target_epochs * train_data.n_tokens) / tokens_per_step)
 opts = []
 if not eval_only:
     rates = (learning_rate, weight_decay, (beta1, beta2))
@@ -181,22 +162,19 @@ if not eval_only:
 state = run.RunState()
 if resuming:
     state = run.RunState.from_checkpoint(start, ckpt_path)
-    if start.get('objective') and not objective:
-        raise UserError(
-            'this run has an objective of its own: name the config file that defines it again'
-        )
+    state.meet_changes(start, changed, config, data_digest, bool(objective))
     if 'optimizer' in start and opts:
         optimizers.load_state_dict(opts, start['optimizer'])
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
-    evaluates = {'dataset', 'block_size', 'eval_iters', 'batch_size'}
-    if changed.keys() & evaluates or bool(objective) != start.get('objective', False):
-        state.evaluated_step = -1  # the last evaluation would come out differently now
-    if 'dataset' in changed:
-        state.best_val_loss = math.inf
 del start
+last_token = target_tokens  # with which the run ends, if it is not steps that end it
+if target_epochs and not target_tokens:
+    last_token = state.tokens + round(target_epochs * train_data.n_tokens) - state.rows * block_size
+if last_token:
+    max_iters = state.step + max(0, math.ceil((last_token - state.tokens) / tokens_per_step))
 objective = objective or next_token
-log.open(config, state.step if resuming else None)
+log.open(config, state, resuming)
 if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
 log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
@@ -231,6 +209,8 @@ def try_out(network):  # torch.compile compiles at the first use
 
 
 network = machine.wrap(model, compile, try_out, log.say)
+of_val = (val_data, machine, batch_size, eval_iters, tokenizer, objective)
+evaluate_val = functools.partial(evaluate, model, *of_val)
 
 
 def train_step(step, lr):
@@ -241,7 +221,7 @@ def train_step(step, lr):
     # dropout's randomness is a function of the step, as the rows are: nothing to save or replay
     entropy = np.random.SeedSequence([seed, step, machine.rank])
     torch.manual_seed(int(entropy.generate_state(1)[0]))
-    first_row = step * rows_per_step + machine.rank * rows_per_process
+    first_row = state.rows + machine.rank * rows_per_process
     total_loss, total_numbers = torch.zeros((), device=machine.device), {}
     for done in range(0, rows_per_process, batch_size):
         count = min(batch_size, rows_per_process - done)
@@ -278,6 +258,8 @@ def learning_rate_at(step, time_share):
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     end = lr_decay_iters or max_iters
+    if last_token and not lr_decay_iters:  # earlier steps may have had another size
+        step, end = state.tokens / tokens_per_step, last_token / tokens_per_step
     position = max(step, time_share * end)  # a run that is short of time moves on faster
     if position >= end:
         return min_lr
@@ -294,8 +276,11 @@ def time_share():
     return state.elapsed / max(60 * max_minutes - 2 * state.longest_evaluation, 1e-9)
 
 
-def evaluate_val():
-    return evaluate(model, val_data, machine, batch_size, eval_iters, text_bytes, objective)
+def evaluation_is_due(spent):
+    """Every eval_interval steps; every tenth of max_minutes (spent: of 1) where that is sooner."""
+    if state.step and state.progress == spent and 0.1 * state.step < eval_interval * spent:
+        return spent - state.evaluated_at >= 0.1
+    return state.step % eval_interval == 0
 
 
 def evaluate_and_save():
@@ -311,6 +296,10 @@ def evaluate_and_save():
 
 
 def save_checkpoint(is_best):
+    global saved_step
+    if recent and not math.isfinite(sum(machine.mean(torch.stack([loss for loss, _ in recent])))):
+        raise UserError(f'the loss is not finite at step {state.step}{DIVERGED}')
+    saved_step = state.step
     saved = dict(
         model=model.state_dict(),
         optimizer=optimizers.state_dict(opts),
@@ -318,6 +307,9 @@ def save_checkpoint(is_best):
         config=config,
         scaler=scaler.state_dict(),
         objective=objective is not next_token,
+        data=data_digest,
+        tokenizer=tokenizer.digest() if tokenizer else '',
+        begin=tokenizer.begin if tokenizer else [],
         **state.in_checkpoint(),
     )
     if machine.main:
@@ -328,31 +320,33 @@ def save_checkpoint(is_best):
 
 def write_samples():
     """samples_step_*.txt: three continuations of sample_start."""
-    try:
-        prompt = tokenizer.encode(sample_start, allow_special=True) or [0]
-    except UserError:  # a vocabulary of characters without this one
-        prompt = [0]
-    model.eval()
-    with machine.autocast():
-        filters = dict(top_p=0.95, repetition_penalty=sample_repetition_penalty)
-        rows = model.generate([prompt] * 3, sample_tokens, 0.8, seed=seed, **filters)
-    model.train()
+    options = (sample_start, sample_tokens, sample_repetition_penalty, seed)
+    texts = samples(model, tokenizer, machine, 3, *options)
     if machine.main:
         with replacing(log.path(f'samples_step_{state.step:06d}.txt')) as f:
-            f.write('\n---------------\n'.join(tokenizer.decode(row) for row in rows) + '\n')
+            f.write('\n---------------\n'.join(texts) + '\n')
 
 
-def log_step(loss, grad_norm, numbers, lr):
-    """A line of metrics.jsonl and one of progress, for the steps since the last."""
-    loss = machine.mean(loss)  # an accelerator has finished its work here
-    speed = (state.step + 1 - logged_step) * tokens_per_step / clock.interval()
-    line = dict(train_loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens_per_second=speed)
+def log_steps(grad_norm):
+    """A line of metrics.jsonl and one of progress: means over the recent steps."""
+    losses = machine.mean(torch.stack([loss for loss, _ in recent]))  # waits for an accelerator
+    speed = len(recent) * tokens_per_step / clock.interval()
+    loss = sum(losses) / len(losses)
+    line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed)
+    line['grad_norm'] = grad_norm.item()
     line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
-    line |= {name: machine.mean(number) for name, number in numbers.items()}
-    log.metrics(**state.metrics(tokens_per_step), **line)
-    log.progress(state, max_iters, line, own_numbers=numbers.keys())
+    own_numbers = recent[-1][1].keys()
+    for name in own_numbers:
+        values = [numbers[name] for _, numbers in recent if name in numbers]
+        line[name] = machine.mean(torch.stack(values).mean())
+    if math.isfinite(loss):
+        line['step_losses'] = [round(each, 5) for each in losses]
+    log.metrics(**state.metrics(), **line)
+    log.progress(state, max_iters, line, own_numbers)
     if not math.isfinite(loss):
         raise UserError(f'the loss is {loss} at step {state.step}{DIVERGED}')
+    recent.clear()
+    clock.start_interval()
 
 
 if eval_only:
@@ -364,20 +358,25 @@ if dry_run:
 
 # ---- the training loop
 stop = run.StopSignals(machine.main)
+if state.step > warmup_iters and learning_rate_at(state.step, time_share()) > 1.05 * state.lr > 0:
+    log.say(f'the learning rate rises again, from {state.lr:.2e}: there is more to do than before')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
-logged_step = state.step
+recent = []  # (loss, numbers) of the steps since the last line of progress
+saved_step = state.step if resuming else -1
 while True:
     state.elapsed = clock.elapsed()
     stops, shares = zip(*machine.gather((stop.asked(), time_share())), strict=True)
     stopping, spent = any(stops), max(shares)  # the processes go on, or stop, together
-    state.progress = max(state.step / max(max_iters, 1), spent)
+    steps_share = state.tokens / last_token if last_token else state.step / max(max_iters, 1)
+    state.progress = max(steps_share, spent)
     done = state.step >= max_iters or spent >= 1
 
     # once in a while: evaluate, save, sample
     with clock.not_training():
-        if (state.step % eval_interval == 0 or done) and not stopping:
+        if (evaluation_is_due(spent) or done) and not stopping:
             if state.evaluated_step != state.step:  # else it was made before the checkpoint
+                state.evaluated_at = spent
                 evaluate_and_save()
             if early_stopping_patience and state.evaluations_since_best >= early_stopping_patience:
                 n = state.evaluations_since_best
@@ -392,28 +391,30 @@ while True:
         break
 
     # one step
-    lr = learning_rate_at(state.step, spent)
-    loss, grad_norm, numbers = train_step(state.step, lr)
+    state.lr = learning_rate_at(state.step, spent)
+    loss, grad_norm, numbers = train_step(state.step, state.lr)
+    recent.append((loss, numbers))
 
     # log
     if state.step % log_interval == 0 or state.evaluated_step == state.step:
-        log_step(loss, grad_norm, numbers, lr)
-        logged_step = state.step + 1
-        clock.start_interval()
+        log_steps(grad_norm)
     state.step += 1
+    state.rows += rows_per_step
+    state.tokens += tokens_per_step
     log.advance(state, max_iters)
 
 log.close_bar()
-if stopping:
+if saved_step != state.step:  # the last weights are kept in any case
     save_checkpoint(is_best=False)
-    goes_on = f'To go on: python train.py --init_from=resume --out_dir={out_dir}'
-else:
-    log.metrics(**state.metrics(tokens_per_step))
+goes_on = f'To go on: python train.py --init_from=resume --out_dir={out_dir}'
+if not stopping:
+    log.metrics(**state.metrics())
     log.draw()
     goes_on = f'Try it: python sample.py --out_dir={out_dir}'
+best = f' ({out_dir}/best.pt, step {state.best_step})' if state.best_step > 0 else ''
 log.say(
     f'{"stopped" if stopping else "done"} at step {state.step} after {clock.elapsed() / 60:.1f} '
     f'minutes ({clock.aside:.1f} s went to evaluations, checkpoints and samples); '
-    f'best val loss {state.best_val_loss:.4f}. {goes_on}'
+    f'best val loss {state.best_val_loss:.4f}{best}. {goes_on}'
 )
 machine.leave()

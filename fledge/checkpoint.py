@@ -15,11 +15,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fledge import UserError, adapters, quantize, replacing
+from fledge.tokenizer import padded_vocab_size
 from model import ACTIVATIONS, GPT, GPTConfig
 
 
 def save(path, checkpoint):
-    """Write a dict of tensors and plain values; the old file stays until the new one is whole."""
+    """Write a dict of tensors and plain values; the old file stays until the new one is whole.
+
+    UserError for a full disk, and for weights that are not finite: those are worth no file.
+    """
+    for name, tensor in checkpoint['model'].items():
+        if not tensor.isfinite().all():
+            raise UserError(f'{name} has weights that are not finite: {path} is not written')
     try:
         with replacing(path, 'wb') as f:
             torch.save(checkpoint, f)
@@ -147,6 +154,49 @@ def model_args(config):
     if ACTIVATIONS[config.activation][0]:
         del gpt2['n_inner']  # a gated MLP of that width has to say so
     return {k: v for k, v in asdict(config).items() if k not in gpt2 or v != gpt2[k]}
+
+
+def config_of(settings, tokenizer):
+    """The GPTConfig of a new model by a script's settings; tokenizer: of its data, or None."""
+    values = {
+        field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings
+    }
+    values['vocab_size'] = settings['vocab_size'] or padded_vocab_size(tokenizer)
+    if settings['qkv_bias'] == 'auto':
+        values['qkv_bias'] = settings['bias']
+    try:
+        return GPTConfig(**values)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def model_to_train(checkpoint, path, settings, given, say, tokenizer):
+    """The model of a loaded checkpoint, for rows of block_size tokens.
+
+    Its shape is its own: settings are brought in line with it, and those of `given` that ask for
+    another are named by say(). UserError, which names path, for rows that it cannot take, and for
+    data whose tokenizer has more tokens.
+    """
+    context = checkpoint['model_args'].get('block_size', GPTConfig.block_size)
+    if 'block_size' not in given:
+        settings['block_size'] = min(settings['block_size'], context)
+    fit_rows(checkpoint, settings['block_size'], path)
+    model = load_model(checkpoint, path, dropout=settings['dropout'])
+    if model.config.block_size != context:
+        say(f'the context of {context} becomes {model.config.block_size}, by block_size')
+    for name in sorted(settings.keys() & asdict(model.config).keys() - {'block_size'}):
+        own = getattr(model.config, name)
+        if own != settings[name] and name in given and settings[name] not in (0, 'auto'):
+            say(f'{name}={settings[name]!r} is ignored: the checkpoint has {own!r}')
+        settings[name] = own
+    vocab_size = model.config.vocab_size
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        added = [token for token, i in tokenizer.special.items() if i >= vocab_size]
+        raise UserError(
+            f'{path} has an embedding of {vocab_size:,} tokens, which does not grow yet, and the '
+            f'data {tokenizer.vocab_size:,} (with {", ".join(added)}): prepare it as plain text'
+        )
+    return model
 
 
 def fit_rows(checkpoint, block_size, path):

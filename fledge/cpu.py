@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import model as plain
 
@@ -263,7 +264,13 @@ class LayerNorm(nn.LayerNorm):
 
 class MLP(plain.MLP):
     def activate(self, x):
-        return recomputed(super().activate(x), x, super().activate)
+        activate = super().activate
+        gated, _ = plain.ACTIVATIONS[self.activation]
+        if gated and x.requires_grad and x.numel() >= LARGE:  # without what it multiplies
+            y = checkpoint(activate, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = activate(x)
+        return recomputed(y, x, activate)
 
 
 def recomputed(y, x, function):

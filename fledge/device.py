@@ -130,10 +130,10 @@ class Machine:
         return values
 
     def mean(self, tensor):
-        """The mean of a tensor over all processes, as a number."""
+        """The mean of a tensor over all processes, as a number, or a list of them."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
-        return tensor.item() / self.world_size
+        return (tensor / self.world_size).tolist()
 
     def wait_for_all(self):
         if self.world_size > 1:

@@ -2,42 +2,55 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from fledge import UserError
 from fledge.objectives import loss_and_numbers, next_token
 
 LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch are gigabytes
 
 
 @torch.no_grad()
-def evaluate(model, data, machine, batch_size, n_batches, text_bytes, objective=next_token):
+def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=next_token):
     """Measure a model on rows spread evenly over a split, the same ones each time.
 
-    data: a tokens.Tokens. n_batches: of batch_size rows; 0: the whole split. text_bytes: the bytes
-    of text behind each token id, (vocab_size,). The processes of machine share the rows.
+    data: a tokens.Tokens. n_batches: of batch_size rows; 0: the whole split. tokenizer: of the
+    tokens, or None. The processes of machine share the rows.
     Returns a dict: loss (nats a token) and tokens, and for next_token perplexity, accuracy,
     bits_per_byte (None where no bytes are known) and bytes, else the objective's own numbers.
+    bits_per_byte compares across tokenizers: it is the bits that the tokens of text cost, over the
+    bytes of the text. Special tokens are in neither, nor are spaces that a tokenizer adds.
     """
     was_training = model.training
     model.eval()
+    text_bytes, added = np.zeros(model.config.vocab_size, np.int64), 0  # a token, a text
+    if tokenizer:
+        text_bytes = tokenizer.text_bytes(len(text_bytes))
+        added = tokenizer.space_in_front
     rows = data.evaluation_rows(n_batches * batch_size or None)
     starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
     sums = {}
     # a bar on a terminal, and that of the first process alone
     for start in tqdm(starts, unit='batch', leave=False, disable=None if machine.main else True):
         batch = data.evaluation_batch(rows[start : start + batch_size])
-        learned = batch['targets'][batch['targets'] >= 0]
+        learned = batch['targets'] >= 0
+        n_learned = int(learned.sum())
         with machine.autocast():
             if objective is next_token:
+                sizes = text_bytes[batch['targets']] * learned
+                batch['is_text'] = sizes > 0
+                # a text begins behind a special token, which has no bytes
+                n_texts = (batch['is_text'] & (text_bytes[batch['inputs']] == 0)).sum()
                 numbers = next_token_sums(model, machine.move(batch), machine.hidden(model))
-                numbers['bytes'] = text_bytes[learned].sum()
+                numbers['bytes'] = sizes.sum() - n_texts * added
             else:
                 loss, means = loss_and_numbers(objective, model, machine.move(batch))
                 means = means | {'loss': loss}
-                numbers = {name: float(mean) * len(learned) for name, mean in means.items()}
-        numbers['tokens'] = len(learned)
+                numbers = {name: float(mean) * n_learned for name, mean in means.items()}
+        numbers['tokens'] = n_learned
         for name, number in numbers.items():
             sums[name] = sums.get(name, 0) + number
     model.train(was_training)
@@ -52,7 +65,7 @@ def evaluate(model, data, machine, batch_size, n_batches, text_bytes, objective=
     return dict(
         loss=loss,
         perplexity=math.exp(min(loss, 700)),
-        bits_per_byte=totals['nats'] / math.log(2) / n_bytes if n_bytes else None,
+        bits_per_byte=totals['text_nats'] / math.log(2) / n_bytes if n_bytes else None,
         accuracy=totals['correct'] / n_tokens,
         tokens=n_tokens,
         bytes=n_bytes,
@@ -60,17 +73,36 @@ def evaluate(model, data, machine, batch_size, n_batches, text_bytes, objective=
 
 
 def next_token_sums(model, batch, hidden):
-    """Nats of all targets, and how many were the likeliest token. hidden: model's, or compiled."""
+    """Nats of all targets and of those that are text, and how many were the likeliest token.
+
+    batch has `is_text` beside its targets. hidden: model's, or compiled.
+    """
     learned = batch['targets'] >= 0
     x, targets = hidden(batch['inputs'])[learned], batch['targets'][learned]
-    nats = torch.zeros((), device=x.device)  # on the device, which is not waited for
-    correct = torch.zeros((), dtype=torch.long, device=x.device)
+    nats, correct = torch.empty((2, len(targets)), device=x.device)
     n = max(1, LOGITS // model.config.vocab_size)
-    for x_rows, target_rows in zip(x.split(n), targets.split(n), strict=True):
-        logits = model.lm_head(x_rows).float()
-        nats += F.cross_entropy(logits, target_rows, reduction='sum')
-        correct += (logits.argmax(dim=-1) == target_rows).sum()
-    return {'nats': nats.item(), 'correct': correct.item()}
+    for start in range(0, len(targets), n):
+        here = slice(start, start + n)
+        logits = model.lm_head(x[here]).float()
+        nats[here] = F.cross_entropy(logits, targets[here], reduction='none')
+        correct[here] = (logits.argmax(dim=-1) == targets[here]).float()
+    text_nats = nats[batch['is_text'][learned]].sum()
+    return dict(nats=nats.sum().item(), text_nats=text_nats.item(), correct=correct.sum().item())
+
+
+def samples(model, tokenizer, machine, count, start, n_tokens, repetition_penalty, seed):
+    """So many continuations of a text, as texts."""
+    try:
+        prompt = tokenizer.encode_prompt(start)
+    except UserError:  # a vocabulary of characters without one of these
+        prompt = [0]
+    was_training = model.training
+    model.eval()
+    with machine.autocast():
+        filters = dict(top_p=0.95, repetition_penalty=repetition_penalty)
+        rows = model.generate([prompt] * count, n_tokens, 0.8, seed=seed, **filters)
+    model.train(was_training)
+    return [tokenizer.decode(row) for row in rows]
 
 
 def in_words(result):

@@ -25,17 +25,23 @@ class RunState:
     """What a run goes on with, besides its weights and optimizers. Saved and restored whole."""
 
     step: int = 0  # steps done
+    rows: int = 0  # of the data seen, and where in its order the next step goes on
+    tokens: int = 0  # seen, of whatever data
+    lr: float = 0.0  # learning rate of the last step
     progress: float = 0.0  # of the run, 0 to 1, in steps or in time, whichever is further
     elapsed: float = 0.0  # seconds, evaluations included
     longest_evaluation: float = 0.0  # seconds; the last one has to fit into max_minutes as well
     evaluated_step: int = -1  # of the last evaluation
+    evaluated_at: float = 0.0  # share of max_minutes at that time
     evaluation: dict | None = None  # its numbers (see evaluation.evaluate)
     best_val_loss: float = math.inf
+    best_step: int = -1  # of that loss
     evaluations_since_best: int = 0
+    wandb_id: str = ''  # of the run there
 
-    def metrics(self, tokens_per_step):
+    def metrics(self):
         """What metrics.jsonl has of a step by itself: the evaluation too, where one was made."""
-        line = dict(step=self.step, tokens=self.step * tokens_per_step, elapsed=self.elapsed)
+        line = dict(step=self.step, tokens=self.tokens, elapsed=self.elapsed)
         if self.evaluated_step == self.step:
             numbers = dict(self.evaluation)
             if 'bytes' in numbers:  # it is of next_token
@@ -64,13 +70,43 @@ class RunState:
         state = cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
         state.step = checkpoint['iter_num']
         state.best_val_loss = float(checkpoint['best_val_loss'])
+        if 'rows' not in saved:  # an older one, whose settings never changed
+            s = checkpoint['config']
+            rows_a_step = s.get('gradient_accumulation_steps', 1) * s.get('batch_size', 1)
+            state.rows = state.step * rows_a_step
+            state.tokens = state.rows * s.get('block_size', 1)
         return state
+
+    def meet_changes(self, checkpoint, changed, settings, data_digest, own_objective):
+        """Go on from a checkpoint under settings, of which `changed` has the values before.
+
+        UserError where its data is not what it was, or its own objective is missing.
+        """
+        had_objective = checkpoint.get('objective', False)
+        if 'dataset' in changed:
+            self.best_val_loss, self.rows = math.inf, 0
+        elif checkpoint.get('data', data_digest) != data_digest:
+            raise UserError(
+                f'data/{settings["dataset"]} is not what this run was trained on any more: put it '
+                'back, or begin another run from its weights (--init_from=FILE, another --out_dir)'
+            )
+        if had_objective and not own_objective:
+            raise UserError(
+                'this run has an objective of its own: name the config file that defines it again'
+            )
+        if 'block_size' in changed:  # about as much of the data stays behind
+            self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
+        evaluates = {'dataset', 'block_size', 'eval_iters', 'batch_size'}
+        if changed.keys() & evaluates or own_objective != had_objective:
+            self.evaluated_step = -1  # the last evaluation would come out differently now
 
     def note_evaluation(self, evaluation, seconds):
         """Keep an evaluation of the present step; returns whether it is the best so far."""
         self.evaluated_step, self.evaluation = self.step, evaluation
         self.longest_evaluation = max(self.longest_evaluation, seconds)
         is_best = evaluation['loss'] < self.best_val_loss
+        if is_best:
+            self.best_step = self.step
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         self.best_val_loss = min(self.best_val_loss, evaluation['loss'])
         return is_best
@@ -138,17 +174,18 @@ class RunLog:
         self.bar = None
         self.is_open = False
         self.sinks = []  # functions of a step and its metrics
-        self.curves = {'train_loss': [], 'val_loss': []}  # [(tokens, loss), ...]
+        # of loss.png, [(tokens, minutes, loss), ...]: each step's, and means over log_interval
+        self.curves = {'step_loss': [], 'train_loss': [], 'val_loss': []}
+        self.logged = (0, 0.0)  # tokens and minutes of the last line
 
     def path(self, name):
         return os.path.join(self.out_dir, name)
 
-    def open(self, settings, resume_step=None):
+    def open(self, settings, state, resuming):
         """Open the run's files.
 
-        A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed at
-        resume_step: then what comes after that step is dropped from metrics.jsonl, for it happens
-        again.
+        A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed: then
+        what comes after its state is dropped from metrics.jsonl, for it happens again.
         """
         if not self.out_dir:
             return
@@ -157,10 +194,10 @@ class RunLog:
             os.makedirs(self.out_dir, exist_ok=True)
             self.lock = lock_folder(self.out_dir, wait=False)
             lines = []
-            if resume_step is None:
+            if not resuming:
                 self.keep_previous()
             elif os.path.exists(path):
-                lines = [m for m in read_metrics(path) if m['step'] < resume_step]
+                lines = [m for m in read_metrics(path) if m['step'] < state.step]
             with replacing(path) as f:
                 f.writelines(json.dumps(line) + '\n' for line in lines)
             for line in lines:
@@ -170,7 +207,7 @@ class RunLog:
         except OSError as e:
             raise UserError(f'cannot write to out_dir={self.out_dir}: {e.strerror}') from None
         self.is_open = True
-        self.connect(settings)
+        self.connect(settings, state)
 
     def append(self, name, line):
         with open(self.path(name), 'a', encoding='utf-8') as f:
@@ -187,17 +224,19 @@ class RunLog:
                 os.replace(self.path(name), os.path.join(folder, name))
         print(f'the run that was in {self.out_dir} is now in {folder}')
 
-    def connect(self, settings):
+    def connect(self, settings, state):
         if settings['wandb_log']:
             import wandb
 
             project, name = settings['wandb_project'], settings['wandb_run_name']
-            wandb.init(project=project, name=name, config=settings, dir=self.out_dir)
+            same = dict(id=state.wandb_id or None, resume='allow')  # a resumed run goes on there
+            run = wandb.init(project=project, name=name, config=settings, dir=self.out_dir, **same)
+            state.wandb_id = run.id
             self.sinks.append(lambda step, metrics: wandb.log(metrics, step=step))
         if settings['tensorboard']:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(self.path('tensorboard'))
+            board = SummaryWriter(self.path('tensorboard'), purge_step=state.step or None)
 
             def write(step, metrics):
                 for name, value in metrics.items():
@@ -245,7 +284,8 @@ class RunLog:
                 line[name] = None  # JSON has no infinity
         self.append('metrics.jsonl', json.dumps(line))
         self.add_to_curves(line)
-        known = {name: value for name, value in line.items() if value is not None}
+        # a list of losses is nothing for the sinks
+        known = {n: v for n, v in line.items() if v is not None and not isinstance(v, list)}
         for sink in self.sinks:
             sink(line['step'], known)
 
@@ -258,18 +298,28 @@ class RunLog:
         if self.bar is None:
             self.say(f'step {state.step}/{max_iters} | {text} | {state.elapsed:.0f} s')
         else:
-            self.bar.set_postfix_str(text)
+            val = f'val {state.evaluation["loss"]:.4f} | ' if state.evaluation else ''
+            self.bar.set_postfix_str(val + text)
             self.append('train.log', f'step {state.step}/{max_iters} | {text}')
 
     def add_to_curves(self, line):
-        for name, curve in self.curves.items():
+        here = (line['tokens'], (line['elapsed'] or 0) / 60)
+        losses = line.get('step_losses') or []
+        for i, loss in enumerate(losses, 1):
+            between = [
+                a + (b - a) * i / len(losses) for a, b in zip(self.logged, here, strict=True)
+            ]
+            self.curves['step_loss'].append((*between, loss))
+        for name in ('train_loss', 'val_loss'):
             if line[name] is not None:
-                curve.append((line['tokens'], line[name]))
+                self.curves[name].append((*here, line[name]))
+        for name, curve in self.curves.items():
             if len(curve) > PLOT_POINTS:
                 self.curves[name] = thin_out(curve)
+        self.logged = here
 
     def draw(self):
-        """loss.png: the losses against tokens."""
+        """loss.png: the losses against tokens, and against minutes."""
         if not self.out_dir:
             return
         import matplotlib
@@ -277,14 +327,23 @@ class RunLog:
         matplotlib.use('Agg')
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        for name, style in (('train_loss', '-'), ('val_loss', 'o-')):
-            if self.curves[name]:
-                tokens, losses = zip(*self.curves[name], strict=True)
-                axes.plot(tokens, losses, style, label=name.replace('_', ' '), alpha=0.8)
-        axes.set(xlabel='tokens', ylabel='loss (nats a token)', title=self.out_dir)
-        axes.legend()
-        axes.grid(alpha=0.3)
+        figure, both = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+        looks = dict(
+            step_loss=dict(color='C0', alpha=0.25, linewidth=0.8, label='a single step'),
+            train_loss=dict(color='C0', label='train, mean of some steps'),
+            val_loss=dict(color='C1', marker='o', markersize=4, label='val'),
+        )
+        for place, unit in enumerate(('tokens', 'minutes')):
+            axes = both[place]
+            for name, look in looks.items():
+                if self.curves[name]:
+                    points = list(zip(*self.curves[name], strict=True))
+                    axes.plot(points[place], points[2], **look)
+            axes.set(xlabel=unit)
+            axes.grid(alpha=0.3)
+        both[0].set(ylabel='loss (nats a token)')
+        both[0].legend()
+        figure.suptitle(self.out_dir)
         figure.savefig(self.path('loss.png'), dpi=120, bbox_inches='tight')
         pyplot.close(figure)
 

@@ -5,6 +5,7 @@ dictionary, anything else on the `tokenizers` package.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import re
 
 import numpy as np
 
-from fledge import UserError, replacing
+from fledge import UserError, read_json, replacing
 from fledge.formats import hub
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # two of ChatML
@@ -61,8 +62,9 @@ class Tokenizer:
 
     spec: the parsed tokenizer.json. `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
-    document, or None; `begin` are the ids that its model wants in front of a text (Llama's
-    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id.
+    document, or None; `begin` are the ids that stand in front of each document (Llama's
+    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id; `space_in_front`
+    is how many bytes the tokenizer itself puts in front of a text (SentencePiece a space, 1).
     """
 
     def __init__(self, spec):
@@ -101,6 +103,8 @@ class Tokenizer:
 
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.token_bytes = self._bytes_by_tokenizers(added)
+        alone = b''.join(self.token_bytes.get(i, b'') for i in self.encode('a')) if self.hf else b''
+        self.space_in_front = len(alone) - 1 if alone.endswith(b' a') else 0
 
     def _bytes_by_tokenizers(self, added):
         """token_bytes of a vocabulary that runs on `tokenizers`."""
@@ -156,6 +160,20 @@ class Tokenizer:
             slow.encode_special_tokens = True
             return np.array(slow.encode(text, add_special_tokens=False).ids, np.uint32)
 
+    def encode_prompt(self, text):
+        """The ids of a text that a model is to go on with; special tokens spelled out are such.
+
+        It begins as a document does. <|endoftext|> in front of it is any tokenizer's end of text,
+        behind which a new document begins; so is a text without tokens.
+        """
+        start = []
+        if text.startswith(END_OF_TEXT) and self.end_of_text is not None:
+            text, start = text.removeprefix(END_OF_TEXT), [self.end_of_text]
+        ids = self.encode(text, allow_special=True)
+        if ids[: len(self.begin)] != self.begin:
+            ids = self.begin + ids
+        return start + ids or [self.end_of_text or 0]
+
     def encode_chat(self, messages):
         """ids of a conversation in ChatML and, for each, whether it is learned: uint32 and uint8.
 
@@ -163,7 +181,7 @@ class Tokenizer:
         assistant says is learned, with the <|im_end|> that ends it, unless a message has its own
         'learned'. Special tokens spelled out are text.
         """
-        ids, learned = [], []
+        ids, learned = [*self.begin], [0] * len(self.begin)
         start, end, newline = self.special[IM_START], self.special[IM_END], self.encode('\n')
         for message in messages:
             role, content = self.encode(f'{message["role"]}\n'), self.encode(message['content'])
@@ -196,6 +214,17 @@ class Tokenizer:
         text = b''.join(self.token_bytes.get(int(i), b'\xff') for i in ids)
         return text.decode('utf-8', errors='replace')
 
+    def decode_behind(self, prompt, ids):
+        """The text that ids add to the text of prompt, ids as well.
+
+        Decoded alone, SentencePiece's kind of token would lose the space in front of it, which is
+        right at the beginning of a text alone.
+        """
+        if not self.hf or prompt[-1] in self.special.values():
+            return self.decode(ids)
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return whole[len(os.path.commonprefix([before, whole])) :]
+
     def text_bytes(self, vocab_size):
         """How many bytes of text each id stands for, int64 (vocab_size,); special ones for none."""
         sizes, special = np.zeros(vocab_size, np.int64), set(self.special.values())
@@ -208,6 +237,15 @@ class Tokenizer:
         """Whether each id that both have is the same text, and data in one serves the other."""
         theirs = other.token_bytes
         return all(theirs.get(i, token) == token for i, token in self.token_bytes.items())
+
+    def without_begin(self):
+        """This tokenizer, with nothing in front of a document."""
+        return Tokenizer(self.spec | dict(post_processor=None)) if self.begin else self
+
+    def digest(self):
+        """A text that two tokenizers share if they are the same in all that they do."""
+        content = json.dumps(self.spec, sort_keys=True).encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def save(self, path):
         """Write tokenizer.json at path, whole or not at all."""
@@ -437,6 +475,7 @@ def padded_vocab_size(tokenizer):
 def common_tokenizer(data_dir, theirs, weights, say=print):
     """The tokenizer of data and of the weights that are trained or measured on it, or None.
 
+    It begins a document as the data does: older data has nothing there, whatever the tokenizer.
     theirs: that of the weights, None where it is not known. weights names them in words. UserError
     where the two differ.
     """
@@ -449,4 +488,7 @@ def common_tokenizer(data_dir, theirs, weights, say=print):
         )
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
         say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
-    return tokenizer or theirs
+    common, meta = tokenizer or theirs, os.path.join(data_dir, 'meta.json')
+    if common and common.begin and not (os.path.exists(meta) and read_json(meta).get('begin')):
+        return common.without_begin()
+    return common

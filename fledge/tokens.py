@@ -7,6 +7,7 @@ any number of processes.
 """
 
 import glob
+import hashlib
 import os
 import subprocess
 import sys
@@ -84,11 +85,31 @@ def read_meta(folder):
 
 
 def split_files(folder, split):
-    """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none."""
-    whole = os.path.join(folder, f'{split}.bin')
-    if os.path.exists(whole):
-        return [whole]
-    return sorted(glob.glob(os.path.join(glob.escape(folder), f'{split}_{"[0-9]" * 6}.bin')))
+    """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none.
+
+    llm.c and what came of it put a name in front: fineweb_train_000001.bin.
+    """
+    for name in (split, f'*_{split}'):
+        for pattern in (f'{name}.bin', f'{name}_{"[0-9]" * 6}.bin'):
+            found = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+            if found:
+                return found
+    return []
+
+
+def digest(paths):
+    """A text that changes with the .bin files at paths and their masks: by sizes and samples."""
+    paths = [p for path in paths for p in (path, f'{path[:-4]}.mask.bin') if os.path.exists(p)]
+    pieces = 1 + 256 // len(paths)  # of a file, spread over it: terabytes are not read
+    hasher = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size = os.path.getsize(path)
+        hasher.update(f'{os.path.basename(path)} {size} '.encode())
+        with open(path, 'rb') as f:
+            for i in range(pieces):
+                f.seek(i * max(size - 4096, 0) // max(pieces - 1, 1))
+                hasher.update(f.read(4096))
+    return hasher.hexdigest()
 
 
 def has_masks(folder):

@@ -145,9 +145,9 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     assert found['bytes'] == 20 * len(text.encode()) and found['tokens'] == 1 + 20 * (
         len(tokenizer.encode(text)) + 1
     )
-    assert found['bits_per_byte'] == pytest.approx(
-        found['loss'] * found['tokens'] / math.log(2) / found['bytes']
-    )
+    # the nats of special tokens, one a document, are in the loss alone
+    all_bits = found['loss'] * found['tokens'] / math.log(2) / found['bytes']
+    assert 0.85 * all_bits < found['bits_per_byte'] < 0.98 * all_bits
 
 
 def test_parts_of_it(trained):
@@ -281,5 +281,5 @@ def test_what_is_refused(trained):
     assert words in fails(trained, 'evaluate.py', '--dataset=other')
     broken = checkpoint.load(str(trained / 'out/ckpt.pt'))
     broken['model']['transformer.ln_f.weight'][0] = float('nan')
-    checkpoint.save(str(trained / 'out/broken.pt'), broken)
+    torch.save(broken, trained / 'out/broken.pt')
     assert 'its weights are broken' in fails(trained, 'evaluate.py', '--init_from=out/broken.pt')

@@ -100,6 +100,7 @@ def test_a_run_leaves_what_it_should(whole):
         'tokens_per_second',
         'mfu',
         'elapsed',
+        'step_losses',
     ]
     assert [m['step'] for m in lines if m['val_loss'] is not None] == [0, 30, 60]
     assert (
@@ -377,7 +378,8 @@ def test_only_a_better_loss_is_saved_when_asked(workdir):
         '--always_save_checkpoint=False',
         '--learning_rate=0',
     )
-    assert not (workdir / 'out' / 'ckpt.pt').exists()  # step 0's loss was never beaten
+    assert not (workdir / 'out' / 'best.pt').exists()  # step 0's loss was never beaten
+    assert checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))['iter_num'] == 6  # the last weights
 
 
 def test_max_minutes_bounds_the_run(workdir):
@@ -502,7 +504,7 @@ def test_the_bar_ends_where_the_run_is_expected_to(tmp_path):
 def test_the_curves_of_a_long_run_stay_small(tmp_path):
     log = RunLog(True, str(tmp_path))
     for step in range(20_000):
-        log.add_to_curves(dict(tokens=step, train_loss=1.0, val_loss=None))
+        log.add_to_curves(dict(tokens=step, elapsed=1.0, train_loss=1.0, val_loss=None))
     curve = log.curves['train_loss']
     assert 500 < len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] > 19_900
     gaps = [later[0] - earlier[0] for earlier, later in zip(curve, curve[1:], strict=False)]
@@ -735,7 +737,9 @@ def test_a_terminal_gets_a_progress_bar(workdir):
 
 def test_wandb_offline_and_tensorboards_absence(workdir):
     run(workdir, 'train.py', *TINY, '--max_iters=3', '--wandb_log')
-    assert list((workdir / 'out' / 'wandb').glob('offline-run-*'))
+    run(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
+    first, second = (workdir / 'out' / 'wandb').glob('offline-run-*')
+    assert first.name.split('-')[-1] == second.name.split('-')[-1]  # one run there
     try:
         import tensorboard  # noqa: F401
     except ImportError:

@@ -144,7 +144,7 @@ def _encode(s, stage, encoder, record, repaired):
             raise Skip(f'shorter than min_length={s.min_length}')
     pieces = []
     for document in documents:
-        ids, learned = _encode_document(encoder, document)
+        ids, learned = _encode_document(encoder, document, begins=not part or record.first)
         pieces.append((ids, learned))
         if not part or record.last:  # the end is learned where what it ends is
             end = end_of(encoder)
@@ -173,15 +173,14 @@ def _encode(s, stage, encoder, record, repaired):
     return example, pieces
 
 
-def _encode_document(encoder, document):
-    """ids of a document and, for each, whether it is learned."""
-    if isinstance(document, str):
-        ids = encoder.encode_array(document)
-        return ids, np.ones(len(ids), np.uint8)
-    if isinstance(document[0], dict):
+def _encode_document(encoder, document, begins):
+    """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
+    if not isinstance(document, str) and isinstance(document[0], dict):
         return encoder.encode_chat(document)
-    pieces = [encoder.encode_array(text) for text, _ in document]
-    learned = np.repeat([is_learned for _, is_learned in document], [len(ids) for ids in pieces])
+    parts = [(document, 1)] if isinstance(document, str) else document
+    begin = np.array(encoder.begin if begins else [], np.uint32)
+    pieces = [begin, *(encoder.encode_array(text) for text, _ in parts)]
+    learned = np.repeat([0, *(is_learned for _, is_learned in parts)], [len(p) for p in pieces])
     return np.concatenate(pieces), learned
 
 

@@ -195,7 +195,7 @@ class Run:
         else:
             self.encoder = encoding.choose_tokenizer(s, stages, masked)
             self.encoder.save(f'{partial}/tokenizer.json')
-        state['vocab_size'] = self.encoder.vocab_size
+        state.update(vocab_size=self.encoder.vocab_size, begin=self.encoder.begin)
         self.writers = {}
         for split, n in state['splits'].items():
             self.writers[split] = writing.SplitWriter(

@@ -54,6 +54,7 @@ class Text(NamedTuple):
     text: str
     broken: int = 0  # the first line that was no valid UTF-8 and now has U+FFFD in it, or 0
     key: str = ''  # of a part: the same for all parts of a text
+    first: bool = True  # the beginning of the text
     last: bool = True  # the end of the text
 
 
@@ -326,9 +327,9 @@ def _text(path, size, start, offset, number):
                 cut = _last_cut(piece)
             part, rest = piece[:cut], piece[cut:]
             text, broken = _decoded(part, number)
-            line = number + 1
+            first, line = offset == 0, number + 1
             offset, number = offset + cut, number + part.count(b'\n')
-            yield Text(text, broken, key, offset >= size), line, (offset, number)
+            yield Text(text, broken, key, first, offset >= size), line, (offset, number)
 
 
 def _last_cut(piece):

@@ -160,16 +160,16 @@ def share(partial, files, state, val_fraction, source):
     if moved < 2 or len(ids) - moved < 2:
         state['bytes'] = 0  # nothing worth keeping
         raise UserError(f'{source} gives no {empty} text: it is too short for its val_fraction')
-    rest = ids[:-moved]
+    rest, begin = ids[:-moved], np.array([], ids.dtype)
     if moved < tokens:  # the document is cut, and ends in both
         text = ids[len(rest) : len(ids) - len(end)]
         size = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text)
-        documents = 1
+        documents, begin = 1, np.array(encoder.begin, ids.dtype)
         rest = np.append(rest, end)
         for key, more in dict(tokens=len(end), learned=len(end), documents=1).items():
             splits[full][key] += more
     files[empty], files[full] = [f'{partial}/{empty}.bin'], [*earlier, f'{partial}/{full}.bin']
-    write_bin(files[empty][0], ids[-moved:], encoder.vocab_size)
+    write_bin(files[empty][0], np.append(begin, ids[-moved:]), encoder.vocab_size)
     write_bin(files[full][-1], rest, encoder.vocab_size)
     learned = moved
     if masked:
@@ -181,6 +181,8 @@ def share(partial, files, state, val_fraction, source):
     splits[empty].update(given)
     for key, count in given.items():
         splits[full][key] -= count
+    for key in ('tokens', 'learned'):
+        splits[empty][key] += len(begin)
 
 
 def _continues(encoder, token):
@@ -207,7 +209,7 @@ def publish(folder, files, tokenizer, meta):
                 raise UserError(f'{target} is nowhere, nor what it is made of; prepare it again')
         masks = glob.glob(f'{glob.escape(folder)}/{split}*.mask.bin')
         for path in split_files(folder, split) + masks:
-            if path not in moved:
+            if path not in moved and os.path.basename(path).startswith(split):
                 os.remove(path)  # an older dataset's
     with open(tokenizer, encoding='utf-8') as old, replacing(f'{folder}/tokenizer.json') as new:
         shutil.copyfileobj(old, new)
@@ -235,6 +237,7 @@ def meta_of(state, files, source, settings, masked):
     return dict(
         source=source,
         vocab_size=state['vocab_size'],
+        begin=state['begin'],
         masked=masked,
         splits=splits,
         repaired=state['repaired'].get(REPAIRED, {}),

@@ -192,6 +192,14 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
             f'{path} has no tokenizer.json beside it, '
             f"and its vocabulary of {vocab_size} is not GPT-2's"
         )
+    # documents of older runs began with nothing
+    if not state.get('begin', 'iter_num' not in state):
+        tokenizer = tokenizer.without_begin()
+    if state.get('tokenizer', tokenizer.digest()) != tokenizer.digest():
+        raise UserError(
+            f'{path} was trained with another tokenizer than the one beside it: '
+            'put back the tokenizer.json of its run'
+        )
     return state, path, tokenizer
 
 
@@ -223,7 +231,9 @@ def chat_template(tokenizer, source=''):
         template = named.get('default')
     if isinstance(template, str):
         return template
-    return CHAT_TEMPLATE if {IM_START, IM_END} <= tokenizer.special.keys() else None
+    if not {IM_START, IM_END} <= tokenizer.special.keys():
+        return None
+    return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
 
 
 def special_tokens(tokenizer, source):
@@ -326,7 +336,7 @@ def read(folder, ids, text, tokenizer):
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             same = theirs(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text)
-            if theirs.chat_template == CHAT_TEMPLATE and not tokenizer.chars:
+            if (theirs.chat_template or '').endswith(CHAT_TEMPLATE) and not tokenizer.chars:
                 talk = theirs.apply_chat_template(TALK, tokenize=True, return_dict=False)
                 same = same and talk == tokenizer.encode_chat(TALK)[0].tolist()
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -359,7 +369,8 @@ def card(name, model, state, meta, began):
         facts['data'] = run.get('dataset', '?') + (f' ({source})' if source else '')
         facts['began from'] = began if named else os.path.basename(began.rstrip('/'))
         facts['steps'] = f'{state["iter_num"]:,}'
-        tokens = state['iter_num'] * rows * run.get('block_size', c.block_size)
+        tokens = state['iter_num'] * rows * run.get('block_size', c.block_size)  # of an older run
+        tokens = state.get('run', {}).get('tokens', tokens)
         facts['tokens seen'] = f'{tokens:,}'
         evaluation = state.get('run', {}).get('evaluation')
         if evaluation:

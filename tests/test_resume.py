@@ -1,0 +1,186 @@
+"""A run that goes on under other settings, with other data, or after something went wrong."""
+
+import json
+import os
+
+import torch
+from conftest import TINY, fails, metrics, run, write_tiny
+
+from fledge import checkpoint
+from fledge.run import RunLog
+from fledge.tokenizer import char_tokenizer
+
+PLAIN = [*TINY, '--sample_interval=0', '--eval_interval=1000']
+
+
+def recording(folder):
+    """A config file whose objective writes down the rows that are trained on."""
+    (folder / 'record.py').write_text("""
+def objective(model, batch):
+    if model.training:
+        with open('rows.txt', 'a') as f:
+            f.writelines(f'{row.tolist()}\\n' for row in batch['inputs'])
+    return model(*batch, return_logits=False)[1]
+""")
+    return 'record.py'
+
+
+def rows_seen(folder):
+    lines = (folder / 'rows.txt').read_text().splitlines()
+    (folder / 'rows.txt').unlink()
+    return lines
+
+
+def test_rows_and_tokens_are_counted_whatever_the_batch(workdir):
+    config = recording(workdir)
+    run(workdir, 'train.py', *PLAIN, config, '--batch_size=8', '--target_tokens=2560')
+    expected, state = rows_seen(workdir), checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
+    assert (state['rows'], state['tokens'], state['step']) == (160, 2560, 20)
+    run(workdir, 'train.py', *PLAIN, config, '--batch_size=8', '--target_tokens=1280')
+    resume = [config, '--init_from=resume', '--target_tokens=2560']
+    run(workdir, 'train.py', *resume, '--batch_size=2', '--gradient_accumulation_steps=2')
+    state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
+    assert (state['rows'], state['tokens'], state['step']) == (160, 2560, 30)
+    assert rows_seen(workdir) == expected
+    assert [m['tokens'] for m in metrics(workdir / 'out')] == [
+        *range(0, 1280, 128),
+        *range(1280, 2561, 64),
+    ]
+    assert 'done at step 30' in run(workdir, 'train.py', *resume, '--batch_size=1')
+    # longer rows: about as many of them lie behind
+    run(workdir, 'train.py', *resume, '--block_size=32', '--batch_size=4', '--target_tokens=2816')
+    state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
+    assert (state['rows'], state['tokens'], state['step']) == (88, 2816, 31)
+
+
+def test_the_rate_goes_on_by_tokens_where_tokens_end_the_run(workdir):
+    flags = [*PLAIN, '--warmup_iters=1', '--target_tokens=2560', '--learning_rate=0.01']
+    run(workdir, 'train.py', *flags, '--max_minutes=0', '--batch_size=8')
+    whole = {m['tokens']: m['lr'] for m in metrics(workdir / 'out')}
+    (workdir / 'half.py').write_text("""
+def objective(model, batch):
+    import os, signal
+    loss = model(*batch, return_logits=False)[1]
+    global calls
+    calls = globals().get('calls', 0) + model.training
+    if calls == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+""")
+    assert 'stopped at step 10' in run(workdir, 'train.py', *flags, 'half.py', '--batch_size=8')
+    (workdir / 'half.py').write_text('def objective(model, batch):\n    return model(*batch)[1]\n')
+    out = run(workdir, 'train.py', 'half.py', '--init_from=resume', '--batch_size=2')
+    assert 'done at step 50' in out and 'rises' not in out
+    parts = {m['tokens']: m['lr'] for m in metrics(workdir / 'out')}
+    shared = whole.keys() & parts.keys() - {0, 128, 2560}
+    assert len(shared) == 18
+    assert all(abs(whole[tokens] - parts[tokens]) < 1e-3 for tokens in shared)
+
+
+def test_a_rate_that_rises_again_is_said(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=20')
+    out = run(workdir, 'train.py', '--init_from=resume', '--max_iters=200')
+    assert 'the learning rate rises again, from 4.' in out
+
+
+def test_data_that_changed_under_a_run_is_refused(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=4')
+    data = workdir / 'data/tiny/train.bin'
+    before = data.read_bytes()
+    data.write_bytes(before[:3000] + bytes(2) + before[3002:])
+    for flags in (['--auto_resume'], ['--init_from=resume', '--max_iters=8']):
+        words = fails(workdir, 'train.py', *PLAIN, *flags)
+        assert 'data/tiny is not what this run was trained on any more' in words
+    data.write_bytes(before)
+    run(workdir, 'train.py', *PLAIN, '--auto_resume', '--max_iters=8')
+    # another tokenizer for the same tokens, or beside the run
+    tokenizer = workdir / 'data/tiny/tokenizer.json'
+    mine = tokenizer.read_text()
+    char_tokenizer([chr(200 + i) for i in range(64)]).save(str(tokenizer))
+    words = fails(workdir, 'train.py', '--init_from=resume', '--max_iters=9')
+    assert 'was prepared with another tokenizer than the one of out/ckpt.pt' in words
+    os.replace(tokenizer, workdir / 'out/tokenizer.json')
+    for script in ('sample.py', 'evaluate.py', 'export.py'):
+        assert 'trained with another tokenizer than the one beside it' in fails(workdir, script)
+    (workdir / 'out/tokenizer.json').write_text(mine)
+    tokenizer.write_text(mine)
+    # other data by name is a change like any other, if its tokens are the same
+    write_tiny(workdir / 'data/more', n_train=3000)
+    out = run(workdir, 'train.py', '--init_from=resume', '--dataset=more', '--max_iters=12')
+    assert "dataset was 'tiny', now 'more'" in out
+    state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
+    assert (state['rows'], state['tokens']) == (16, 12 * 64)
+
+
+def test_no_checkpoint_is_made_of_what_is_not_finite(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=4')
+    before = checkpoint.load(str(workdir / 'out/ckpt.pt'))
+    (workdir / 'nan.py').write_text("""
+def objective(model, batch):
+    import os, signal
+    loss = model(*batch, return_logits=False)[1]
+    global calls
+    calls = globals().get('calls', 0) + model.training
+    if calls == 3:  # between two lines of the log
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss * float('nan') if calls >= WHEN else loss
+""")
+    for when in (1, 3):  # the weights are broken, or the last loss alone
+        text = (workdir / 'nan.py').read_text().replace('WHEN', str(when))
+        (workdir / 'now.py').write_text(text)
+        flags = ['--init_from=resume', '--max_iters=60', '--log_interval=100']
+        words = run(workdir, 'train.py', 'now.py', *flags, code=2)
+        assert 'the loss is not finite' in words and 'the run diverged' in words
+        after = checkpoint.load(str(workdir / 'out/ckpt.pt'))
+        assert all(torch.equal(after['model'][k], v) for k, v in before['model'].items())
+    broken = dict(before, model=dict(before['model']))
+    name = next(iter(broken['model']))
+    broken['model'][name] = broken['model'][name] * float('inf')
+    torch.save(broken, workdir / 'out/broken.pt')
+    words = fails(workdir, 'export.py', '--init_from=out/broken.pt', '--format=ckpt')
+    assert 'not finite' in words or 'off by' in words
+    assert not (workdir / 'out/model.pt').exists()
+
+
+def test_the_last_weights_are_kept_in_any_case(workdir):
+    out = run(workdir, 'train.py', *PLAIN, '--max_iters=0')
+    assert 'Try it: python sample.py --out_dir=out' in out
+    assert '012' in run(workdir, 'sample.py', '--start=012', '--num_samples=1')
+    flags = ['--always_save_checkpoint=False', '--learning_rate=9', '--grad_clip=0']
+    out = run(workdir, 'train.py', *PLAIN, *flags, '--max_iters=7', '--out_dir=worse')
+    assert 'best.pt' not in out and not (workdir / 'worse/best.pt').exists()
+    assert checkpoint.load(str(workdir / 'worse/ckpt.pt'))['iter_num'] == 7
+
+
+def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=12', '--dtype=float32')
+    single = [m['train_loss'] for m in metrics(workdir / 'out')][:12]
+    run(workdir, 'train.py', *PLAIN, '--max_iters=12', '--dtype=float32', '--log_interval=5')
+    lines = metrics(workdir / 'out')
+    assert [m['step'] for m in lines] == [0, 5, 10, 12]
+    assert lines[0]['train_loss'] == single[0]
+    for line, steps in zip(lines[1:3], (single[1:6], single[6:11]), strict=True):
+        assert abs(line['train_loss'] - sum(steps) / 5) < 1e-6
+        assert all(abs(a - b) < 1e-4 for a, b in zip(line['step_losses'], steps, strict=True))
+    log = RunLog(True, str(workdir / 'out'))
+    for line in lines:
+        log.add_to_curves(line)
+    assert [tokens for tokens, _, _ in log.curves['step_loss']] == [64 * i for i in range(11)]
+    log.draw()
+
+
+def test_a_run_that_time_cuts_is_evaluated_ten_times(workdir):
+    flags = ['--max_minutes=0.1', '--max_iters=100000', '--eval_interval=100000']
+    run(workdir, 'train.py', *TINY, '--sample_interval=0', *flags, '--log_interval=1000')
+    evaluated = [m['step'] for m in metrics(workdir / 'out') if m['val_loss'] is not None]
+    assert 6 <= len(evaluated) <= 13  # fewer on a machine that stands still for seconds
+
+
+def test_llmcs_shards_are_found(workdir):
+    for split, number in (('train', 1), ('val', 0)):
+        os.rename(
+            workdir / f'data/tiny/{split}.bin', workdir / f'data/tiny/edu_{split}_{number:06d}.bin'
+        )
+    assert 'done at step 2' in run(workdir, 'train.py', *PLAIN, '--max_iters=2')
+    os.rename(workdir / 'data/tiny/edu_val_000000.bin', workdir / 'data/tiny/tiny_val.bin')
+    assert 'tokens' in json.loads(run(workdir, 'evaluate.py', '--json').splitlines()[-1])
