@@ -11,11 +11,11 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import RECORDS, Files, Stage, configure, conversation, prepare
+from fledge.corpus import RECORDS, Files, Stage, configure, conversation, prepare, split_paths
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
 settings = configure(globals())
 
-stage = Stage(Files(input.split(','), RECORDS), lambda record: [conversation(record)])
+stage = Stage(Files(split_paths(input), RECORDS), lambda record: [conversation(record)])
 prepare(settings, input, [stage], masked=True)

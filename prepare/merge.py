@@ -4,6 +4,7 @@ python prepare/merge.py --name=fineweb_edu      joins data/fineweb_edu/shard_000
 """
 
 import glob
+import itertools
 import os
 import shutil
 import sys
@@ -72,17 +73,17 @@ for split in SPLITS:
         if split != 'test':
             again = 'prepare them with a larger val_fraction, or all with --num_shards=1'
             raise UserError(f'the shards in {folder} have no {split} text; {again}')
-dropped = {}
-for meta in metas:
-    for why, note in meta['dropped'].items():
-        so_far = dropped.setdefault(why, dict(count=0, first=[]))
+notes = dict(dropped={}, spelled_out={})
+for meta, kind in itertools.product(metas, notes):
+    for why, note in meta[kind].items():
+        so_far = notes[kind].setdefault(why, dict(count=0, first=[]))
         so_far['count'] += note['count']
         so_far['first'] = (so_far['first'] + note['first'])[:3]
 hashes = np.concatenate([np.fromfile(f'{path}/hashes', np.uint64) for path in slices])
 repeated = len(hashes) - len(np.unique(hashes))
 meta = metas[0] | dict(
+    **notes,
     splits=splits,
-    dropped=dropped,
     shards=n,
     in_several_shards=repeated,
     instead=sum((meta['instead'] for meta in metas), []),

@@ -12,7 +12,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
 from fledge import UserError
-from fledge.corpus import RECORDS, Files, Hub, Stage, configure, preference, prepare
+from fledge.corpus import RECORDS, Files, Hub, Stage, configure, preference, prepare, split_paths
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
@@ -24,5 +24,5 @@ settings = configure(globals())
 if bool(input) == bool(repo):
     example = 'python prepare/preferences.py --input=pairs.jsonl --name=pairs'
     raise UserError(f'one of --input and --repo is needed: {example}')
-source = Hub(repo, subset, split) if repo else Files(input.split(','), RECORDS)
+source = Hub(repo, subset, split) if repo else Files(split_paths(input), RECORDS)
 prepare(settings, input or repo, [Stage(source, preference)], masked=True)

@@ -1,6 +1,7 @@
 """Your own text: .txt and .md (a document each), .jsonl, .json and .parquet (many), or folders.
 
 python prepare/text.py --input=notes/ --name=notes --tokenizer=gpt2         writes data/notes
+python prepare/text.py --input=stories.txt --name=stories --separator='<|endoftext|>'
 """
 
 import os
@@ -8,12 +9,14 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import Files, Stage, configure, prepare, text_of
+from fledge.corpus import Files, Stage, configure, prepare, split_paths, text_of
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
 field = 'text'  # where a .jsonl, .json or .parquet has the text
+separator = ''  # what stands between the documents of a .txt or .md; \n and \t are read as such
 settings = configure(globals())
 
-source = Files(input.split(','), columns=[field])
+separator = separator.replace(r'\n', '\n').replace(r'\t', '\t')
+source = Files(split_paths(input), columns=[field], separator=separator)
 prepare(settings, input, [Stage(source, lambda record: [text_of(record, field)])])

@@ -405,6 +405,13 @@ def test_faults_of_the_text_are_counted(tmp_path):
         for k in ('replacement_characters', 'invalid_bytes', 'control_characters')
     ] == [1, 3, 2]
     assert f['near_empty'] == 3 and f['documents'] == 9
+    assert f['documents_with_special_tokens_spelled_out'] == 0
+
+
+def test_special_tokens_spelled_out_are_warned_of(good):
+    folder, texts = good
+    warned = warnings_of(folder, train=texts[60:] + ['a <|endoftext|> b'] * 3, val=texts[:60])
+    assert '3 of 203 documents of train spell out a special token' in warned[0] + warned[-1]
 
 
 def test_bytes_of_sentencepiece_make_characters(tmp_path):

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, fails, run, shared, start
 from test_tokenizer import random_texts
 
+from fledge.corpus import Skip, conversation, preference
 from fledge.tokenizer import byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
 from fledge.tokens import Tokens, read_bin, read_meta, split_files
 
@@ -218,10 +219,14 @@ def test_mistakes_are_one_line(tmp_path):
         assert 'some.csv cannot be read: it is no ' in fails(
             tmp_path, f'prepare/{script}.py', *flags
         )
+    separated = text('--input=talks.jsonl', '--separator=%')
+    assert '--separator is for .txt and .md files, and none is there' in separated
     assert 'name= is needed' in fails(tmp_path, 'prepare/text.py', '--input=some.txt')
     assert 'nowhere does not exist' in text('--input=nowhere')
     assert 'no .txt, .md, .jsonl, .jsonl.gz, .json or .parquet files there' in text('--input=empty')
-    assert 'empty.txt gives no documents; 1 x an empty file (empty.txt:0)' in text(
+    (tmp_path / 'empty' / 'a.pdf').write_text('')
+    assert 'files there, but 1 of another kind (empty/a.pdf)' in text('--input=empty')
+    assert 'empty.txt gives no documents; 1 x an empty file (empty.txt)' in text(
         '--input=empty.txt', '--tokenizer=bytes'
     )
     assert 'no tokenizer at nowhere' in text('--input=some.txt', '--tokenizer=nowhere')
@@ -260,7 +265,7 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / 'linked').mkdir()
     os.symlink('nowhere', tmp_path / 'linked' / 'link.txt')
     assert (
-        'a file that cannot be read any further (No such file or directory) (linked/link.txt:0)'
+        'a file that cannot be read any further (No such file or directory) (linked/link.txt)'
         in text('--input=linked', '--tokenizer=bytes')
     )
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a']}), tmp_path / 'body.parquet')
@@ -311,16 +316,16 @@ def test_broken_records_are_counted_named_and_left_out(tmp_path):
     meta = read_meta(str(tmp_path / 'data/x'))
     a = 'mixed/a.jsonl:'
     assert {why: (n['count'], n['first']) for why, n in meta['dropped'].items()} == {
-        'a folder without text files': (1, ['mixed/none:0']),
+        'a folder without text files': (1, ['mixed/none']),
         'no JSON': (1, [a + '4']),
         "no field 'text'": (2, [a + '6', a + '8']),
         "a field 'text' that is no text": (1, [a + '7']),
         'no object': (2, [a + '9', 'mixed/e.json:2']),
         'empty': (1, [a + '10']),
         'shorter than min_length=5': (2, [a + '12', a + '13']),
-        'an empty file': (1, ['mixed/c.txt:0']),
-        next(w for w in meta['dropped'] if 'ArrowInvalid' in w): (1, ['mixed/d.parquet:0']),
-        next(w for w in meta['dropped'] if 'EOFError' in w): (1, ['mixed/f.jsonl.gz:0']),
+        'an empty file': (1, ['mixed/c.txt']),
+        next(w for w in meta['dropped'] if 'ArrowInvalid' in w): (1, ['mixed/d.parquet']),
+        next(w for w in meta['dropped'] if 'EOFError' in w): (1, ['mixed/f.jsonl.gz']),
         'a duplicate': (2, []),
     }
     assert meta['repaired'] == dict(count=2, first=[a + '12', 'mixed/b.md:2'])
@@ -329,6 +334,61 @@ def test_broken_records_are_counted_named_and_left_out(tmp_path):
         [f'document {i}' for i in range(300)] + ['fine\nnot � fine\n', 'from a list', 'packed text']
     )
     assert f'left out: 1 x no JSON ({a}4)' in out and 'repaired: 2 x invalid UTF-8' in out
+
+
+def prepared(folder, *flags):
+    """What text.py prints, and the documents that it makes, as bytes: of train, then of val."""
+    out = run(folder, 'prepare/text.py', '--name=x', '--tokenizer=bytes', *flags)
+    return out, texts_of(str(folder / 'data/x'), 'train') + texts_of(str(folder / 'data/x'), 'val')
+
+
+def test_a_folder_is_read_whole_or_it_is_said_what_is_left_out(tmp_path):
+    (tmp_path / 'notes/deep').mkdir(parents=True)
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'notes/A.TXT').write_bytes('\ufeffin capitals'.encode())
+    (tmp_path / 'notes/b.Json').write_text('[{"text": "a list"}]')
+    (tmp_path / 'notes/c.JSONL.GZ').write_bytes(gzip.compress(b'{"text": "packed"}\n'))
+    table = pyarrow.table({'text': ['a row']})
+    pyarrow.parquet.write_table(table, tmp_path / 'notes/d.PARQUET')
+    for name in ('a.pdf', 'deep/b.png', 'deep/c', 'z.doc'):
+        (tmp_path / 'notes' / name).write_text('x')
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'notes/link')
+    out, texts = prepared(tmp_path, '--input=notes', '--val_fraction=0.4')
+    assert sorted(texts) == ['a list', 'a row', 'in capitals', 'packed']
+    others = 'a file of another kind (notes/a.pdf, notes/deep/b.png, notes/deep/c, ...)'
+    assert f'left out: 4 x {others}\nleft out: 1 x a link to a folder (notes/link)\n' in out
+    dropped = read_meta(str(tmp_path / 'data/x'))['dropped']
+    assert dropped['a file of another kind']['count'] == 4
+
+
+def test_separators_make_documents(tmp_path):
+    stories = ['One day.\n\n  It rained.', 'Two <b>.', '\tThree\r\nlines ', 'One day again.\n']
+    ends = ['\r\n<|endoftext|>\r\n', '<|endoftext|>\n\n<|endoftext|>', '\n<|endoftext|>\n', '']
+    content = '\ufeff' + ''.join(s + end for s, end in zip(stories, ends, strict=True))
+    (tmp_path / 'stories.txt').write_bytes(content.encode())
+    flags = ['--input=stories.txt', '--val_fraction=0.4']
+    out, texts = prepared(tmp_path, *flags, '--separator=<|endoftext|>')
+    assert sorted(texts) == sorted(stories) and 'warning' not in out and 'left out' not in out
+    out, texts = prepared(tmp_path, *flags)
+    assert ''.join(texts) == content[1:]
+    said = "4 x '<|endoftext|>' spelled out in the text, where it is plain letters (stories.txt:1,"
+    assert f'warning: {said} ...); --separator splits' in out
+    spelled_out = read_meta(str(tmp_path / 'data/x'))['spelled_out']
+    assert spelled_out == {'<|endoftext|>': dict(count=4, first=['stories.txt:1'])}
+    (tmp_path / 'lines.txt').write_text('a\n%\nb\n%\n\n%\nc\td')
+    out, texts = prepared(tmp_path, '--input=lines.txt', r'--separator=\n%\n', '--val_fraction=0.4')
+    assert sorted(texts) == ['a', 'b', 'c\td']
+
+
+def test_a_path_may_have_commas_in_it(tmp_path):
+    for name in ('Dickens, Charles.txt', 'Dickens', 'b.txt', 'c,d, e.txt'):
+        (tmp_path / name).write_text(f'this is {name}')
+    flag = '--input=b.txt, Dickens, Charles.txt ,c,d, e.txt'
+    out, texts = prepared(tmp_path, flag, '--val_fraction=0.4')
+    names = ('Dickens, Charles.txt', 'b.txt', 'c,d, e.txt')
+    assert sorted(texts) == [f'this is {name}' for name in names]
+    flags = ['--input=b.txt,Doyle, Arthur.txt,b.txt', '--name=x']
+    assert 'error: Doyle, Arthur.txt does not exist' in fails(tmp_path, 'prepare/chat.py', *flags)
 
 
 def test_a_set_of_a_single_mistake_is_no_duplicate_of_itself(tmp_path):
@@ -873,14 +933,26 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     with open(path, encoding='utf-8') as f:
         rows = json.load(f)
     for row in rows:
-        question = '\n\n'.join(filter(None, (row['instruction'].strip(), row['input'].strip())))
-        answer = row['output'].strip()
+        question = '\n\n'.join(filter(str.strip, (row['instruction'], row['input'])))
+        answer = row['output']
         text = (
             f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n'
         )
-        if answer:
+        if answer.strip():
             assert pairs.pop(text + '<|endoftext|>', None) in (answer + '<|im_end|>', None)
     assert not pairs
+
+
+def test_messages_are_what_was_written():
+    messages = [dict(role='user', content='\nwhy? '), dict(role='assistant', content='  x\n')]
+    assert conversation(dict(messages=messages)) == messages
+    record = dict(instruction='\nwhy? ', input=' \n', output='  x\n')
+    assert conversation(record) == messages
+    assert conversation(record | dict(input=' 1'))[0]['content'] == '\nwhy? \n\n 1'
+    chosen, rejected = preference(dict(prompt='\nwhy? ', chosen='  x\n', rejected='x'))
+    assert [m['content'] for m in chosen + rejected] == ['\nwhy? ', '  x\n', '\nwhy? ', 'x']
+    with pytest.raises(Skip, match='an empty message'):
+        conversation(record | dict(output=' \n'))
 
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
@@ -920,7 +992,7 @@ def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
         + learned_of(str(tmp_path / 'data/talks'), 'val'),
     )
     assert sorted(learned for _, learned in got) == sorted(
-        f'Yes.<|im_end|>Because {i}.<|im_end|>' for i in range(30)
+        f' Yes. <|im_end|>Because {i}.<|im_end|>' for i in range(30)
     ) and sum(n['count'] for n in meta['dropped'].values()) == len(bad)
     ids = read_bin(str(tmp_path / 'data/talks/train.bin'))
     assert (ids == 256).sum() == meta['splits']['train'][
@@ -943,10 +1015,7 @@ def test_preferences_are_pairs_that_stay_together(tmp_path):
         '--val_fraction=0.1',
     )
     with open(path, encoding='utf-8') as f:
-        rows = {
-            (r['chosen'].strip() + '<|im_end|>', r['rejected'].strip() + '<|im_end|>')
-            for r in json.load(f)
-        }
+        rows = {(r['chosen'] + '<|im_end|>', r['rejected'] + '<|im_end|>') for r in json.load(f)}
     for split in ('train', 'val'):
         got = learned_of(str(tmp_path / 'data/pairs'), split)
         assert len(got) % 2 == 0 and got
@@ -1027,7 +1096,7 @@ def test_a_dataset_without_masks_takes_the_place_of_one_with_them(tmp_path):
 
 def test_a_tokenizer_is_made_first_for_shards(tmp_path):
     (tmp_path / 'x.jsonl').write_text(
-        ''.join(json.dumps({'text': f'document {i} of many words'}) + '\n' for i in range(200))
+        ''.join(json.dumps({'text': f'document {i} of many <|im_end|>'}) + '\n' for i in range(200))
     )
     run(
         tmp_path,
@@ -1053,6 +1122,8 @@ def test_a_tokenizer_is_made_first_for_shards(tmp_path):
     assert (tmp_path / 'data/x/tokenizer.json').read_bytes() == (
         tmp_path / 'data/mine/tokenizer.json'
     ).read_bytes()
+    spelled_out = read_meta(str(tmp_path / 'data/x'))['spelled_out']['<|im_end|>']
+    assert spelled_out == dict(count=200, first=[f'x.jsonl:{i}' for i in (1, 2, 3)])
 
 
 def test_one_conversation_alone_cannot_be_split(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -74,6 +75,38 @@ def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monk
         )
         if name == 'words':
             assert all(p.text[0] == '\n' and p.text[1].isalnum() for p in parts[1:])
+
+
+@pytest.mark.parametrize('separator', ['<|end|>', '\n\n', '%', 'aa'])
+def test_separated_texts_are_those_of_the_whole_for_any_slice_and_position(
+    tmp_path, monkeypatch, separator
+):
+    rng = random.Random(2)
+    words = ['one', 'é中', '\n', ' ', 'a', '<|', separator, separator, '\r\n', 'long words\n' * 9]
+    content = '\ufeff' + ''.join(rng.choices(words, k=400)) + 'x' * 300
+    path = tmp_path / 'a.txt'
+    path.write_bytes(content.encode())
+    first, *rest = content[1:].split(separator)
+    first, last = first.rstrip('\r\n'), rest.pop().lstrip('\r\n')
+    expected = [text for text in (first, *(t.strip('\r\n') for t in rest), last) if text.strip()]
+    monkeypatch.setattr(sources, 'PART_BYTES', 90)
+    source = Files([str(path)], separator=separator)
+    whole = list(source.read())
+    texts, parts = [''], 0
+    for record, (_, line), _ in whole:
+        begin = content.encode().decode().split('\n')[line - 1]
+        assert record.text.split('\n')[0].strip('\r') in begin
+        texts[-1] += record.text
+        parts += not record.last
+        if record.last:
+            texts.append('')
+    assert texts == [*expected, ''] and parts > 3
+    for k, (_, _, position) in enumerate(whole, 1):
+        again = source.read(json.loads(json.dumps(position)))
+        assert comparable(again) == comparable(whole[k:])
+    for n in (2, 7, 40):
+        slices = [comparable(source.read(None, i, n)) for i in range(n)]
+        assert sum(slices, []) == comparable(whole) and sum(map(bool, slices)) > 1
 
 
 def test_what_is_made_has_slices_too():

@@ -7,10 +7,21 @@ from fledge import configurator
 from fledge.corpus import pipeline
 from fledge.corpus.pipeline import Stage, prepare
 from fledge.corpus.records import article, conversation, is_title, preference, text_of
-from fledge.corpus.sources import RECORDS, Files, Hub, Made, OrElse, Skip, Urls, fetch
+from fledge.corpus.sources import (
+    RECORDS,
+    Files,
+    Hub,
+    Made,
+    OrElse,
+    Skip,
+    Urls,
+    fetch,
+    split_paths,
+)
 
 __all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'article']
-__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'preference', 'prepare', 'text_of']
+__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'preference', 'prepare']
+__all__ += ['split_paths', 'text_of']
 
 
 def configure(script):

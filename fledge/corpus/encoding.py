@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -86,8 +87,11 @@ def texts(s, stages, budget):
 
 def set_job(*job):
     """What tokenize() needs: the settings, the stages, the tokenizer, whether masks are written."""
-    global _job
+    global _job, _special
     _job = job
+    # one search finds any of a tokenizer's special tokens, of which some have hundreds
+    special = sorted(job[2].special, key=len, reverse=True)
+    _special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
 
 
 def start_worker(parent, *job):
@@ -113,7 +117,7 @@ def tokenize(stage_index, records):
         repaired = []  # lines of the record, 0 for its own
         before = len(examples)
         try:
-            example, pieces = _encode(s, stages[stage_index], encoder, record, repaired)
+            example, pieces, spelled = _encode(s, stages[stage_index], encoder, record, repaired)
         except Replaced as e:
             notes.append(('replaced', str(e), (path, line), before))
         except (Skip, UserError) as e:  # UserError: a character that the vocabulary lacks
@@ -123,6 +127,7 @@ def tokenize(stage_index, records):
             for piece_ids, piece_learned in pieces:
                 ids.append(piece_ids)
                 learned.append(piece_learned)
+            notes += [('spelled_out', token, (path, line), before) for token in spelled]
         notes += [('repaired', REPAIRED, (path, n or line), before) for n in repaired]
     return Tokenized(
         np.array(examples, EXAMPLE),
@@ -133,7 +138,10 @@ def tokenize(stage_index, records):
 
 
 def _encode(s, stage, encoder, record, repaired):
-    """A record as an EXAMPLE, and [(ids, learned), ...] of its documents; Skip if it has none."""
+    """A record as an EXAMPLE, [(ids, learned), ...] of its documents, special tokens spelled out.
+
+    Skip if it has no documents.
+    """
     documents = documents_of(stage, record, repaired)
     part = isinstance(record, Text) and bool(record.key)
     document_texts = [''.join(texts_of(document)) for document in documents]
@@ -170,7 +178,8 @@ def _encode(s, stage, encoder, record, repaired):
         sum(len(text.encode()) for text in document_texts),
         record.last if part else len(documents),
     )
-    return example, pieces
+    spelled = [token for text in document_texts for token in _special.findall(text)]
+    return example, pieces, spelled
 
 
 def _encode_document(encoder, document, begins):
@@ -225,7 +234,7 @@ def _parse(line, repaired):
             return json.loads(line)
         except UnicodeDecodeError:
             repaired.append(0)
-            return json.loads(line.decode(errors='replace'))
+            return json.loads(line.decode('utf-8-sig', errors='replace'))
     except (ValueError, RecursionError):
         raise Skip('no JSON') from None
 

@@ -179,6 +179,7 @@ def _new_state(partial):
         splits={split: dict(counts) for split in SPLITS},
         repaired={},  # {why: dict(count=..., first=[places])}
         dropped={},
+        spelled_out={},
         replaced={},
         whole=False,  # all files are written
     )
@@ -333,7 +334,10 @@ class Run:
                 counted = self.state[kind].setdefault(why, dict(count=0, first=[]))
                 counted['count'] += 1
                 if place and len(counted['first']) < 3:
-                    counted['first'].append(f'{place[0]}:{place[1]}')
+                    path, line = place  # line 0: all of it
+                    name = f'{path}:{line}' if line else path
+                    if name not in counted['first']:
+                        counted['first'].append(name)
 
     def append(self, split, out, rows):
         """Append these rows of a Tokenized to a split."""

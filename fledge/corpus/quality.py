@@ -23,6 +23,7 @@ FAULTS = {  # in text whose bytes that are no UTF-8 were decoded to \udc80 ... \
     'documents_with_invalid_bytes': '[\udc80-\udcff]',
     'documents_with_control_characters': '[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]',
 }
+SPELLED_OUT = 'documents_with_special_tokens_spelled_out'
 SHARES = {  # figures of a split that are shares of its documents or windows, and what they say
     'documents_in_train': 'documents of {} are in train too, and flatter its loss',
     'windows_in_train': f'windows of {WINDOW} tokens of {{}} are in train too',
@@ -31,6 +32,7 @@ SHARES = {  # figures of a split that are shares of its documents or windows, an
     'documents_with_replacement_characters': 'documents of {} hold U+FFFD: badly decoded text',
     'documents_with_invalid_bytes': 'documents of {} hold bytes that are no UTF-8',
     'documents_with_control_characters': 'documents of {} hold control characters',
+    SPELLED_OUT: 'documents of {} spell out a special token, which is plain letters there',
 }
 
 
@@ -52,7 +54,7 @@ def assess(dataset, result):
         figures['beyond_vocabulary'] = int(counts[-1])
         figures['duplicates'] = len(data.lengths) - len(np.unique(hashes[name]))
         figures['near_empty'] = int((data.lengths < NEAR_EMPTY).sum())
-        figures.update({fault: faults[fault] for fault in FAULTS})
+        figures.update({fault: faults[fault] for fault in (*FAULTS, SPELLED_OUT)})
         if name == 'train':
             result.update(frequencies(dataset, counts[:-1], figures['tokens']))
             plot(dataset, counts[:-1])
@@ -100,25 +102,30 @@ def windows_of(data):
 
 
 def read_documents(dataset, data):
-    """A 64-bit number for each document of a split, and how many have each of FAULTS."""
-    pattern = re.compile('|'.join(FAULTS.values()))
+    """A 64-bit number for each document of a split, and how many have each fault."""
+    special = dataset.tokenizer.special if dataset.tokenizer else {}
+    patterns = FAULTS | {SPELLED_OUT: '|'.join(map(re.escape, special)) or '(?!)'}
+    firsts = [re.escape(token[0]) for token in special]  # of what may be one spelled out
+    pattern = re.compile('|'.join([*FAULTS.values(), *firsts]))
     # by itself a token may hold half a character, which turns out to be none of FAULTS
     texts = [spelled.decode('utf-8', 'surrogateescape') for spelled in dataset.spelled]
     suspicious = np.array([bool(pattern.search(text)) for text in texts])
+    suspicious[list(special.values())] = False
     hashes, faults = [], Counter()
     for ids, _ in data.documents():
         hashes.append(hashlib.blake2b(ids, digest_size=8).digest())
         if any(suspicious[dataset.known(part)].any() for part in chunks(ids)):
-            faults.update(faults_of(dataset, ids))
+            plain = ids[~np.isin(ids, list(special.values()))]
+            faults.update(faults_of(dataset, plain, patterns))
     return np.frombuffer(b''.join(hashes), np.uint64), faults
 
 
-def faults_of(dataset, ids):
-    """Which of FAULTS the text of a document has."""
+def faults_of(dataset, ids, patterns):
+    """Which faults the text of a document without its special tokens has: {fault: pattern}."""
     spelled = (dataset.bytes_of(part) for part in chunks(ids))
     found = set()
     for text in codecs.iterdecode(spelled, 'utf-8', 'surrogateescape'):
-        found |= {fault for fault, pattern in FAULTS.items() if re.search(pattern, text)}
+        found |= {fault for fault, pattern in patterns.items() if re.search(pattern, text)}
     return found
 
 

@@ -71,13 +71,13 @@ def preference(record):
 
 def _instruction(record):
     """The question of a record in Alpaca's form: instruction, and input where there is one."""
-    question = text_of(record, 'instruction').strip()
-    context = text_of(record, 'input').strip() if record.get('input') else ''
-    return '\n\n'.join(part for part in (question, context) if part)
+    question = text_of(record, 'instruction')
+    context = text_of(record, 'input') if record.get('input') else ''
+    return '\n\n'.join(part for part in (question, context) if part.strip())
 
 
 def _checked(messages):
-    """Messages as a chat may have them, without space around their texts; Skip for any others."""
+    """Messages as a chat may have them, their texts as they were written; Skip for any others."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise Skip('messages that are no list of objects')
     for message in messages:
@@ -88,7 +88,7 @@ def _checked(messages):
             raise Skip('an empty message')
     if not any(message['role'] == 'assistant' for message in messages):
         raise Skip('no message of the assistant')
-    return [dict(role=message['role'], content=message['content'].strip()) for message in messages]
+    return [dict(role=message['role'], content=message['content']) for message in messages]
 
 
 def is_title(row, before):

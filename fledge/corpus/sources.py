@@ -6,6 +6,7 @@ file and line to name it by, and the JSON value from which another read() goes o
 read(None) starts at the beginning. Slice i of n is the part of one machine; all n are the whole.
 """
 
+import codecs
 import collections
 import filecmp
 import functools
@@ -54,8 +55,8 @@ class Text(NamedTuple):
     text: str
     broken: int = 0  # the first line that was no valid UTF-8 and now has U+FFFD in it, or 0
     key: str = ''  # of a part: the same for all parts of a text
-    first: bool = True  # the beginning of the text
     last: bool = True  # the end of the text
+    first: bool = True  # the beginning of the text
 
 
 def read(source, position, slice_index, num_slices, retries):
@@ -139,38 +140,71 @@ def fetch(url, path):
             other = f'put the text at {path} or name it with --input'
             raise UserError(f'cannot fetch {url} ({e}); {other}') from None
     with open(path, 'rb') as f:
-        return f.read().decode(errors='replace')
+        return f.read().decode('utf-8-sig', errors='replace')
+
+
+def split_paths(text):
+    """The existing paths in a text, between commas; a path may have commas in it, too."""
+    paths, missing, pieces = [], [], text.split(',')
+    while pieces:
+        path, n = _longest_path(pieces)
+        if path and missing:
+            break
+        if path:
+            paths.append(path)
+        elif pieces[0].strip():
+            missing.append(pieces[0])
+        pieces = pieces[n:]
+    if missing:
+        raise UserError(f'{",".join(missing).strip()} does not exist')
+    return paths
+
+
+def _longest_path(pieces):
+    """The longest path that the first n of some pieces make, and n; '' and 1 if none exists."""
+    for n in range(len(pieces), 0, -1):
+        path = ','.join(pieces[:n])
+        for name in (path, path.strip()):
+            if os.path.exists(name):
+                return name, n
+    return '', 1
 
 
 class Files:
     """The records of files and of folders of them, in the order of their names.
 
     A .jsonl (.jsonl.gz) gives its lines, a .parquet its rows, a .json the items of its list, any
-    other file is one record. extensions: of the files that are read. columns: which of a .parquet's
-    are wanted, None for all. without: names of folders that are passed over.
+    other file is one record, or where it has separators in it, what stands between them is one.
+    extensions: of the files that are read, in small letters. columns: which of a .parquet's are
+    wanted, None for all. without: names of folders that are passed over.
     """
 
-    def __init__(self, paths, extensions=TEXTS, columns=None, without=()):
-        self.columns = columns
-        self.empty = []  # folders that hold no such files
-        found = []
+    def __init__(self, paths, extensions=TEXTS, columns=None, without=(), separator=''):
+        self.columns, self.separator = columns, separator.encode()
+        self.left_out = []  # (path, why) of what lies in the folders and is not read
+        found, empty = [], []
         known = ' or '.join(', '.join(extensions).rsplit(', ', 1))
         if not any(paths):
             raise UserError(f'--input is needed: {known} files or folders, separated by commas')
         for path in paths:
-            if not os.path.exists(path):
-                raise UserError(f'{path} does not exist')
             if os.path.isdir(path):
-                inside = _files_in(path, extensions, without)
+                inside, others = _files_in(path, extensions, without)
                 found += inside
+                self.left_out += others
                 if not inside:
-                    self.empty.append(path)
-            elif path.endswith(extensions):
+                    empty.append((path, 'a folder without text files'))
+            elif path.lower().endswith(extensions):
                 found.append(path)
             else:
                 raise UserError(f'{path} cannot be read: it is no {known} file')
         if not found:
-            raise UserError(f'{", ".join(paths)}: no {known} files there')
+            others = [path for path, _ in self.left_out]
+            first = ', '.join(others[:3]) + (', ...' if len(others) > 3 else '')
+            there = f', but {len(others):,} of another kind ({first})' if others else ''
+            raise UserError(f'{", ".join(paths)}: no {known} files there{there}')
+        if separator and not any(f.lower().endswith(('.txt', '.md')) for f in found):
+            raise UserError('--separator is for .txt and .md files, and none is there')
+        self.left_out += empty
         # a broken link has no size, and is named when it is opened
         self.files = [(f, os.path.getsize(f) if os.path.exists(f) else 0) for f in found]
         self.size = sum(size for _, size in self.files)
@@ -180,8 +214,8 @@ class Files:
     def read(self, position=None, slice_index=0, num_slices=1):
         # a position: the number of a file, and where its reader goes on
         if position is None and slice_index == 0:
-            for path in self.empty:
-                yield Skip('a folder without text files'), (path, 0), (0, 0, 0)
+            for path, why in self.left_out:
+                yield Skip(why), (path, 0), (0, 0, 0)
         current, *at = position or (0, 0, 0)
         low = self.size * slice_index // num_slices
         high = self.size * (slice_index + 1) // num_slices
@@ -211,24 +245,42 @@ class Files:
         if size == 0:
             open(path, 'rb').close()
             raise Skip('an empty file')
-        if path.endswith('.parquet'):
+        name = path.lower()
+        if name.endswith('.parquet'):
             return _parquet(path, size, start, stop, offset, self.columns)
-        if path.endswith('.json'):
+        if name.endswith('.json'):
             return _json(path, size, start, stop, offset, number)
-        if path.endswith(('.jsonl', '.gz')):
+        if name.endswith(('.jsonl', '.gz')):
             return _lines(path, size, start, stop, offset, number)
         if path in self.twins:
             raise Skip('a duplicate')
+        if self.separator:
+            return _separated(path, self.separator, start, stop, offset)
         return _text(path, size, start, offset, number)
 
 
 def _files_in(folder, extensions, without):
-    """The files below a folder whose names end in one of extensions, sorted."""
-    found = []
-    for directory, _, names in os.walk(folder):
-        if not set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
-            found += [os.path.join(directory, n) for n in names if n.endswith(extensions)]
-    return sorted(found)
+    """The files below a folder whose names end in one of extensions, and (path, why) of the rest.
+
+    Both are sorted. The rest is empty where a script looks for a kind of its own, not for texts.
+    """
+    found, others = [], []
+
+    def unreadable(error):
+        others.append((error.filename, f'a folder that cannot be read ({error.strerror})'))
+
+    for directory, folders, names in os.walk(folder, onerror=unreadable):
+        if set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
+            continue
+        for path in [os.path.join(directory, name) for name in names]:
+            if path.lower().endswith(extensions):
+                found.append(path)
+            else:
+                others.append((path, 'a file of another kind'))
+        for path in [os.path.join(directory, name) for name in folders]:
+            if os.path.islink(path):
+                others.append((path, 'a link to a folder'))
+    return sorted(found), sorted(others) if extensions in (TEXTS, RECORDS) else []
 
 
 def _twins(files):
@@ -266,7 +318,7 @@ def _parquet(path, size, start, stop, row, columns):
 
 def _lines(path, size, start, stop, offset, number):
     """Lines as bytes, those that begin in [start, stop); a .gz is one piece."""
-    packed = path.endswith('.gz')
+    packed = path.lower().endswith('.gz')
     if packed:
         if start:
             return
@@ -300,7 +352,7 @@ def _json(path, size, start, stop, row, number):
     except UnicodeDecodeError as e:
         if row == 0 and start == 0:
             yield Skip(REPAIRED), 1 + content[: e.start].count(b'\n'), (0, 0)
-        records = json.loads(content.decode(errors='replace'))
+        records = json.loads(content.decode('utf-8-sig', errors='replace'))
     row = max(row, math.ceil(start * len(records) / size))
     for i in range(row, math.ceil(stop * len(records) / size)):
         yield records[i], i + 1, (i + 1, 0)
@@ -313,7 +365,8 @@ def _text(path, size, start, offset, number):
     with open(path, 'rb') as f:
         if size <= PART_BYTES:
             if not offset:
-                yield Text(*_decoded(f.read(), 0)), 1, (size, 0)
+                content = f.read().removeprefix(codecs.BOM_UTF8)
+                yield Text(*_decoded(content, 0)), 1, (size, 0)
             return
         key = f'{size} {f.read(1 << 16)!r}'
         f.seek(offset)
@@ -326,10 +379,65 @@ def _text(path, size, start, offset, number):
             if offset + cut < size:
                 cut = _last_cut(piece)
             part, rest = piece[:cut], piece[cut:]
+            if not offset:
+                part = part.removeprefix(codecs.BOM_UTF8)
             text, broken = _decoded(part, number)
             first, line = offset == 0, number + 1
             offset, number = offset + cut, number + part.count(b'\n')
-            yield Text(text, broken, key, first, offset >= size), line, (offset, number)
+            yield Text(text, broken, key, offset >= size, first), line, (offset, number)
+
+
+def _separated(path, separator, start, stop, offset):
+    """The texts between separators that begin in [start, stop), without the newlines next to those.
+
+    A file is read from its beginning in any case: so all slices and positions agree on where the
+    separators are, and on how a long text is cut into parts.
+    """
+    end = number = begin = 0  # bytes and lines behind what is read; where the text begins
+    key = ''  # of a text in parts
+    with open(path, 'rb') as f:
+        for piece, is_last, is_end in _between(f, separator, max(start, offset)):
+            place, line = end, number + 1
+            end += len(piece) + (len(separator) if is_last and not is_end else 0)
+            number += piece.count(b'\n') + (separator.count(b'\n') if is_last else 0)
+            if not key:
+                begin = place
+                if begin >= stop:
+                    return
+                content = piece.lstrip(b'\r\n') if place else piece.removeprefix(codecs.BOM_UTF8)
+                line += piece[: len(piece) - len(content)].count(b'\n')
+            else:
+                content = piece
+            if is_last and not is_end:
+                content = content.rstrip(b'\r\n')
+            if not is_last and not key:
+                key = f'{content[: 1 << 16]!r}'
+            if start <= begin and place >= offset and (key or content.strip()):
+                text, broken = _decoded(content, line - 1)
+                text = Text(text, broken, key, is_last, place == begin)
+                yield text, line, (end, number)
+            if is_last:
+                key = ''
+
+
+def _between(f, separator, wanted):
+    """(bytes, whether a text ends with them, and the file) of the texts between separators.
+
+    Those before the byte `wanted` come many at a time, for speed: they are only counted.
+    """
+    rest = b''
+    while block := f.read(PART_BYTES):
+        block = rest + block
+        *texts, rest = block.split(separator)
+        if texts and f.tell() <= wanted:
+            texts = [block[: len(block) - len(rest) - len(separator)]]
+        for text in texts:
+            yield text, True, False
+        if len(rest) > PART_BYTES:  # a part, without what may be the beginning of a separator
+            cut = _last_cut(rest[: len(rest) - len(separator) + 1])
+            yield rest[:cut], False, False
+            rest = rest[cut:]
+    yield rest, True, True
 
 
 def _last_cut(piece):

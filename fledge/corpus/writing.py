@@ -242,6 +242,7 @@ def meta_of(state, files, source, settings, masked):
         splits=splits,
         repaired=state['repaired'].get(REPAIRED, {}),
         dropped=state['dropped'],
+        spelled_out=state['spelled_out'],
         instead=list(state['replaced']),
         settings=settings,
         command=shlex.join(['python', *sys.argv]),
@@ -266,5 +267,9 @@ def report(folder, meta):
         print(f'repaired: {note(REPAIRED, **meta["repaired"])}')
     for why, n in meta['dropped'].items():
         print(f'left out: {note(why, **n)}')
+    for token, n in meta['spelled_out'].items():
+        what = note(f'{token!r} spelled out in the text, where it is plain letters', **n)
+        hint = '; --separator splits .txt and .md files there'
+        print(f'warning: {what}{hint if "separator" in meta["settings"] else ""}')
     for why in meta['instead']:
         print(why)
