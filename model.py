@@ -184,9 +184,8 @@ class GPT(nn.Module):
         if config.tie_embeddings:  # Press and Wolf 2016, arXiv:1608.05859
             self.transformer.wte.weight = self.lm_head.weight
         if config.position == 'rope':
-            cos, sin = rope_tables(config)
-            self.register_buffer('rope_cos', cos, persistent=False)
-            self.register_buffer('rope_sin', sin, persistent=False)
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):  # GPT-2: more layers add no more variance
@@ -211,10 +210,10 @@ class GPT(nn.Module):
         if targets is None:
             last = -1 if lengths is None else lengths - 1
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, n_embd)
-            return self.lm_head(x), None  # (B, 1, vocab_size)
+            return self.logits(x), None  # (B, 1, vocab_size)
         if not return_logits:
             return None, self.loss(x.flatten(0, 1), targets.flatten())
-        logits = self.lm_head(x)  # (B, T, vocab_size)
+        logits = self.logits(x)  # (B, T, vocab_size)
         flat = logits.flatten(0, 1).float()
         return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
 
@@ -247,8 +246,11 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         return self.transformer.drop(x)
 
+    def logits(self, x):
+        return self.lm_head(x)  # (..., vocab_size)
+
     def loss(self, x, targets):
-        """Mean cross entropy of the head's logits of x (N, n_embd), a float32 scalar.
+        """Mean cross entropy of the logits of x (N, n_embd), a float32 scalar.
 
         Logits exist for LOSS_ROWS tokens at a time, and the backward pass makes them again: with
         a large vocabulary, all of them take more memory than the rest of a training step.
@@ -258,8 +260,7 @@ class GPT(nn.Module):
         return total / (targets >= 0).sum().clamp(min=1)
 
     def summed_loss(self, x, targets):
-        logits = self.lm_head(x).float()  # (N, vocab_size)
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction='sum')
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out learned positions, as nanoGPT counts."""
@@ -367,9 +368,8 @@ class KVCache:
 
     def write(self, layer, k, v, positions):
         """Put k, v (B, n_kv_head, T, head_dim) at positions; returns all keys and values."""
-        B, n_kv_head = k.shape[:2]
-        row = torch.arange(B, device=k.device)[:, None, None]
-        head = torch.arange(n_kv_head, device=k.device)[None, :, None]
+        row = torch.arange(k.shape[0], device=k.device)[:, None, None]
+        head = torch.arange(k.shape[1], device=k.device)[None, :, None]
         keys, values = self.keys[layer], self.values[layer]
         keys[row, head, positions[:, None]] = k.to(keys.dtype)
         values[row, head, positions[:, None]] = v.to(values.dtype)

@@ -83,7 +83,7 @@ def next_token_sums(model, batch, hidden):
     n = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(targets), n):
         here = slice(start, start + n)
-        logits = model.lm_head(x[here]).float()
+        logits = model.logits(x[here]).float()
         nats[here] = F.cross_entropy(logits, targets[here], reduction='none')
         correct[here] = (logits.argmax(dim=-1) == targets[here]).float()
     text_nats = nats[batch['is_text'][learned]].sum()

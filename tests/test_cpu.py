@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model as plain
 from fledge import cpu
 from fledge.cpu import CausalAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
 from test_model import QWEN3, all_logits, every_family, tiny, tokens
@@ -188,3 +189,70 @@ def test_the_loss_in_chunks_takes_float32_under_autocast():
     gradients = torch.autograd.grad(loss, (x, weight))
     for a, b in zip(gradients, torch.autograd.grad(exact, (x, weight)), strict=True):
         assert a.dtype == torch.float32 and (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+def edited_norm(self, x):
+    return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def edited_attend(self, q, k, v, mask):  # a window of 600 tokens
+    positions = torch.arange(k.shape[2])
+    near = positions[-q.shape[2] :, None] - positions
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(near >= 0) & (near < 600), enable_gqa=True
+    )
+
+
+def capped_logits(self, x):
+    return 5 * torch.tanh(self.lm_head(x) / 5)
+
+
+EDITS = {
+    'RMSNorm.forward': (plain.RMSNorm, 'forward', edited_norm),
+    'CausalSelfAttention.attend': (plain.CausalSelfAttention, 'attend', edited_attend),
+    'GPT.loss': (plain.GPT, 'logits', capped_logits),
+}
+
+
+@pytest.mark.parametrize('step', EDITS)
+def test_what_is_edited_in_model_py_is_followed(step, monkeypatch, capsys):
+    assert cpu.digest() == cpu.AS_WRITTEN  # else every start compares the numbers of all steps
+    kind, name, edited = EDITS[step]
+    config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=50, block_size=1024)
+    config |= dict(position='rope', norm='rmsnorm', qk_norm=True, bias=False)
+    torch.manual_seed(0)
+    model = plain.GPT(plain.GPTConfig(**config))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    idx, targets = torch.randint(50, (2, 1, 1000))
+
+    def computed(model):
+        model.zero_grad()
+        loss = model(idx, targets, return_logits=False)[1]
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    before = computed(model)
+    monkeypatch.setattr(kind, name, edited)
+    expected = computed(model)
+    assert abs(before[0] - expected[0]) > 1e-5
+    for found, wanted in zip(computed(cpu.speed_up(model)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    assert capsys.readouterr().err == f'{step} of model.py is edited, and runs as it is there\n'
+
+
+def test_a_norm_without_a_weight_and_a_second_time(monkeypatch):
+    config = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=50, block_size=16, norm='rmsnorm')
+    model = plain.GPT(plain.GPTConfig(**config, position='rope', bias=False))
+    model.transformer.ln_f = plain.RMSNorm(32, elementwise_affine=False)
+
+    def forward(self, x):
+        return F.rms_norm(x, (32,), self.weight, self.eps)
+
+    monkeypatch.setattr(plain.RMSNorm, 'forward', forward)
+    monkeypatch.setattr(cpu.PackedRMSNorm, '__call__', forward)
+    idx = torch.randint(50, (1, 8))
+    expected = model(idx, idx)[1]
+    torch.testing.assert_close(cpu.speed_up(model)(idx, idx)[1], expected)
+    again = cpu.speed_up(model.bfloat16().eval(), packed=True).generate(idx, 3)
+    assert again.shape == (1, 11)

@@ -21,7 +21,7 @@ class Graph(nn.Module):
 
     def forward(self, idx, past=()):
         cache = AppendedCache(past) if past else None
-        logits = self.model.lm_head(self.model.hidden(idx, cache))
+        logits = self.model.logits(self.model.hidden(idx, cache))
         return (logits, *cache.present) if past else (logits,)
 
 
