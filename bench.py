@@ -93,7 +93,10 @@ def train_script():
         settings = os.path.join(folder, 'settings.json')
         with open(settings, 'w', encoding='utf-8') as f:
             json_.dump(values, f)
-        sys.argv = [TRAIN, settings]
+        # a config file's objective comes by the file itself
+        own = globals()['objective'] is not None
+        configs = [a for a in sys.argv[1:] if own and a.endswith('.py')]
+        sys.argv = [TRAIN, *configs, settings]
         with open(TRAIN, encoding='utf-8') as f:
             source = f.read()
         names = {'__name__': 'train', '__file__': TRAIN}

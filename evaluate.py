@@ -38,7 +38,7 @@ configure(globals())
 at_least(globals(), eval_iters=0, batch_size=1, block_size=0)
 machine = Machine(device, dtype)
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir, dataset)
-run = state['config']
+run, has_objective = state['config'], state.get('objective')
 model = checkpoint.load_model(state, path).to(machine.device)
 del state
 machine.wrap(model)
@@ -55,6 +55,8 @@ if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
     raise UserError(
         f'{data_dir} was not prepared with what begins a text for {path}: prepare it again'
     )
+if has_objective:
+    print('the run had an objective of its own; what is measured here is next-token loss')
 if has_masks(data_dir):
     print(f'{data_dir} has masks, which are not read yet: all of its tokens are measured')
 
@@ -67,6 +69,9 @@ if not math.isfinite(result['loss']):
         f'the loss of {path} on {split} of {dataset} is {result["loss"]} in {dtype}: '
         'its weights are broken, or need --dtype=float32'
     )
+if not machine.main:  # under torchrun one process speaks
+    machine.leave()
+    raise SystemExit
 print(
     f'{split} of {dataset}: {in_words(result)}, accuracy {result["accuracy"]:.2%}; '
     f'{result["tokens"]:,} tokens, {result["bytes"]:,} bytes, in rows of {block_size}, {dtype}, '
@@ -75,3 +80,4 @@ print(
 if json:
     facts = dict(block_size=block_size, dtype=dtype, tokens_per_second=speed)
     print(json_.dumps(dict(dataset=dataset, split=split) | result | facts))
+machine.leave()

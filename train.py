@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from fledge import UserError, checkpoint, optimizers, quantize, replacing, run
+from fledge import UserError, checkpoint, optimizers, quantize, run
 from fledge.configurator import configure, given
 from fledge.device import Machine, flops_per_token, peak_flops
 from fledge.evaluation import evaluate, in_words, samples
@@ -43,7 +43,7 @@ sample_interval = 500  # steps between samples_step_*.txt; 0: none
 sample_start = '<|endoftext|>'  # what the samples begin with: here the start of a document
 sample_tokens = 200  # length of each of the three samples
 sample_repetition_penalty = 1.2  # keeps small models out of loops; 1 for characters
-dry_run = False  # say what the run will take, from one real step, and write nothing
+dry_run = False  # say what the run will take, from two real steps, and write nothing
 wandb_log = False  # log to Weights & Biases (WANDB_MODE=offline needs no account)
 wandb_project = 'fledge'  # the project there
 wandb_run_name = 'run'  # the name of the run there
@@ -78,7 +78,7 @@ learning_rate = 1e-2  # highest
 max_iters = 4000  # steps
 target_tokens = 0  # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0  # instead of max_iters: as many steps as see the data so often
-max_minutes = 5.0  # lower max_iters to what this machine does in this time; 0: no limit
+max_minutes = 5.0  # the schedule ends with this time, if max_iters take longer; 0: no limit
 weight_decay = 0.1  # of the matrices (and embeddings, with adamw)
 beta1 = 0.9  # of AdamW's first moment
 beta2 = 0.95  # of AdamW's second moment
@@ -163,11 +163,13 @@ state = run.RunState()
 if resuming:
     state = run.RunState.from_checkpoint(start, ckpt_path)
     state.meet_changes(start, changed, config, data_digest, bool(objective))
-    if 'optimizer' in start and opts:
-        optimizers.load_state_dict(opts, start['optimizer'])
+    if opts:
+        optimizers.load_state_dict(opts, start.get('optimizer'))
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
 del start
+machine.agree('run to go on with: out_dir has to be shared', (resuming, state.step))
+machine.agree('data under the same name', data_digest)
 last_token = target_tokens  # with which the run ends, if it is not steps that end it
 if target_epochs and not target_tokens:
     last_token = state.tokens + round(target_epochs * train_data.n_tokens) - state.rows * block_size
@@ -318,15 +320,6 @@ def save_checkpoint(is_best):
             checkpoint.link(ckpt_path, log.path('best.pt'))
 
 
-def write_samples():
-    """samples_step_*.txt: three continuations of sample_start."""
-    options = (sample_start, sample_tokens, sample_repetition_penalty, seed)
-    texts = samples(model, tokenizer, machine, 3, *options)
-    if machine.main:
-        with replacing(log.path(f'samples_step_{state.step:06d}.txt')) as f:
-            f.write('\n---------------\n'.join(texts) + '\n')
-
-
 def log_steps(grad_norm):
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
     losses = machine.mean(torch.stack([loss for loss, _ in recent]))  # waits for an accelerator
@@ -386,7 +379,8 @@ while True:
                 log.draw()
         due = sample_interval and state.step > 0 and (state.step % sample_interval == 0 or done)
         if due and tokenizer and not stopping:
-            write_samples()
+            options = (sample_start, sample_tokens, sample_repetition_penalty, seed)
+            log.samples(state.step, samples(model, tokenizer, machine, 3, *options))
     if done or stopping:
         break
 
@@ -411,10 +405,11 @@ if not stopping:
     log.metrics(**state.metrics())
     log.draw()
     goes_on = f'Try it: python sample.py --out_dir={out_dir}'
+time_is_up = ', all of max_minutes' if spent >= 1 else ''
 best = f' ({out_dir}/best.pt, step {state.best_step})' if state.best_step > 0 else ''
 log.say(
     f'{"stopped" if stopping else "done"} at step {state.step} after {clock.elapsed() / 60:.1f} '
-    f'minutes ({clock.aside:.1f} s went to evaluations, checkpoints and samples); '
+    f'minutes{time_is_up} ({clock.aside:.1f} s went to evaluations, checkpoints and samples); '
     f'best val loss {state.best_val_loss:.4f}{best}. {goes_on}'
 )
 machine.leave()

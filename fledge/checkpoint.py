@@ -62,6 +62,8 @@ def load(path):
         ) from None
     except IsADirectoryError:
         raise UserError(f'{path} is a folder; name the checkpoint file in it') from None
+    except (NotADirectoryError, PermissionError) as e:
+        raise UserError(f'{path} cannot be read: {e.strerror}') from None
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL (\S+)', str(e))
         if found:
@@ -186,7 +188,8 @@ def model_to_train(checkpoint, path, settings, given, say, tokenizer):
         say(f'the context of {context} becomes {model.config.block_size}, by block_size')
     for name in sorted(settings.keys() & asdict(model.config).keys() - {'block_size'}):
         own = getattr(model.config, name)
-        if own != settings[name] and name in given and settings[name] not in (0, 'auto'):
+        by_itself = settings[name] is not False and settings[name] in (0, 'auto')
+        if own != settings[name] and name in given and not by_itself:
             say(f'{name}={settings[name]!r} is ignored: the checkpoint has {own!r}')
         settings[name] = own
     vocab_size = model.config.vocab_size

@@ -47,6 +47,8 @@ class Machine:
         self.rank = int(os.environ.get('RANK', 0))
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
         self.main = self.rank == 0
+        if self.world_size > 1 and not {'RANK', 'MASTER_ADDR'} <= os.environ.keys():
+            raise UserError('WORLD_SIZE is set, and RANK is not: several processes need torchrun')
         local_rank = int(os.environ.get('LOCAL_RANK', 0))
         if self.world_size > 1 and device.startswith('cuda'):
             device = 'cuda'  # a GPU each
@@ -105,7 +107,8 @@ class Machine:
             cpu.speed_up(model)
         if self.world_size > 1:  # buffers are the same everywhere
             devices = [self.device] if self.type == 'cuda' else None
-            network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+            network = DistributedDataParallel(network, devices, forward_sync_buffers=False)
+            network.config = model.config  # which an objective may read
         return network
 
     def hidden(self, model):
@@ -128,6 +131,13 @@ class Machine:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, self.hosts)
         return values
+
+    def agree(self, what, value):
+        """UserError where a process's value is not the first one's; what: it is, in words."""
+        first, *others = self.gather(value)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise UserError(f'process {rank} has another {what} than process 0')
 
     def mean(self, tensor):
         """The mean of a tensor over all processes, as a number, or a list of them."""

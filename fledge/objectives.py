@@ -5,6 +5,11 @@ scalar, and further numbers, which train.py logs and evaluates by name. batch: a
 tensors. A config file may define its own as `objective`, and may return the loss alone.
 """
 
+from fledge import UserError
+from fledge.run import KEYS
+
+TAKEN = {'bytes', *KEYS}  # names of the log's own numbers
+
 
 def next_token(model, batch):
     """Mean cross entropy of the targets, in nats a token; no logits are kept."""
@@ -15,4 +20,7 @@ def next_token(model, batch):
 def loss_and_numbers(objective, model, batch):
     """What an objective returns, as (loss, numbers) where it returned the loss alone."""
     result = objective(model, batch)
-    return result if isinstance(result, tuple) else (result, {})
+    loss, numbers = result if isinstance(result, tuple) else (result, {})
+    for name in TAKEN & numbers.keys():
+        raise UserError(f'the objective has a number called {name!r}, which the log has too')
+    return loss, numbers

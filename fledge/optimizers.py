@@ -1,5 +1,7 @@
 """AdamW and Muon over the right parameters."""
 
+import sys
+
 import torch
 
 from fledge import UserError
@@ -112,6 +114,9 @@ def state_dict(optimizers):
 
 def load_state_dict(optimizers, saved):
     """Restore momenta and step counts; rates, betas and decay stay as the settings say."""
+    if saved is None:
+        print('the checkpoint has no optimizer state: momenta begin at zero', file=sys.stderr)
+        return
     states = saved if isinstance(saved, list) else [saved]
     try:
         if len(states) != len(optimizers):
@@ -121,7 +126,8 @@ def load_state_dict(optimizers, saved):
     except (ValueError, KeyError, IndexError, TypeError) as e:
         raise UserError(
             f"the checkpoint's optimizer state is another optimizer's ({e}); resume with the "
-            'settings that it was saved with'
+            'settings that it was saved with, or begin another run from its weights '
+            '(--init_from=FILE, another --out_dir)'
         ) from None
 
 

@@ -84,7 +84,7 @@ class RunState:
         """
         had_objective = checkpoint.get('objective', False)
         if 'dataset' in changed:
-            self.best_val_loss, self.rows = math.inf, 0
+            self.rows = 0
         elif checkpoint.get('data', data_digest) != data_digest:
             raise UserError(
                 f'data/{settings["dataset"]} is not what this run was trained on any more: put it '
@@ -96,9 +96,12 @@ class RunState:
             )
         if 'block_size' in changed:  # about as much of the data stays behind
             self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
-        evaluates = {'dataset', 'block_size', 'eval_iters', 'batch_size'}
+        evaluates = {'dataset', 'block_size', 'eval_iters'}
+        evaluates |= {'batch_size'} if settings['eval_iters'] else set()
         if changed.keys() & evaluates or own_objective != had_objective:
-            self.evaluated_step = -1  # the last evaluation would come out differently now
+            # evaluations come out differently now, and do not compare with those before
+            self.evaluated_step, self.best_step, self.best_val_loss = -1, -1, math.inf
+            self.evaluations_since_best = 0
 
     def note_evaluation(self, evaluation, seconds):
         """Keep an evaluation of the present step; returns whether it is the best so far."""
@@ -274,6 +277,12 @@ class RunLog:
         if self.is_open:
             self.append('train.log', text)
 
+    def samples(self, step, texts):
+        """samples_step_*.txt."""
+        if self.out_dir:
+            with replacing(self.path(f'samples_step_{step:06d}.txt')) as f:
+                f.write('\n---------------\n'.join(texts) + '\n')
+
     def metrics(self, **values):
         """A line of metrics.jsonl: KEYS, null where one has no value, and what else is given."""
         if not self.out_dir:
@@ -413,6 +422,11 @@ def without_effect(settings, given):
         (s['target_epochs'], 'max_iters', 'target_epochs'),
         (not s['sample_interval'], 'sample_start sample_tokens', 'sample_interval=0'),
         (not s['sample_interval'], 'sample_repetition_penalty', 'sample_interval=0'),
+        (
+            s['decay_lr'] and not s['min_lr'] and 0 < s['lr_decay_iters'] < s['max_iters'],
+            'max_iters',
+            'the learning rate is 0 from lr_decay_iters on',
+        ),
         (not s['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log=False'),
         (s['position'] != 'rope', 'rope_theta', f'position={s["position"]}'),
     ]

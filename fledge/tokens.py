@@ -9,6 +9,7 @@ any number of processes.
 import glob
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from fledge.tokenizer import is_gpt2_size
 # (magic, version): token type
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
 HEADER_BYTES = 256 * 4
+NO_DATASETS = ('text', 'chat', 'preferences', 'hub', 'look', 'merge')  # in prepare/
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
 
@@ -126,15 +128,17 @@ def find_data(dataset, vocab_size, make_default):
     if split_files(folder, 'train'):
         return
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = f'prepare/{dataset}.py'
-    if not os.path.exists(os.path.join(root, command)):
-        trained = f'train --vocab_size={vocab_size}'
-        tokenizer = 'gpt2' if not vocab_size or is_gpt2_size(vocab_size) else trained
-        command = f'prepare/text.py --input=YOUR_FILES --name={dataset} --tokenizer={tokenizer}'
+    script, flags = f'prepare/{dataset}.py', []
+    if vocab_size and not is_gpt2_size(vocab_size):
+        flags = ['--tokenizer=train', f'--vocab_size={vocab_size}']
+    if not os.path.exists(os.path.join(root, script)) or dataset in NO_DATASETS:
+        script, flags = 'prepare/text.py', flags or ['--tokenizer=gpt2']
+        flags = ['--input=YOUR_FILES', f'--name={dataset}', *flags]
+    command = shlex.join(['python', script, *flags])
     if dataset != 'stdlib' or not make_default:
-        raise UserError(f'{folder} has no train.bin; make it with: python {command}')
-    if subprocess.run([sys.executable, os.path.join(root, command)]).returncode:
-        raise UserError(f'python {command} failed; see above')
+        raise UserError(f'{folder} has no train.bin; make it with: {command}')
+    if subprocess.run([sys.executable, os.path.join(root, script), *flags]).returncode:
+        raise UserError(f'{command} failed; see above')
 
 
 class Batch(dict):

@@ -12,6 +12,7 @@ from fledge import UserError, cpu
 from fledge.device import Machine, choose_device, choose_dtype
 
 AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+AVX2['FBGEMM_ENABLE_INSTRUCTIONS'] = 'AVX2'
 
 
 @pytest.mark.slow

@@ -543,7 +543,7 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
         workdir, 'train.py', 'own.py', '--init_from=resume', '--n_layer=5'
     )
     assert (
-        'resuming at step 3'
+        'resuming at step 3' in out
         and 'max_iters was 3, now 5' in out
         and ', now 0.001' in out
         and 'dataset was' not in out
