@@ -20,7 +20,7 @@ import torch
 
 from fledge import UserError, checkpoint, cpu
 from fledge import quantize as quantization
-from fledge.configurator import at_least, configure, one_of, read_settings
+from fledge.configurator import configure, one_of, read_settings
 from fledge.device import (
     Machine,
     flops_per_token,
@@ -400,8 +400,6 @@ def bench_generation():
 
 one_of(config, compile=('auto', True, False), only=('train', 'generate', 'all'))
 one_of(config, quantize=('none', 'int8'))
-at_least(config, rounds=1, streams=1, prompt_tokens=1, new_tokens=2, long_prompt=1, seconds=0)
-at_least(config, batch_size=1, block_size=2)
 if only != 'train' and prompt_tokens + new_tokens > s.block_size:
     raise UserError(
         f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than '

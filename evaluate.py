@@ -15,7 +15,7 @@ import os
 import time
 
 from fledge import UserError, checkpoint
-from fledge.configurator import at_least, configure
+from fledge.configurator import configure
 from fledge.device import Machine
 from fledge.evaluation import evaluate, in_words
 from fledge.formats import huggingface
@@ -35,7 +35,6 @@ dtype = 'auto'  # auto, float32, bfloat16, float16
 json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
-at_least(globals(), eval_iters=0, batch_size=1, block_size=0)
 machine = Machine(device, dtype)
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir, dataset)
 run, has_objective = state['config'], state.get('objective')

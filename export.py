@@ -12,6 +12,7 @@ written: what differs too much is an error, and is not left behind.
 import copy
 import json as json_
 import os
+import shlex
 import shutil
 from contextlib import suppress
 
@@ -125,7 +126,7 @@ settle()  # what a process was killed over
 if os.path.isdir(output) and format != 'hf':
     raise UserError(
         f'{output} is a folder; --format={format} writes a file: '
-        f'--output={os.path.join(output, OUTPUTS[format])}'
+        f'--output={shlex.quote(os.path.join(output, OUTPUTS[format]))}'
     )
 if os.path.isfile(output) and format == 'hf':
     raise UserError(f'{output} is a file; --format=hf writes a folder')

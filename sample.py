@@ -8,7 +8,7 @@ import json as json_
 import sys
 
 from fledge import UserError, checkpoint, cpu
-from fledge.configurator import at_least, configure, given, one_of
+from fledge.configurator import configure, given, one_of
 from fledge.device import Machine
 from fledge.formats import huggingface
 from fledge.quantize import apply as quantize_weights
@@ -34,13 +34,7 @@ compile = False  # torch.compile the model, on a GPU; the first tokens then take
 json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
-at_least(globals(), num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0)
 one_of(globals(), quantize=('none', 'int8'))
-if not 0 < top_p <= 1 or not 0 <= min_p <= 1 or repetition_penalty <= 0 or seed >= 2**63:
-    raise UserError(
-        f'{top_p=} must be in (0, 1], {min_p=} in [0, 1], {repetition_penalty=} above 0, '
-        f'{seed=} below 2^63'
-    )
 idle = given & {'top_k', 'top_p', 'min_p', 'seed'}
 if temperature == 0 and idle:
     print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)

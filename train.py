@@ -9,6 +9,7 @@ Several nodes:       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d 
 import functools
 import math
 import os
+import shlex
 import time
 
 import numpy as np
@@ -400,13 +401,14 @@ while True:
 log.close_bar()
 if saved_step != state.step:  # the last weights are kept in any case
     save_checkpoint(is_best=False)
-goes_on = f'To go on: python train.py --init_from=resume --out_dir={out_dir}'
+folder = shlex.quote(out_dir)
+goes_on = f'To go on: python train.py --init_from=resume --out_dir={folder}'
 if not stopping:
     log.metrics(**state.metrics())
     log.draw()
-    goes_on = f'Try it: python sample.py --out_dir={out_dir}'
+    goes_on = f'Try it: python sample.py --out_dir={folder}'
 time_is_up = ', all of max_minutes' if spent >= 1 else ''
-best = f' ({out_dir}/best.pt, step {state.best_step})' if state.best_step > 0 else ''
+best = f' ({folder}/best.pt, step {state.best_step})' if state.best_step > 0 else ''
 log.say(
     f'{"stopped" if stopping else "done"} at step {state.step} after {clock.elapsed() / 60:.1f} '
     f'minutes{time_is_up} ({clock.aside:.1f} s went to evaluations, checkpoints and samples); '

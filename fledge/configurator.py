@@ -2,31 +2,73 @@
 
 A script's settings are the plain assignments at its top, each with a comment. configure(globals())
 below them overrides them from config files (plain Python), .json files and --key=value flags,
-checks names and types, and prints them all for --help. A mistake costs one line and exit code 2.
+checks names, types and bounds, and prints them all for --help. A mistake costs one line and exit
+code 2.
 """
 
 import ast
 import difflib
 import errno
 import importlib.util
-import math
 import os
+import shlex
 import sys
 import traceback
+from contextlib import suppress
 
 from fledge import UserError, read_json
 
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
+# The least and the most of every numeric setting, in all scripts. A script's own default holds even
+# outside, where it stands for something else: evaluate.py's block_size=0 is that of the run.
+BOUNDS = {}
+for least, most, names in (
+    (0, 2**63 - 1, 'seed'),
+    (0, 10**9, 'max_iters warmup_iters lr_decay_iters sample_interval early_stopping_patience'),
+    (0, 10**9, 'eval_iters top_k min_length'),
+    (1, 10**9, 'eval_interval log_interval document documents max_tokens cap'),
+    (2, 10**9, 'examples'),
+    (0, 10**15, 'target_tokens'),
+    (1, 10**15, 'train_bytes'),
+    (0, 10**6, 'sample_tokens target_epochs max_minutes seconds grad_clip n_inner'),
+    (1, 10**6, 'gradient_accumulation_steps rounds max_new_tokens'),
+    (1, 10**6, 'min_letters max_letters'),
+    (1, 10**5, 'batch_size num_samples streams'),
+    (1, 2**20, 'block_size vocab_size prompt_tokens long_prompt'),
+    (2, 2**20, 'new_tokens'),
+    (1, 1000, 'n_layer n_head'),
+    (0, 1000, 'n_kv_head num_proc'),
+    (0, 10**4, 'head_dim'),
+    (1, 10**5, 'n_embd'),
+    (1, 10**12, 'rope_theta'),
+    (1e-12, 0.1, 'norm_eps'),
+    (0, 0.99, 'dropout'),
+    (0, 0.999999, 'beta1 beta2'),
+    (0, 10, 'learning_rate min_lr weight_decay'),
+    (0, 100, 'temperature'),
+    (1e-6, 1, 'top_p'),
+    (0, 1, 'min_p'),
+    (0.01, 100, 'repetition_penalty sample_repetition_penalty'),
+    (1e-9, 0.999, 'val_fraction'),
+    (2, 2**31 - 1, 'shard_tokens'),
+    (0, 99_999, 'shard'),
+    (1, 99_999, 'num_shards'),
+    (0, 20, 'retries'),
+    (2, 103, 'version'),
+):
+    BOUNDS |= dict.fromkeys(names.split(), (least, most))
+KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}
 
 
-def configure(settings, argv=None, saved=None, also=None):
+def configure(settings, argv=None, saved=None, also=None, others=None):
     """Override `settings`, a script's globals(), by argv (default: sys.argv[1:]).
 
     Returns all settings as a dict. saved: settings of a run that goes on; they replace the
     defaults, and argv overrides them. also: another script, whose settings this one takes too.
-    A name set to None is a hook: a config file may define a function of that name.
+    others: a list that takes the arguments which are neither flags nor config files; None: they are
+    mistakes. A name set to None is a hook: a config file may define a function of that name.
     """
     sys.excepthook = one_line
     if also:
@@ -38,41 +80,39 @@ def configure(settings, argv=None, saved=None, also=None):
     defaults = settings.setdefault('_defaults', plain)
     hooks = settings.setdefault('_hooks', [name for name, v in public.items() if v is None])
     values = {}  # that argv gives
-    for arg in sys.argv[1:] if argv is None else argv:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    while arguments:
+        arg = arguments.pop(0)
         if arg in ('--help', '-h'):
             print_help(settings, also)
             raise SystemExit(0)
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
             check_name(name, defaults, arg)
-            value = parse(text, defaults[name]) if equals else True
-            values[name] = check_type(value, defaults[name], arg)
+            if not equals:
+                text = text_behind(name, defaults[name], arguments, others)
+            values[name] = check(name, parse(text, defaults[name]), defaults[name], '--')
         elif arg.endswith('.json'):
             for name, value in read_json(arg, 'object of settings').items():
                 check_name(name, defaults, arg)
-                values[name] = check_type(value, defaults[name], f'{arg}: {name}')
+                values[name] = check(name, value, defaults[name], f'{arg}: ')
         elif arg.endswith('.py'):
             for name, value in run_config(arg, defaults | values).items():
                 if name in hooks and callable(value):
                     settings[name] = value
                 elif name in defaults:
-                    values[name] = check_type(value, defaults[name], f'{arg}: {name}')
+                    values[name] = check(name, value, defaults[name], f'{arg}: ')
                 elif isinstance(value, (bool, int, float, str)) and not name.startswith('_'):
                     check_name(name, defaults, arg)
-        else:
+        elif others is None:
             refuse(arg, defaults)
+        else:
+            others.append(arg)
     given.update(values)
     saved = {name: value for name, value in (saved or {}).items() if name in defaults}
     values = defaults | saved | values
     settings.update(values)
     return values
-
-
-def at_least(settings, **bounds):
-    """UserError for a setting, by name, that is below its bound."""
-    for name, least in bounds.items():
-        if settings[name] < least:
-            raise UserError(f'{name}={settings[name]} must be at least {least}')
 
 
 def one_of(settings, **known):
@@ -84,11 +124,11 @@ def one_of(settings, **known):
 
 def read_settings(path):
     """The settings at the top of a script: {name: default}."""
-    return {name: ast.literal_eval(node.value) for name, node, _ in assignments(path)}
+    return {name: default for name, default, _ in assignments(path)}
 
 
 def assignments(path):
-    """(name, assignment, comment) of each setting of a script, read from its own lines.
+    """(name, default, comment) of each setting of a script, read from its own lines.
 
     They end where it calls configure() or defines something: below that, a module that scripts
     share has no settings.
@@ -103,19 +143,20 @@ def assignments(path):
             return
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip('# ')
-            yield node.targets[0].id, node, comment
+            with suppress(ValueError):  # what is no literal is no setting
+                yield node.targets[0].id, ast.literal_eval(node.value), comment
 
 
 def refuse(arg, defaults):
     """UserError for an argument that is neither flag nor config file: it says what was meant."""
-    name, equals, _ = arg.partition('=')
+    name, equals, value = arg.partition('=')
     near = difflib.get_close_matches(name, defaults, n=1)
     if os.path.exists(f'{arg}.py'):
-        meant = f'{arg}.py'
+        meant = shlex.quote(f'{arg}.py')
     elif near:
-        meant = f'--{near[0]}{arg[len(name) :]}' if equals else f'--{near[0]}=VALUE'
+        meant = f'--{near[0]}={shlex.quote(value)}' if equals else f'--{near[0]}=VALUE'
     elif 'input' in defaults and os.path.exists(arg):
-        meant = f'--input={arg}'
+        meant = f'--input={shlex.quote(arg)}'
     else:
         raise UserError(f'{arg}: a setting is --key=value, a config file ends in .py or .json')
     raise UserError(f'{arg} is no config file (.py, .json); did you mean {meant}?')
@@ -130,32 +171,56 @@ def check_name(name, defaults, where):
         )
 
 
-def check_type(value, default, where):
-    """value as the type of default; UserError where it has another.
+def text_behind(name, default, arguments, others):
+    """The text of a flag without =: the next of the arguments, or True where it may stand alone."""
+    is_text = isinstance(default, str) and default != 'auto'
+    following = arguments[0] if arguments else '--'
+    is_config = following.endswith(('.py', '.json')) and not is_text
+    is_value = not following.startswith('--') and not is_config
+    if isinstance(default, bool) or default == 'auto':
+        if not is_value or (others is not None and following not in ('True', 'False', 'auto')):
+            return 'True'
+    elif not is_value:
+        raise UserError(f'--{name} takes {KINDS[type(default)]}: --{name}={in_shell(default)}')
+    return arguments.pop(0)
+
+
+def parse(text, default):
+    """The value that a flag's text spells, for a setting with this default."""
+    if isinstance(default, str) and not (default == 'auto' and text in ('True', 'False')):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except Exception:  # it is no literal, so it is a text
+        return text
+
+
+def check(name, value, default, where):
+    """value as the type of default; UserError where it has another type, or is out of BOUNDS.
 
     An int serves as a float, a whole float as an int, and a bool where 'auto' stands.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f'{where}: {value} is no finite number')
+    where = f'{where}{name}={value!r}'
+    if type(value) in (int, float) and type(default) in (int, float) and value != default:
+        least, most = BOUNDS.get(name, (-1e300, 1e300))
+        if not least <= value <= most:  # which NaN is not either
+            raise UserError(f'{where} must be {least:,} to {most:,}')
     if type(value) is type(default) or (isinstance(value, bool) and default == 'auto'):
         return value
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(default) is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}
-    kind = kinds.get(type(value), f'a {type(value).__name__}')
-    raise UserError(f'{where}: {value!r} is {kind}, and this setting takes {kinds[type(default)]}')
+    kind = KINDS.get(type(value), f'a {type(value).__name__}')
+    raise UserError(f'{where} is {kind}, and this setting takes {KINDS[type(default)]}')
 
 
-def parse(text, default):
-    """The value that a flag's text spells, for a setting with this default."""
-    try:
-        value = ast.literal_eval(text)
-    except Exception:  # it is no literal, so it is a text
-        value = text
-    wants_text = isinstance(default, str) and not (default == 'auto' and isinstance(value, bool))
-    return text if wants_text and not isinstance(value, str) else value
+def in_shell(value):
+    """A value as it is typed in a shell; control characters as bash, zsh and ksh take them."""
+    text = str(value)
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + repr('"' + text)[2:]  # a text with a " in it is written between two '
 
 
 class Assigned(dict):
@@ -201,10 +266,9 @@ def print_help(settings, also):
     print('\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
     shown = set()
     for path in filter(None, (settings['__file__'], also)):
-        for name, node, comment in assignments(path):
-            is_hook = isinstance(node.value, ast.Constant) and node.value.value is None
-            if name not in shown and not is_hook:
-                print(f'  --{name}={ast.unparse(node.value)}'.ljust(40), comment)
+        for name, default, comment in assignments(path):
+            if name not in shown and isinstance(default, tuple(KINDS)):
+                print(f'  --{name}={in_shell(default)}'.ljust(40), comment)
             shown.add(name)
 
 
@@ -219,9 +283,16 @@ def one_line(kind, error, trace):
         raise SystemExit(130)
     if isinstance(error, UserError):
         words = str(error)
+    elif isinstance(error, ModuleNotFoundError) and error.name in sys.stdlib_module_names:
+        words = f'{error.name} is not part of Python on this system ({sys.platform}): '
+        words += 'run fledge on Linux or macOS, or in WSL'
     elif missing:
         words = f'the package {missing} is not installed: pip install {missing}'
-    elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+    elif (
+        isinstance(error, MemoryError)
+        or kind.__name__ == 'OutOfMemoryError'
+        or "can't allocate memory" in str(error)
+    ):
         words = 'out of memory; take fewer rows at once (batch_size, num_samples), '
         words += 'a shorter block_size or, to train, --gradient_checkpointing'
     elif isinstance(error, (ConnectionError, TimeoutError)) or (

@@ -72,8 +72,6 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch
     and vectors stay with AdamW, undecayed. One learning rate serves all; a parameter group may
     have an `lr_scale` by which train.py multiplies it.
     """
-    if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
-        raise UserError(f'beta1={betas[0]} and beta2={betas[1]} must be in [0, 1)')
     fused = next(model.parameters()).device.type in ('cpu', 'cuda')
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == 'adamw':

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 
 import numpy as np
 
@@ -484,7 +485,7 @@ def common_tokenizer(data_dir, theirs, weights, say=print):
         source = (os.path.dirname(weights) or '.') if os.path.isfile(weights) else weights
         raise UserError(
             f'{data_dir} was prepared with another tokenizer than the one of {weights}: '
-            f'prepare it with --tokenizer={source}'
+            f'prepare it with --tokenizer={shlex.quote(source)}'
         )
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
         say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')

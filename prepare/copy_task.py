@@ -27,10 +27,8 @@ def letters(i):
     return ''.join(rng.choices(symbols, k=rng.randint(min_letters, max_letters)))
 
 
-if not 0 < min_letters <= max_letters or not symbols or '>' in symbols or examples < 2:
-    raise UserError(
-        'min_letters and max_letters from 1 up, symbols without >, and two examples are needed'
-    )
+if min_letters > max_letters or not symbols or '>' in symbols:
+    raise UserError('max_letters from min_letters up, and symbols without > are needed')
 source = Made('copy task', examples, letters)
 stage = Stage(source, lambda text: [[(f'{text}>', 0), (text, 1)]])
 prepare(settings, 'the copy task', [stage], masked=True)

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
 from fledge import UserError
-from fledge.configurator import at_least, configure, one_of
+from fledge.configurator import configure, one_of
 from fledge.corpus.quality import assess, chunks, show_quality
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import read_bin, read_meta, split_files
@@ -31,7 +31,8 @@ color = 'auto'  # True, False; auto: on a terminal, unless NO_COLOR is set
 count = False  # show the sizes of all splits
 quality = False  # show what the data is like, plot it (quality.png), warn of what ruins runs
 json = False  # of --count and --quality: the last line of output is one JSON object
-configure(globals(), argv=[a for a in sys.argv[1:] if a.startswith('-')])
+places = []  # the one dataset to look at
+configure(globals(), others=places)
 
 
 class Split:
@@ -232,11 +233,9 @@ def show_sizes(sizes):
 
 
 # -----------------------------------------------------------------------------
-at_least(globals(), document=1, documents=1, max_tokens=1)
 one_of(globals(), color=(True, False, 'auto'))
 if json and not (count or quality):
     raise UserError('--json goes with --count or --quality')
-places = [a for a in sys.argv[1:] if not a.startswith('-')]
 if len(places) != 1:
     raise UserError('one dataset is needed: python prepare/look.py data/NAME')
 for folder in (places[0], os.path.join('data', places[0])):

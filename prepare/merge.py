@@ -6,6 +6,7 @@ python prepare/merge.py --name=fineweb_edu      joins data/fineweb_edu/shard_000
 import glob
 import itertools
 import os
+import shlex
 import shutil
 import sys
 
@@ -23,7 +24,7 @@ name = ''  # folder under data/ that holds the folders of the slices
 configure(globals())
 
 folder = os.path.join('data', name)
-come_of = f'--name={name or "NAME"} --num_shards=n --shard=0, --shard=1, ...'
+come_of = f'--name={shlex.quote(name) if name else "NAME"} --num_shards=n --shard=0, --shard=1, ...'
 if not name or not os.path.isdir(folder):
     raise UserError(f'there is no {folder}; shards come of {come_of}')
 lock = lock_folder(folder, wait=True)

@@ -1,5 +1,6 @@
 """Config files, JSON files and flags over a script's settings."""
 
+import glob
 import importlib.util
 import json
 import os
@@ -9,12 +10,22 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, TINY, fails, run
 
 from fledge import UserError
-from fledge.configurator import configure, given, missing_package
+from fledge.configurator import (
+    BOUNDS,
+    assignments,
+    configure,
+    given,
+    missing_package,
+    read_settings,
+)
+from fledge.corpus import pipeline
 from model import GPT, GPTConfig
 
+SCRIPTS = ['train.py', 'sample.py', 'evaluate.py', 'bench.py', 'export.py']
+SCRIPTS += sorted(f'prepare/{os.path.basename(p)}' for p in glob.glob(f'{ROOT}/prepare/*.py'))
 DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None, _private=3)
 
 
@@ -85,14 +96,27 @@ def test_a_run_that_goes_on_keeps_its_settings(files):
         ('--name=a=b', 'name', 'a=b'),
         ('--name=7', 'name', '7'),
         ('--name=', 'name', ''),
-        ('--name="x y"', 'name', 'x y'),
+        ('--name="x-y"', 'name', '"x-y"'),
+        (r'--name=\n', 'name', r'\n'),
+        ('--name=True', 'name', 'True'),
+        ('--steps 3', 'steps', 3),
+        ('--steps -1', 'steps', -1),
+        ('--rate 1e-2', 'rate', 0.01),
+        ('--name b.py', 'name', 'b.py'),
+        ('--name -', 'name', '-'),
+        ('--on False', 'on', False),
+        ('--on c.json', 'on', True),
+        ('--on --steps=3', 'on', True),
+        ('--mode auto', 'mode', 'auto'),
+        ('--mode False', 'mode', False),
+        ('--mode', 'mode', True),
         ('--mode=True', 'mode', True),
         ('--mode=auto', 'mode', 'auto'),
         ('--steps=-1', 'steps', -1),
     ],
 )
-def test_values_take_the_type_of_the_default(flag, name, value):
-    found = configured(flag)[0][name]
+def test_values_take_the_type_of_the_default(files, flag, name, value):
+    found = configured(*flag.split(' '))[0][name]
     assert found == value and type(found) is type(value)
 
 
@@ -108,7 +132,16 @@ def test_values_take_the_type_of_the_default(flag, name, value):
         ('--rate={[]:1}', 'takes a number'),
         ('exits.py', 'exits.py, line 1: SystemExit'),
         ('--steps=True', 'takes a whole number'),
-        ('--steps', 'takes a whole number'),
+        ('--steps', '--steps takes a whole number: --steps=10'),
+        ('--steps --on', '--steps takes a whole number: --steps=10'),
+        ('--rate a.py', '--rate takes a number: --rate=0.1'),
+        ('--name --on', '--name takes a text: --name=run'),
+        ('--steps many', "--steps='many' is a text"),
+        ('--on yes', 'takes True or False'),
+        ('--on=', 'takes True or False'),
+        ('--steps=1e999', '--steps=inf must be'),
+        (f'--rate={10**400}', 'must be'),
+        ('huge.json', 'huge.json: rate=nan must be'),
         ('nowhere.py', 'nowhere.py: No such file'),
         ('nowhere.json', 'nowhere.json: No such file'),
         ('steps=3', 'did you mean --steps=3'),
@@ -119,10 +152,10 @@ def test_values_take_the_type_of_the_default(flag, name, value):
         ('raises.py', 'raises.py, line 2: ZeroDivisionError: division by zero'),
         ('syntax.py', 'syntax.py, line 1:'),
         ('typo.py', "no setting is called 'stepz'"),
-        ('type.py', 'type.py: steps: '),
+        ('type.py', 'type.py: steps='),
         ('broken.json', 'broken.json is no valid JSON'),
         ('list.json', 'holds no object'),
-        ('type.json', 'type.json: on: '),
+        ('type.json', 'type.json: on='),
         ('typo.json', "no setting is called 'stepz'"),
         ('binary.py', 'is no config file'),
     ],
@@ -135,6 +168,7 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
         'syntax.py': 'steps = = 1\n',
         'typo.py': 'stepz = 3\n',
         'type.py': 'steps = "3"\n',
+        'huge.json': '{"rate": NaN}',
         'broken.json': '{"steps": ',
         'list.json': '[1]',
         'type.json': '{"on": 3}',
@@ -143,7 +177,7 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, argument, words):
         (tmp_path / name).write_text(text)
     (tmp_path / 'binary.py').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(UserError, match=words.replace('(', r'\(')):
-        configured('--steps=5', argument)
+        configured('--steps=5', *argument.split(' '))
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'prepare/text.py'])
@@ -153,7 +187,7 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
     assert len(settings) >= 8 and all(re.search(r'=\S.*\s{1,}\S', line) for line in settings), out
     if script == 'train.py':
         assert (
-            "--out_dir='out'" in out
+            '--out_dir=out ' in out
             and 'checkpoints, metrics.jsonl' in out
             and '--learning_rate=0.01' in out
         )
@@ -182,8 +216,8 @@ def test_a_script_takes_another_ones_settings_too(tmp_path):
     out = run(tmp_path, 'bench.py', '--help')
     assert (
         '--rounds=5 ' in out
-        and "--optimizer='muon' " in out
-        and 'choose_device' not in out
+        and '--optimizer=muon ' in out
+        and 'TRAIN' not in out
         and '--objective' not in out
     )
 
@@ -234,3 +268,100 @@ def test_a_file_that_is_no_config_is_not_run(files):
     (files / 'corpus.txt').write_text('raise SystemExit("it was run")')
     with pytest.raises(UserError, match='did you mean --input=corpus.txt'):
         configure(dict(DEFAULTS, input=''), ['corpus.txt'])
+
+
+def paths_of(script):
+    """Its path, and that of the script whose settings it takes too, or None."""
+    path = os.path.join(ROOT, script)
+    with open(path, encoding='utf-8') as f:
+        source = f.read()
+    if 'also=TRAIN' in source:
+        return path, os.path.join(ROOT, 'train.py')
+    return path, pipeline.__file__ if 'prepare(settings' in source else None
+
+
+def of_script(script):
+    """What configure() finds in a script of ours: its settings, and those it takes too."""
+    path, also = paths_of(script)
+    settings = read_settings(path) | {'__file__': path}
+    configure(settings, [], also=also)
+    return settings
+
+
+def numbers_of(script):
+    return {n: v for n, v in of_script(script).items() if type(v) in (int, float)}
+
+
+def test_bounds_are_those_of_the_scripts_numbers():
+    assert set(BOUNDS) == set().union(*map(numbers_of, SCRIPTS))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_number_is_in_its_bounds_or_refused(script):
+    settings = of_script(script)
+    for name, default in numbers_of(script).items():
+        least, most = BOUNDS[name]
+        assert 0 <= least < most <= 10**15 or name == 'seed', name
+        for value in (-1, 0, -1e-9, 10**19, 1e300, 1e999, 10**400, 'many', '', [1], True):
+            is_number = type(value) in (int, float)
+            if is_number and (value == default or least <= value <= most):
+                assert configure(dict(settings), [f'--{name}={value}'])[name] == value
+                continue
+            for argv in ([f'--{name}={value}'], [f'--{name}', f'{value}']):
+                with pytest.raises(UserError) as refused:
+                    configure(dict(settings), argv)
+                words = str(refused.value)
+                assert words.startswith(f'--{name}') and '\n' not in words
+                assert ' takes a ' in words or (is_number and ' must be ' in words)
+        for value in (least, most, default):
+            for argv in ([f'--{name}={value}'], [f'--{name}', f'{value}']):
+                found = configure(dict(settings), argv)[name]
+                assert found == value and type(found) is type(default)
+
+
+def test_a_run_at_the_ends_of_the_bounds_trains(workdir):
+    names = 'seed eval_iters norm_eps rope_theta sample_repetition_penalty beta1 beta2 grad_clip'
+    for end in (0, 1):
+        flags = [f'--{name}={BOUNDS[name][end]}' for name in names.split()]
+        flags += ['--max_iters=2', '--sample_interval=1', f'--out_dir=my {end}']
+        out = run(workdir, 'train.py', *TINY, *flags)
+        assert 'done at step 2' in out and 'nan' not in out, out
+        assert f"Try it: python sample.py --out_dir='my {end}'\n" in out
+
+
+def test_what_help_shows_can_be_pasted(tmp_path, capsys):
+    odd = dict(a='', b="it's", c='two  words', d='\n', e='\t\'"\\é\x01', f='$HOME', g='*', h=1e-6)
+    odd |= dict(i='\\n', j='a\\', k='--x', l='日本 `x`', m=-1)
+    lines = [f'{name} = {value!r}  # what {name} is\n' for name, value in odd.items()]
+    (tmp_path / 'odd.py').write_text(''.join(lines))
+    command, expected = "printf '%s\\0'", []
+    for script in (*SCRIPTS, str(tmp_path / 'odd.py')):
+        defaults = of_script(script)
+        plain = defaults['_defaults']
+        with pytest.raises(SystemExit):
+            configure(defaults, ['--help'], also=paths_of(script)[1])
+        comments = {}
+        for path in filter(None, reversed(paths_of(script))):
+            comments |= {name: comment for name, _, comment in assignments(path)}
+        shown = re.findall(r'^  (--(\w+)=.*)$', capsys.readouterr().out, re.M)
+        assert {name for _, name in shown} == plain.keys()
+        for line, name in shown:
+            command += f' {line.removesuffix(comments[name])}'
+            expected.append(f'--{name}={plain[name]}')
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split('\0')[:-1] == expected
+    assert done.stdout.split('\0')[-1] == ''
+
+
+def test_a_module_that_this_system_lacks_is_one_line(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.modules["fcntl"] = None\n')
+    (tmp_path / 'some.txt').write_text('one\n')
+    flags = ['--input=some.txt', '--name=x', '--tokenizer=bytes']
+    err = fails(tmp_path, 'prepare/text.py', *flags, env=dict(PYTHONPATH=str(tmp_path)))
+    assert f'fcntl is not part of Python on this system ({sys.platform}): run fledge on' in err
+
+
+def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
+    script = 'from fledge.configurator import configure\nconfigure(globals())\nimport os.paht\n'
+    (tmp_path / 'slip.py').write_text(f'import sys\nsys.path.insert(0, {ROOT!r})\n{script}')
+    assert 'Traceback' in run(tmp_path, str(tmp_path / 'slip.py'), code=1)

@@ -248,7 +248,7 @@ def test_mistakes_are_one_line(tmp_path):
         )
     ), err
     assert 'no documents' in text('--input=lines.jsonl', '--tokenizer=train', '--vocab_size=300')
-    assert 'val_fraction=0.0 is not between 0 and 1' in text(
+    assert 'val_fraction=0 must be 1e-09 to 0.999' in text(
         '--input=some.txt', '--tokenizer=bytes', '--val_fraction=0'
     )
     assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')

@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 from fledge import UserError, lock_folder, replacing
-from fledge.configurator import at_least
 from fledge.corpus import encoding, writing
 from fledge.corpus.encoding import SPLITS, end_of
 from fledge.corpus.sources import read
@@ -130,11 +129,6 @@ def _check(settings):
         raise UserError('name= is needed: the folder under data/')
     if os.path.isabs(s.name) or os.path.normpath(s.name).split(os.sep)[0] in ('.', '..'):
         raise UserError(f'name={s.name} is no folder under data/')
-    if not 0 < s.val_fraction < 1:
-        raise UserError(f'val_fraction={s.val_fraction} is not between 0 and 1')
-    if not 1 < s.shard_tokens < 2**31:
-        raise UserError(f'shard_tokens={s.shard_tokens} is not between 2 and 2^31')
-    at_least(settings, train_bytes=1, target_tokens=0, num_proc=0, num_shards=1, retries=0)
     if not 0 <= s.shard < s.num_shards:
         which = f'none of the {s.num_shards} shards, which count from 0'
         raise UserError(f'shard={s.shard} is {which}')
