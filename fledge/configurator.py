@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import traceback
+import types
 from contextlib import suppress
 
 from fledge import UserError, read_json
@@ -102,8 +103,12 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
                     settings[name] = value
                 elif name in defaults:
                     values[name] = check(name, value, defaults[name], f'{arg}: ')
-                elif isinstance(value, (bool, int, float, str)) and not name.startswith('_'):
+                elif name.startswith('_') or isinstance(value, (type, types.ModuleType)):
+                    continue
+                elif not callable(value):
                     check_name(name, defaults, arg)
+                elif difflib.get_close_matches(name, hooks):
+                    check_name(name, dict.fromkeys(hooks), arg)
         elif others is None:
             refuse(arg, defaults)
         else:

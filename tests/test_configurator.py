@@ -365,3 +365,24 @@ def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
     script = 'from fledge.configurator import configure\nconfigure(globals())\nimport os.paht\n'
     (tmp_path / 'slip.py').write_text(f'import sys\nsys.path.insert(0, {ROOT!r})\n{script}')
     assert 'Traceback' in run(tmp_path, str(tmp_path / 'slip.py'), code=1)
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        (
+            'def objectiv(model, batch): pass',
+            "no setting is called 'objectiv'; the nearest are obj",
+        ),
+        ('objective = 5', "no setting is called 'objective'"),
+        ("rope_scaling = dict(rope_type='linear')", "no setting is called 'rope_scaling'"),
+        ('sizes = [1, 2]', "no setting is called 'sizes'"),
+    ],
+)
+def test_what_a_config_file_defines_and_nobody_reads_is_a_mistake(tmp_path, text, words):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises(UserError, match=words):
+        configure(dict(n_layer=3, objective=None), [str(tmp_path / 'c.py')])
+    fine = 'import math\nfrom dataclasses import dataclass\n_own = [1]\ndef helper(): pass\n'
+    (tmp_path / 'c.py').write_text(fine + 'n_layer = math.ceil(3.5)')
+    assert configure(dict(n_layer=3, objective=None), [str(tmp_path / 'c.py')])['n_layer'] == 4
