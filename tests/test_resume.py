@@ -2,9 +2,10 @@
 
 import json
 import os
+import socket
 
 import torch
-from conftest import TINY, fails, metrics, run, write_tiny
+from conftest import TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
 from fledge.run import RunLog
@@ -184,3 +185,27 @@ def test_llmcs_shards_are_found(workdir):
     assert 'done at step 2' in run(workdir, 'train.py', *PLAIN, '--max_iters=2')
     os.rename(workdir / 'data/tiny/edu_val_000000.bin', workdir / 'data/tiny/tiny_val.bin')
     assert 'tokens' in json.loads(run(workdir, 'evaluate.py', '--json').splitlines()[-1])
+
+
+def test_processes_go_on_with_one_run_and_one_dataset(workdir):
+    """Two nodes without a shared disk: each process has a folder of its own."""
+    run(workdir, 'train.py', *PLAIN, '--max_iters=4')
+    for rank, made in enumerate((workdir / 'node0', workdir / 'node1')):
+        write_tiny(made / 'data/tiny', n_train=4000 + 100 * rank)
+    os.rename(workdir / 'out', workdir / 'node0/out')
+    for flags, words in (
+        (['--auto_resume', '--max_iters=8'], 'another run to go on with: out_dir has to be shared'),
+        (['--out_dir=new'], 'another data under the same name than process 0'),
+    ):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        nodes = []
+        for rank in range(2):
+            mine = env | dict(RANK=str(rank), LOCAL_RANK='0')
+            nodes.append(start(workdir / f'node{rank}', 'train.py', *PLAIN, *flags, env=mine))
+        errors = [node.communicate(timeout=120)[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [2, 2]
+        assert all(words in error for error in errors), errors
+    assert 'RANK is not' in fails(workdir, 'train.py', *PLAIN, env=dict(WORLD_SIZE='2'))
