@@ -313,20 +313,25 @@ class RunLog:
             self.append('train.log', f'step {state.step}/{max_iters} | {text}')
 
     def add_to_curves(self, line):
-        here = (line['tokens'], (line['elapsed'] or 0) / 60)
+        tokens, minutes = line['tokens'], (line['elapsed'] or 0) / 60
+        tokens_before, minutes_before = self.logged
+
+        def between(share):
+            """A place on the way from the last line to this one, 0 to 1."""
+            place_in_tokens = tokens_before + share * (tokens - tokens_before)
+            return place_in_tokens, minutes_before + share * (minutes - minutes_before)
+
         losses = line.get('step_losses') or []
         for i, loss in enumerate(losses, 1):
-            between = [
-                a + (b - a) * i / len(losses) for a, b in zip(self.logged, here, strict=True)
-            ]
-            self.curves['step_loss'].append((*between, loss))
-        for name in ('train_loss', 'val_loss'):
-            if line[name] is not None:
-                self.curves[name].append((*here, line[name]))
+            self.curves['step_loss'].append((*between(i / len(losses)), loss))
+        if line['train_loss'] is not None:  # a mean is that of the middle
+            self.curves['train_loss'].append((*between(0.5), line['train_loss']))
+        if line['val_loss'] is not None:
+            self.curves['val_loss'].append((tokens, minutes, line['val_loss']))
         for name, curve in self.curves.items():
             if len(curve) > PLOT_POINTS:
                 self.curves[name] = thin_out(curve)
-        self.logged = here
+        self.logged = tokens, minutes
 
     def draw(self):
         """loss.png: the losses against tokens, and against minutes."""

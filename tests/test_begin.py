@@ -138,3 +138,16 @@ def test_bytes_are_the_documents_own(folder):
     nats = each[targets[0] > 2].sum().item()
     assert found['bits_per_byte'] == pytest.approx(nats / math.log(2) / found['bytes'], rel=1e-4)
     assert found['loss'] == pytest.approx(each.mean().item(), rel=1e-4)
+
+
+def test_tokens_beyond_the_embedding_are_refused_in_one_line(folder):
+    talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
+    with open(folder / 'talks.jsonl', 'w') as f:
+        f.writelines(
+            json.dumps(dict(messages=[*talk, dict(role='user', content=str(i))])) + '\n'
+            for i in range(40)
+        )
+    prepare(folder, 'talks.jsonl', script='chat', name='talks')
+    words = fails(folder, 'train.py', '--init_from=base', *TRAIN, '--dataset=talks')
+    assert 'base has an embedding of 512 tokens, which does not grow yet' in words
+    assert '<|im_start|>, <|im_end|>' in words
