@@ -14,15 +14,16 @@ import json as json_
 import os
 import shlex
 import shutil
+import sys
 from contextlib import suppress
 
 import torch
 
 from fledge import UserError, checkpoint, lock_folder
 from fledge import quantize as quantization
-from fledge.configurator import configure, one_of
+from fledge.configurator import configure, given, one_of
 from fledge.formats import families, gguf, huggingface, onnx
-from fledge.tokenizer import IM_END, find_tokenizer
+from fledge.tokenizer import IM_END, Tokenizer, find_tokenizer
 from fledge.tokens import read_meta
 
 # -----------------------------------------------------------------------------
@@ -77,6 +78,10 @@ if dtype not in DTYPES[format]:
     raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
+idle = given & {'name'} if format in ('onnx', 'ckpt') else set()
+idle |= given & {'dtype'} if quantize == 'int8' else set()
+if idle:
+    print(f'without effect with --format={format}: {", ".join(sorted(idle))}', file=sys.stderr)
 
 # ---- the model and its tokenizer
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
@@ -85,11 +90,18 @@ config, run = model.config, state['config']
 source = state.get('folder', '')  # of a Hugging Face model
 if quantization.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
+added = tokenizer.spec.get('added_tokens') or []
+beyond = [t['content'] for t in added if t.get('special') and t['id'] >= config.vocab_size]
+if beyond and max(tokenizer.begin, default=0) < config.vocab_size:  # such as a <pad>
+    added = [t for t in added if t['content'] not in beyond]
+    tokenizer = Tokenizer(tokenizer.spec | dict(added_tokens=added))
 if tokenizer.vocab_size > config.vocab_size:
     raise UserError(
         f'the tokenizer has {tokenizer.vocab_size} tokens, and the model of {path} '
         f'{config.vocab_size}: it was trained with another tokenizer'
     )
+if beyond:
+    print(f'the embedding has no {", ".join(beyond)}: left out of the tokenizer')
 try:
     (start + name).encode()
 except UnicodeEncodeError:
@@ -160,6 +172,10 @@ elif quantize == 'int8':  # the linear layers in 8 bits, embeddings in 16
 elif meant is not model:
     for p in meant.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
+for n, p in meant.named_parameters():
+    if not p.isfinite().all():
+        advice = '; take a larger type' if written != 'float32' else ''
+        raise UserError(f'{n} of {path} has weights that are not finite in {written}{advice}')
 
 
 def write_modelfile(path):
@@ -184,7 +200,12 @@ def write(target):
     Of GGUF it is how far its weights are off, in place of logits.
     """
     if format in ('hf', 'gguf'):  # which know models by their family's name
-        families.check_forward(families.config_of(config)['model_type'])
+        edited = families.edited(families.config_of(config)['model_type'], config.activation)
+        if edited:
+            raise UserError(
+                f'{edited}: others would load another model than this one; '
+                '--format=onnx holds it as it is'
+            )
     if format == 'hf':
         began = init_from if source else run.get('init_from', 'scratch')
         card = huggingface.card(name, model, state, meta, began)
@@ -192,6 +213,7 @@ def write(target):
         return huggingface.read(target, ids, start, tokenizer)
     if format == 'gguf':
         template = huggingface.chat_template(tokenizer, source)
+        huggingface.check_template(template, tokenizer)
         gguf.write(target, model, tokenizer, dtype, name, template)
         return gguf.largest_error(target, model, dtype), 'the file alone'
     if format == 'onnx':

@@ -396,22 +396,24 @@ def sample_token(
     have that probability (Holtzman et al. 2019, arXiv:1904.09751). min_p: those with at least that
     share of the likeliest's probability (Nguyen et al. 2024, arXiv:2407.01082). None: no limit.
     repetition_penalty divides the logits of the tokens in seen (B, vocab_size) bool, those so far
-    (Keskar et al. 2019, arXiv:1909.05858).
+    (Keskar et al. 2019, arXiv:1909.05858). ValueError for logits that are not finite.
     """
     if repetition_penalty != 1.0:
         penalized = torch.where(
             logits > 0, logits / repetition_penalty, logits * repetition_penalty
         )
         logits = torch.where(seen, penalized, logits)
-    if temperature == 0:
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    if logits.isnan().any():
+        raise ValueError('the logits are not finite: no token can be chosen by them')
+    if temperature < 1e-9:  # as good as 0, by which nothing can be divided
         return logits.argmax(dim=-1)
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     ids = None  # of the columns, where they are sorted
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
     elif top_p is not None and top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
-    p = logits.softmax(dim=-1)
+    p = (logits / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         beyond = p.cumsum(dim=-1) - p >= top_p
         beyond[:, 0] = False  # the likeliest stays, whatever its probability
@@ -420,8 +422,6 @@ def sample_token(
         p = p.masked_fill(p < min_p * p.max(dim=-1, keepdim=True).values, 0)
     # one uniform draw a row, looked up in the cumulative probabilities (multinomial: one a token)
     cumulative = p.cumsum(dim=-1)
-    if not cumulative[:, -1].isfinite().all():
-        raise ValueError('the logits are not finite: nothing can be drawn from them')
     draw = torch.rand(len(p), 1, generator=generator, device=p.device) * cumulative[:, -1:]
     column = torch.searchsorted(cumulative, draw, right=True).clamp(max=p.shape[-1] - 1)
     return (column if ids is None else ids.gather(1, column))[:, 0]

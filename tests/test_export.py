@@ -14,7 +14,7 @@ import gguf_reader
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, run, start, write_tiny
+from conftest import ROOT, TINY, fails, forked, run, start, write_tiny
 from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
@@ -510,6 +510,48 @@ def test_q8_0_is_within_its_rounding_and_what_does_not_fit_a_block_is_float16(tm
     ).all() and off.max() > 0  # half a step, and the scale's own float16
 
 
+def sentencepiece():
+    """A tokenizer.json like TinyLlama's."""
+    vocab = (
+        {'<unk>': 0, '<s>': 1, '</s>': 2}
+        | {f'<0x{b:02X}>': 3 + b for b in range(256)}
+        | {c: 259 + i for i, c in enumerate(['▁', 'a', 'b', '▁a', 'ab', '▁ab'])}
+    )
+    return dict(
+        version='1.0',
+        added_tokens=[
+            dict(
+                id=i,
+                content=t,
+                special=True,
+                single_word=False,
+                lstrip=False,
+                rstrip=False,
+                normalized=False,
+            )
+            for i, t in enumerate(['<unk>', '<s>', '</s>'])
+        ],
+        normalizer=dict(
+            type='Sequence',
+            normalizers=[
+                dict(type='Prepend', prepend='▁'),
+                dict(type='Replace', pattern=dict(String=' '), content='▁'),
+            ],
+        ),
+        pre_tokenizer=None,
+        post_processor=None,
+        decoder=None,
+        model=dict(
+            type='BPE',
+            unk_token='<unk>',
+            byte_fallback=True,
+            fuse_unk=True,
+            vocab=vocab,
+            merges=['▁ a', 'a b', '▁a b'],
+        ),
+    )
+
+
 def test_gguf_of_other_tokenizers(tmp_path):
     model = GPT(
         GPTConfig(
@@ -593,44 +635,7 @@ def test_gguf_of_other_tokenizers(tmp_path):
                 )
             )
         )
-    vocab = (
-        {'<unk>': 0, '<s>': 1, '</s>': 2}
-        | {f'<0x{b:02X}>': 3 + b for b in range(256)}
-        | {c: 259 + i for i, c in enumerate(['▁', 'a', 'b', '▁a', 'ab', '▁ab'])}
-    )
-    spec = dict(
-        version='1.0',
-        added_tokens=[
-            dict(
-                id=i,
-                content=t,
-                special=True,
-                single_word=False,
-                lstrip=False,
-                rstrip=False,
-                normalized=False,
-            )
-            for i, t in enumerate(['<unk>', '<s>', '</s>'])
-        ],
-        normalizer=dict(
-            type='Sequence',
-            normalizers=[
-                dict(type='Prepend', prepend='▁'),
-                dict(type='Replace', pattern=dict(String=' '), content='▁'),
-            ],
-        ),
-        pre_tokenizer=None,
-        post_processor=None,
-        decoder=None,
-        model=dict(
-            type='BPE',
-            unk_token='<unk>',
-            byte_fallback=True,
-            fuse_unk=True,
-            vocab=vocab,
-            merges=['▁ a', 'a b', '▁a b'],
-        ),
-    )
+    spec = sentencepiece()
     said = pre(type(trained)(spec))  # as TinyLlama's
     assert (
         said['tokenizer.ggml.model'] == 'llama'
@@ -1046,13 +1051,147 @@ def test_a_type_that_ruins_the_model_is_refused(trained, exported):
         trained, 'export.py', '--out_dir=ruined', '--quantize=int8'
     ) and not debris(trained / 'ruined')
     run(trained, 'export.py', '--out_dir=ruined', '--format=ckpt')
-    bigger = json.loads((trained / 'ruined/tokenizer.json').read_text())
-    n = saved['model']['lm_head.weight'].shape[0]
-    bigger['added_tokens'].append(bigger['added_tokens'][-1] | dict(id=n, content='<|more|>'))
-    (trained / 'ruined/tokenizer.json').write_text(json.dumps(bigger))
-    assert f'the tokenizer has {n + 1} tokens, and the model of ruined/ckpt.pt {n}' in fails(
-        trained, 'export.py', '--out_dir=ruined'
+
+
+def with_pad(folder, **changes):
+    """Put byte_tokenizer's tokenizer.json into folder, with a <pad> as added token 259."""
+    spec = byte_tokenizer().spec
+    added = spec['added_tokens']
+    added = [*added, added[-1] | dict(id=259, content='<pad>') | changes.pop('pad', {})]
+    (folder / 'tokenizer.json').write_text(json.dumps(spec | dict(added_tokens=added) | changes))
+
+
+@pytest.mark.parametrize('flags', FLAGS.values(), ids=FLAGS)
+def test_special_tokens_beyond_the_embedding_are_left_out(flags, tmp_path):
+    make('llama', tmp_path / 'in', vocab_size=259)
+    with_pad(tmp_path / 'in')
+    (tmp_path / 'in/tokenizer_config.json').write_text('{"pad_token": "<pad>"}')
+    for name in ('config.json', 'generation_config.json'):
+        config = json.loads((tmp_path / 'in' / name).read_text())
+        (tmp_path / 'in' / name).write_text(json.dumps(config | dict(pad_token_id=259)))
+    said = run(tmp_path, 'export.py', '--init_from=in', *flags)
+    assert said.startswith('the embedding has no <pad>: left out of the tokenizer\n')
+    if not flags:
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+        assert len(theirs) == 259 and theirs.pad_token == '<|endoftext|>'
+    if '--format=ckpt' in flags:
+        assert load_tokenizer(str(tmp_path / 'plain')).vocab_size == 259
+        sample = ['--init_from=plain/model.pt', '--num_samples=1', '--max_new_tokens=3']
+        run(tmp_path, 'sample.py', *sample)
+
+
+def test_other_tokens_beyond_the_embedding_are_of_another_tokenizer(tmp_path):
+    make('llama', tmp_path / 'in', vocab_size=259)
+    words = 'the tokenizer has 260 tokens, and the model of in 259: it was trained with another'
+    with_pad(tmp_path / 'in', pad=dict(special=False))
+    assert words in fails(tmp_path, 'export.py', '--init_from=in')
+    # in front of every text
+    pad = dict(SpecialToken=dict(id='<pad>', type_id=0))
+    template = dict(type='TemplateProcessing', pair=[])
+    template['single'] = [pad, dict(Sequence=dict(id='A', type_id=0))]
+    template['special_tokens'] = {'<pad>': dict(id='<pad>', ids=[259], tokens=['<pad>'])}
+    with_pad(tmp_path / 'in', post_processor=template)
+    assert words in fails(tmp_path, 'export.py', '--init_from=in')
+
+
+@pytest.mark.parametrize('flags', [['--dtype=float16'], FLAGS['gguf'], FLAGS['q8_0']])
+def test_weights_beyond_a_type_are_refused_in_a_line(flags, trained):
+    saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    name = 'transformer.h.0.mlp.c_proj.weight'
+    saved['model'][name][5, 7] = 1e8
+    (trained / 'large').mkdir(exist_ok=True)
+    shutil.copy(trained / 'out/tokenizer.json', trained / 'large')
+    checkpoint.save(str(trained / 'large/ckpt.pt'), saved)
+    dtype = 'q8_0' if '--dtype=q8_0' in flags else 'float16'
+    words = f'{name} of large/ckpt.pt has weights that are not finite in {dtype}'
+    assert fails(trained, 'export.py', '--out_dir=large', '--overwrite', *flags) == (
+        f'error: {words}; take a larger type\n'
     )
+    saved['model'][name][5, 7] = float('nan')
+    torch.save(saved, trained / 'large/nan.pt')
+    words = words.replace('ckpt', 'nan').replace(dtype, 'float32')
+    assert fails(trained, 'export.py', '--init_from=large/nan.pt') == f'error: {words}\n'
+    assert not debris(trained / 'large')
+
+
+def test_a_weight_that_is_nan_in_a_file_is_far_off(tmp_path):
+    path = str(tmp_path / 'm.gguf')
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        exact = model.transformer.ln_f.weight[3].item()
+        model.transformer.ln_f.weight[3] = float('nan')
+        gguf.write(path, model, byte_tokenizer(), 'float32', 'x')
+        model.transformer.ln_f.weight[3] = exact
+    assert np.isnan(gguf.largest_error(path, model, 'float32'))
+
+
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        (['--name=foo'], 'without effect with --format=ckpt: name\n'),
+        (['--quantize=int8', '--dtype=f32'], 'without effect with --format=ckpt: dtype\n'),
+        (['--out_dir=nowhere'], 'without effect beside --init_from: out_dir\n'),
+    ],
+)
+def test_what_does_nothing_is_said(flags, said, trained):
+    flags = [*flags, '--init_from=out/ckpt.pt', '--format=ckpt', '--output=idle.pt', '--overwrite']
+    code, _, err = forked(trained, os.path.join(ROOT, 'export.py'), *flags)
+    assert (code, err) == (0, said)
+
+
+EDITS = {
+    'a window': (
+        'attn_mask=mask, dropout_p=dropout, is_causal=mask is None',
+        'attn_mask=torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril().triu(-499)',
+    ),
+    'quick GELU': (
+        "'gelu': (False, F.gelu)",
+        "'gelu': (False, lambda x: x * (1.702 * x).sigmoid())",
+    ),
+}
+
+
+@pytest.mark.parametrize('edit', EDITS)
+def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
+    """The prompt and the model's context show nothing of a window of 500 tokens."""
+    shutil.copytree(os.path.join(ROOT, 'fledge'), tmp_path / 'fledge')
+    for name in ('model.py', 'export.py'):
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    config = GPTConfig(block_size=64, vocab_size=259, n_layer=1, n_head=2, n_embd=16)
+    state = dict(model=GPT(config).state_dict(), model_args=checkpoint.model_args(config))
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), state)
+    byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
+    # as where transformers is not installed, which would notice the other GELU
+    source = (tmp_path / 'export.py').read_text()
+    (tmp_path / 'export.py').write_text(f"import sys\nsys.modules['transformers'] = None\n{source}")
+    flags = ['--init_from=ckpt.pt', '--json', '--overwrite']
+    code, out, err = forked(tmp_path, str(tmp_path / 'export.py'), *flags)
+    assert code == 0 and 'fledge, without transformers' in out, err
+    before, after = EDITS[edit]
+    source = (tmp_path / 'model.py').read_text()
+    assert source.count(before) == 1
+    (tmp_path / 'model.py').write_text(source.replace(before, after))
+    for kind in ('hf', 'f16', 'f32', 'q8_0'):
+        of_kind = ['--format=hf'] if kind == 'hf' else ['--format=gguf', f'--dtype={kind}']
+        code, out, err = forked(tmp_path, str(tmp_path / 'export.py'), *flags, *of_kind)
+        assert (code, err) == (
+            2,
+            'error: model.py was edited, and no longer computes what gpt2 with gelu does: others '
+            'would load another model than this one; --format=onnx holds it as it is\n',
+        ), kind
+    assert not (tmp_path / 'model.gguf').exists()
+
+
+def test_gguf_takes_no_chat_template_that_gives_other_tokens():
+    """SentencePiece puts a space in front of each text: of a message, or of the whole turn."""
+    huggingface.check_template(CHAT_TEMPLATE, byte_tokenizer())
+    tokenizer = type(byte_tokenizer())(sentencepiece()).with_special()
+    huggingface.check_template(None, tokenizer)
+    huggingface.check_template('{{ 1 / 0 }}' + CHAT_TEMPLATE, tokenizer)  # is not run
+    begin = '{{ bos_token }}' + CHAT_TEMPLATE
+    for template in (CHAT_TEMPLATE, begin):
+        with pytest.raises(UserError, match='other tokens than message by message'):
+            huggingface.check_template(template, tokenizer)
 
 
 @pytest.mark.parametrize(

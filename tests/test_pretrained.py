@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, fails, run, write_tiny
 from hub import Hub
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 import model as model_py
 from fledge import UserError
@@ -666,10 +667,59 @@ print(peak() - before)"""
     )  # what is mapped of the file counts as well
 
 
-@pytest.mark.parametrize('kind', families.FAMILIES)
+def window(size):
+    """CausalSelfAttention.attend that sees so many tokens."""
+
+    def attend(attention, q, k, v, mask):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril().triu(1 - size)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    return attend
+
+
+def scaled(attention, q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.45, enable_gqa=True)
+
+
+def parallel(block, x, context):
+    return x + block.attn(block.ln_1(x), context) + block.mlp(block.ln_2(x))
+
+
+def capped(model, idx, targets=None, forward=model_py.GPT.forward):
+    logits, loss = forward(model, idx, targets)
+    return 30 * torch.tanh(logits / 30), loss
+
+
+def rms_norm(norm, x):
+    return F.rms_norm(x, norm.normalized_shape, 1 + norm.weight, norm.eps)
+
+
+def layer_norm(norm, x):
+    return F.layer_norm(x, norm.normalized_shape, 1 + norm.weight, norm.bias, norm.eps)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+ATTENTION = model_py.CausalSelfAttention
+EDITS = {
+    'a window of 12': [(ATTENTION, 'attend', window(12))],
+    'a window of 500': [(ATTENTION, 'attend', window(500))],
+    'the scale of attention': [(ATTENTION, 'attend', scaled)],
+    'a parallel block': [(model_py.Block, 'forward', parallel)],
+    'a cap on the logits': [(model_py.GPT, 'forward', capped)],
+    'norms of 1 + weight': [
+        (model_py.RMSNorm, 'forward', rms_norm),
+        (torch.nn.LayerNorm, 'forward', layer_norm),
+    ],
+}
+
+
+@pytest.mark.parametrize('kind, activation', families.SUM_OF_LOGITS)
 @torch.no_grad()
-def test_what_an_edited_model_computes_is_held_against_its_family(kind, monkeypatch):
-    ours = families.tiny_model(kind)
+def test_what_an_edited_model_computes_is_held_against_its_family(kind, activation, monkeypatch):
+    ours = families.tiny_model(kind, activation)
     config = families.config_of(ours.config) | dict(bos_token_id=None, eos_token_id=None)
     assert config['model_type'] == kind
     theirs = transformers.AutoModelForCausalLM.from_config(
@@ -677,13 +727,52 @@ def test_what_an_edited_model_computes_is_held_against_its_family(kind, monkeypa
     ).eval()
     theirs.load_state_dict(dict(huggingface.their_tensors(ours, kind)), strict=False)
     theirs.tie_weights()
-    logits = theirs(torch.arange(8)[None]).logits[0, -1]
-    assert logits.abs().sum().item() == pytest.approx(families.SUM_OF_LOGITS[kind], rel=1e-4)
-    families.check_forward(kind)
+    found = theirs(torch.arange(1024)[None] // 64).logits[0, -1].abs().sum().item()
+    assert found == pytest.approx(families.SUM_OF_LOGITS[kind, activation], rel=2e-6)
+    assert families.edited(kind, activation) == ''
+    said = f'model.py was edited, and no longer computes what {kind} with {activation} does'
+    for edit, changes in EDITS.items():
+        with monkeypatch.context() as patch:
+            for change in changes:
+                patch.setattr(*change)
+            assert families.edited(kind, activation) == said, edit
+    other_gelu = model_py.ACTIVATIONS['gelu_tanh' if activation == 'gelu' else 'gelu'][1]
+    for function in (quick_gelu, other_gelu):
+        gated = activation == 'swiglu'
+        monkeypatch.setitem(model_py.ACTIVATIONS, activation, (gated, function))
+        assert families.edited(kind, activation) == said
+    monkeypatch.undo()
+    assert families.edited(kind, activation) == ''
 
-    def parallel(block, x, context):
-        return x + block.attn(block.ln_1(x), context) + block.mlp(block.ln_2(x))
 
-    monkeypatch.setattr(model_py.Block, 'forward', parallel)
-    with pytest.raises(UserError, match=f'model.py was edited, and no longer computes what {kind}'):
-        families.check_forward(kind)
+def test_every_activation_of_every_family_is_compared_on_any_cpu():
+    every = {(k, a) for k, f in families.FAMILIES.items() for a in f.activations.values()}
+    assert every == families.SUM_OF_LOGITS.keys()
+    script = 'from fledge.formats.families import *\n'
+    script += 'print([edited(*key) for key in SUM_OF_LOGITS])'
+    older = dict(MKL_ENABLE_INSTRUCTIONS='AVX2', ONEDNN_MAX_CPU_ISA='AVX2')
+    said = subprocess.run(
+        [sys.executable, '-c', script],
+        cwd=ROOT,
+        env=os.environ | older | dict(ATEN_CPU_CAPABILITY='avx2'),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == f'{[""] * 5}\n'
+
+
+def test_weights_of_a_family_in_an_edited_model_are_loaded_with_a_line(
+    tmp_path, monkeypatch, capsys
+):
+    make('gpt2 gelu untied', tmp_path)
+    capsys.readouterr()
+    state = torch.get_rng_state()
+    huggingface.load(str(tmp_path))
+    assert capsys.readouterr().err == '' and torch.equal(state, torch.get_rng_state())
+    monkeypatch.setitem(model_py.ACTIVATIONS, 'gelu', (False, quick_gelu))
+    assert load_model(huggingface.load(str(tmp_path)), str(tmp_path)).config.n_embd == 24
+    assert capsys.readouterr().err == (
+        f'{tmp_path}: model.py was edited, and no longer computes what gpt2 with gelu does: '
+        'these weights were made for another model\n'
+    )

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import TINY, fails, run, start, write_tiny
 
 from fledge import checkpoint
+from model import sample_token
 
 
 @pytest.fixture(scope='module')
@@ -74,11 +76,11 @@ def test_what_does_nothing_is_said(trained):
     words = 'is no special token of this tokenizer'
     assert words in fails(trained, 'sample.py', '--stop=###', '--num_samples=1')
     run(trained, 'sample.py', '--stop=', '--start=0', '--num_samples=1', '--max_new_tokens=3')
-    process = start(
-        trained, 'sample.py', '--start=0', '--temperature=0', '--top_k=3', '--num_samples=1'
-    )
+    flags = ['--init_from=out/ckpt.pt', '--out_dir=nowhere', '--temperature=0', '--top_k=3']
+    process = start(trained, 'sample.py', '--start=0', '--num_samples=1', *flags)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0 and 'without effect at temperature=0: top_k' in err
+    assert 'without effect beside --init_from: out_dir' in err
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
@@ -99,3 +101,29 @@ def test_mistakes_are_one_line(trained, tmp_path):
     state['config'] = re.compile('x')  # a class that plain tensors do not need
     torch.save(state, tmp_path / 'odd.pt')
     assert 'carries pickled code' in fails(tmp_path, 'sample.py', '--init_from=odd.pt')
+
+
+@pytest.mark.parametrize('temperature', [0, 0.8])
+def test_nothing_is_chosen_by_logits_that_are_not_finite(temperature, trained):
+    state = checkpoint.load(str(trained / 'out/ckpt.pt'))
+    state['model']['transformer.ln_f.weight'][0] = float('nan')
+    (trained / 'nan').mkdir(exist_ok=True)
+    torch.save(state, trained / 'nan/ckpt.pt')
+    shutil.copy(trained / 'out/tokenizer.json', trained / 'nan')
+    words = fails(trained, 'sample.py', '--out_dir=nan', f'--temperature={temperature}')
+    assert (
+        words == 'error: nan/ckpt.pt: the logits are not finite: no token can be chosen by them\n'
+    )
+
+
+@pytest.mark.parametrize('temperature', [0, 1e-50, 1.0])
+def test_a_masked_token_is_not_chosen_and_an_infinite_one_is_refused(temperature):
+    infinity, seen = float('inf'), torch.zeros(1, 3, dtype=torch.bool)
+
+    def choose(*logits):
+        return sample_token(torch.tensor([logits]), seen, None, temperature, None).item()
+
+    assert choose(-infinity, 2.0, -infinity) == 1
+    for logits in ([0.0, infinity, 1.0], [-infinity] * 3, [0.0, float('nan'), 1.0]):
+        with pytest.raises(ValueError, match='the logits are not finite'):
+            choose(*logits)

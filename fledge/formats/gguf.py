@@ -163,8 +163,10 @@ def round_weights(model, dtype):
 
     for name, p in model.named_parameters():
         kind = type_of(name, p, dtype)
-        stored = gguf.quants.quantize(p.detach().numpy(), kind)
-        p.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind).astype(np.float32)))
+        with np.errstate(all='ignore'):  # what is too large becomes infinite, or NaN
+            stored = gguf.quants.quantize(p.detach().numpy(), kind)
+            rounded = gguf.quants.dequantize(stored, kind).astype(np.float32)
+        p.copy_(torch.from_numpy(rounded))
     for block in model.transformer.h:
         if block.mlp.activation == 'gelu':
             block.mlp.activation = 'gelu_tanh'
@@ -228,5 +230,5 @@ def largest_error(path, model, dtype):
         if found is None or found.tensor_type != stored or found.data.shape != block.shape:
             return float('inf')
         off = gguf.quants.dequantize(found.data, stored) - gguf.quants.dequantize(block, stored)
-        largest = max(largest, float(np.abs(off).max()))
-    return float('inf') if held else largest
+        largest = np.maximum(largest, np.abs(off).max())  # NaN stays NaN, unlike with max()
+    return float('inf') if held else float(largest)

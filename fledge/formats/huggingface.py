@@ -9,10 +9,12 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import torch
 
 from fledge import UserError, checkpoint, read_json
+from fledge.configurator import given
 from fledge.formats import families, hub
 from fledge.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, PATTERNS, find_tokenizer
 from model import GPTConfig
@@ -156,6 +158,9 @@ def load(source, block_size=0):
         )
     config = read_json(where)
     args, kind = families.read_config(config, where, block_size), config['model_type']
+    edited = families.edited(kind, args['activation'])
+    if edited:
+        print(f'{source}: {edited}: these weights were made for another model', file=sys.stderr)
     file_of = open_weights(folder)
     # a head that differs from the embedding is kept, whatever config.json says, as in transformers
     [(head, _)] = families.names_of(kind, 'lm_head.weight')
@@ -175,6 +180,8 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     weights or, in an older run, beside its data, which is dataset if the checkpoint names none.
     """
     path = init_from
+    if init_from != 'resume' and 'out_dir' in given:
+        print('without effect beside --init_from: out_dir', file=sys.stderr)
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
         state = checkpoint.load(path)
@@ -236,6 +243,25 @@ def chat_template(tokenizer, source=''):
     return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
 
 
+def check_template(template, tokenizer):
+    """UserError where our chat template, rendered, gives other tokens than encode_chat.
+
+    One of another's making is left alone: it would be code to run.
+    """
+    ours = CHAT_TEMPLATE, '{{ bos_token }}' + CHAT_TEMPLATE
+    if template not in ours or tokenizer.chars:
+        return
+    import jinja2
+
+    begin = tokenizer.decode(tokenizer.begin)
+    text = jinja2.Template(template).render(messages=TALK, bos_token=begin)
+    if tokenizer.encode(text, allow_special=True) != tokenizer.encode_chat(TALK)[0].tolist():
+        raise UserError(
+            'this tokenizer reads a whole conversation as other tokens than message by message, '
+            'as it was learned: others would prompt the model with what it never saw'
+        )
+
+
 def special_tokens(tokenizer, source):
     """What begins, ends and pads a text: ids for config.json, texts for tokenizer_config.json.
 
@@ -295,10 +321,14 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     template = chat_template(tokenizer, source)
     if template:
         tokenizer_config['chat_template'] = template
-    generation = ids | dict(do_sample=True, temperature=0.8, top_k=200)
+    generation = read_if_there(source, 'generation_config.json')
+    generation = generation or ids | dict(do_sample=True, temperature=0.8, top_k=200)
+    for saved in (ids, generation):
+        if saved.get('pad_token_id') in range(model.config.vocab_size, 2**31):
+            saved['pad_token_id'] = None  # a token that was left out, as the embedding has none
     files = {
         'config.json': config | ids | dict(torch_dtype=str(dtype).removeprefix('torch.')),
-        'generation_config.json': read_if_there(source, 'generation_config.json') or generation,
+        'generation_config.json': generation,
         'tokenizer_config.json': tokenizer_config,
     }
     for name, content in files.items():
