@@ -71,11 +71,6 @@ class RunState:
         state = cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
         state.step = checkpoint['iter_num']
         state.best_val_loss = float(checkpoint['best_val_loss'])
-        if 'rows' not in saved:  # an older one, whose settings never changed
-            s = checkpoint['config']
-            rows_a_step = s.get('gradient_accumulation_steps', 1) * s.get('batch_size', 1)
-            state.rows = state.step * rows_a_step
-            state.tokens = state.rows * s.get('block_size', 1)
         return state
 
     def meet_changes(self, checkpoint, changed, settings, data_digest, own_objective):
@@ -84,6 +79,10 @@ class RunState:
         UserError where its data is not what it was, or its own objective is missing.
         """
         had_objective = checkpoint.get('objective', False)
+        if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
+            s = settings | checkpoint['config']
+            self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
+            self.tokens = self.rows * s['block_size']
         if 'dataset' in changed:
             self.rows = 0
         elif checkpoint.get('data', data_digest) != data_digest:
@@ -407,6 +406,8 @@ def check_settings(settings):
     """UserError for a setting of train.py that no run can have."""
     one_of(settings, lr_schedule=('linear', 'cosine', 'wsd'))
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
+    if settings['min_lr'] > settings['learning_rate']:
+        raise UserError(f'min_lr={settings["min_lr"]} is above learning_rate')
 
 
 def without_effect(settings, given):

@@ -787,7 +787,7 @@ def broken(text=None, **arrays):
         (None, ['--head_dim=0', '--n_embd=17'], 'n_embd=17 is not divisible by n_head=2'),
         (None, ['--out_dir=data/tiny/train.bin/out'], 'cannot write to out_dir='),
         (None, ['--init_from=resume'], 'no checkpoint at out/ckpt.pt'),
-        (None, ['--dataset=my notes'], "--name='my notes' --tokenizer=gpt2"),
+        (None, ['--dataset=my notes'], "'--name=my notes' --tokenizer=gpt2"),
         (None, ['--init_from=gone.pt'], 'no checkpoint at gone.pt'),
         (None, ['--device=cuda:99'], "device='cuda:99' cannot be used here"),
         (None, ['--dtype=float8'], 'none of auto, float32'),
