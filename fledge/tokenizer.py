@@ -183,14 +183,37 @@ class Tokenizer:
         'learned'. Special tokens spelled out are text.
         """
         ids, learned = [*self.begin], [0] * len(self.begin)
-        start, end, newline = self.special[IM_START], self.special[IM_END], self.encode('\n')
+        start, end = self.special[IM_START], self.special[IM_END]
+        newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
+        before = ''
+        if self.space_in_front:  # which some of SentencePiece's kind put behind special tokens, too
+            behind = self.encode(f'{IM_START}a', allow_special=True)[1:]
+            before = '' if behind == self.encode('a') else '\n'
         for message in messages:
-            role, content = self.encode(f'{message["role"]}\n'), self.encode(message['content'])
-            ids += [start, *role, *content, end, *newline]
+            role = f'{message["role"]}\n'
+            # one text, as of a template: a token may hold the end of one and the other's beginning
+            said, ends = self.encode_behind(before, role + message['content'])
+            ids += [start, *said, end, *newline]
             is_learned = message.get('learned', message['role'] == 'assistant')
-            learned += [0] * (1 + len(role)) + [is_learned] * (len(content) + 1)
+            learned += [0, *(is_learned and n > len(role) for n in ends), is_learned]
             learned += [0] * len(newline)
         return np.array(ids, np.uint32), np.array(learned, np.uint8)
+
+    def encode_behind(self, before, text):
+        """The ids of text where it stands behind `before`, and where in text each of them ends.
+
+        Nothing is put in front of it then, as SentencePiece puts a space. No token may join the
+        two. The ends count bytes, or with `tokenizers` characters.
+        """
+        skipped = len(self.encode(before))
+        if self.hf:
+            self.hf.encode_special_tokens = True
+            found = self.hf.encode(before + text, add_special_tokens=False)
+            ids, ends = found.ids, [end for _, end in found.offsets]
+        else:
+            ids = self.encode(before + text)
+            ends = list(itertools.accumulate(len(self.token_bytes[i]) for i in ids))
+        return ids[skipped:], [end - len(before) for end in ends[skipped:]]
 
     def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
         """This tokenizer, with those special tokens that it lacks added after its last id."""
@@ -286,6 +309,8 @@ def _byte_level_pattern(spec):
     if any(model.get(option) for option in ('dropout', 'byte_fallback', *AFFIXES)):
         return None
     if spec.get('normalizer') or not all(t.get('special') for t in added):
+        return None
+    if any(t.get(option) for t in added for option in ('lstrip', 'rstrip', 'single_word')):
         return None
     byte_level = steps[-1]
     if byte_level.get('type') != 'ByteLevel' or byte_level.get('add_prefix_space'):

@@ -26,11 +26,11 @@ configure(globals())
 folder = os.path.join('data', name)
 come_of = f'--name={shlex.quote(name) if name else "NAME"} --num_shards=n --shard=0, --shard=1, ...'
 if not name or not os.path.isdir(folder):
-    raise UserError(f'there is no {folder}; shards come of {come_of}')
+    raise UserError(f'there is no {folder}; slices come of {come_of}')
 lock = lock_folder(folder, wait=True)
 found = sorted(glob.glob(f'{glob.escape(folder)}/shard_*_of_*'))
 if not found:
-    raise UserError(f'{folder} holds no shards; they come of {come_of}')
+    raise UserError(f'{folder} holds no slices; they come of {come_of}')
 n = int(found[0].rpartition('_')[2])
 tokens_left = glob.glob(f'{glob.escape(folder)}/shard_*/*.bin')
 if read_meta(folder).get('shards') == n and not tokens_left:  # a merge was killed as it tidied up
@@ -40,14 +40,17 @@ if read_meta(folder).get('shards') == n and not tokens_left:  # a merge was kill
     raise SystemExit
 slices = [f'{folder}/shard_{i:05d}_of_{n:05d}' for i in range(n)]
 if set(found) - set(slices):
-    raise UserError(f'{folder} holds shards of several kinds: {found[0]}, {found[-1]}')
+    raise UserError(f'{folder} holds slices of several kinds: {found[0]}, {found[-1]}')
 
 
 def made_with(path):
-    """What has to be the same for all slices: their tokenizer, and the settings but for some."""
+    """What has to be the same for all slices: the tokenizer, its begin, the settings but some."""
+    meta, own = read_meta(path), ('shard', 'num_proc', 'retries')
     with open(f'{path}/tokenizer.json', 'rb') as f:
-        own = ('shard', 'num_proc', 'retries')
-        return f.read(), {k: v for k, v in read_meta(path)['settings'].items() if k not in own}
+        tokenizer = f.read()
+    # a slice of an older version says nothing of begin
+    settings = {k: v for k, v in meta['settings'].items() if k not in own}
+    return tokenizer, meta.get('begin', []), settings
 
 
 for path in slices:
@@ -73,10 +76,10 @@ for split in SPLITS:
         del splits[split]
         if split != 'test':
             again = 'prepare them with a larger val_fraction, or all with --num_shards=1'
-            raise UserError(f'the shards in {folder} have no {split} text; {again}')
-notes = dict(dropped={}, spelled_out={})
+            raise UserError(f'the slices in {folder} have no {split} text; {again}')
+notes = dict(dropped={}, spelled_out={}, lost={})
 for meta, kind in itertools.product(metas, notes):
-    for why, note in meta[kind].items():
+    for why, note in meta.get(kind, {}).items():
         so_far = notes[kind].setdefault(why, dict(count=0, first=[]))
         so_far['count'] += note['count']
         so_far['first'] = (so_far['first'] + note['first'])[:3]
@@ -87,12 +90,12 @@ meta = metas[0] | dict(
     splits=splits,
     shards=n,
     in_several_shards=repeated,
-    instead=sum((meta['instead'] for meta in metas), []),
-    repaired=dict(count=sum(meta['repaired'].get('count', 0) for meta in metas)),
+    instead=sum((meta.get('instead', []) for meta in metas), []),
+    repaired=dict(count=sum(meta.get('repaired', {}).get('count', 0) for meta in metas)),
 )
 publish(folder, files, f'{slices[0]}/tokenizer.json', meta)
 for path in slices:
     shutil.rmtree(path)
 report(folder, meta)
 if repeated:
-    print(f'{repeated:,} documents are in several shards')
+    print(f'{repeated:,} documents are in several slices')

@@ -1,5 +1,6 @@
 """The scripts in prepare/, on real and on broken text."""
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -19,7 +20,7 @@ import pytest
 from conftest import ROOT, fails, run, shared, start
 from test_tokenizer import random_texts
 
-from fledge.corpus import Skip, conversation, preference
+from fledge.corpus import Skip, conversation, pipeline, preference
 from fledge.tokenizer import byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
 from fledge.tokens import Tokens, read_bin, read_meta, split_files
 
@@ -225,7 +226,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'nowhere does not exist' in text('--input=nowhere')
     assert 'no .txt, .md, .jsonl, .jsonl.gz, .json or .parquet files there' in text('--input=empty')
     (tmp_path / 'empty' / 'a.pdf').write_text('')
-    assert 'files there, but 1 of another kind (empty/a.pdf)' in text('--input=empty')
+    assert 'files there, but 1 hidden or of another kind (empty/a.pdf)' in text('--input=empty')
     assert 'empty.txt gives no documents; 1 x an empty file (empty.txt)' in text(
         '--input=empty.txt', '--tokenizer=bytes'
     )
@@ -253,10 +254,10 @@ def test_mistakes_are_one_line(tmp_path):
     )
     assert 'num_proc=-1' in text('--input=some.txt', '--tokenizer=bytes', '--num_proc=-1')
     assert 'val_fraction=2' in text('--input=some.txt', '--tokenizer=bytes', '--val_fraction=2')
-    assert 'shard=2 is none of the 2 shards' in text(
+    assert 'shard=2 is none of the 2 slices' in text(
         '--input=some.txt', '--tokenizer=bytes', '--shard=2', '--num_shards=2'
     )
-    assert 'each of the 2 shards would make another one' in text(
+    assert 'each of the 2 slices would make another one' in text(
         '--input=some.txt', '--tokenizer=train', '--num_shards=2'
     )
     assert "1 x the character 'x' is not in this vocabulary of 6 characters (some.txt:1)" in text(
@@ -273,6 +274,14 @@ def test_mistakes_are_one_line(tmp_path):
         '--input=body.parquet', '--tokenizer=bytes'
     )
     assert not (tmp_path / 'data' / 'x').exists()
+    for name in ('missing.txt', 'empty', 'some.txt,file'):
+        err = fails(tmp_path, 'prepare/shakespeare_char.py', f'--input={name}')
+        assert f'{name} cannot be read' in err and '--input is one file' in err
+    (tmp_path / 'data/x').write_text('')
+    assert 'data/x is no folder to write to (File exists)' in text('--input=some.txt')
+    shutil.rmtree(tmp_path / 'data')
+    (tmp_path / 'data').write_text('')
+    assert 'data/x is no folder to write to (Not a directory)' in text('--input=some.txt')
 
 
 def char_file(folder):
@@ -350,15 +359,38 @@ def test_a_folder_is_read_whole_or_it_is_said_what_is_left_out(tmp_path):
     (tmp_path / 'notes/c.JSONL.GZ').write_bytes(gzip.compress(b'{"text": "packed"}\n'))
     table = pyarrow.table({'text': ['a row']})
     pyarrow.parquet.write_table(table, tmp_path / 'notes/d.PARQUET')
-    for name in ('a.pdf', 'deep/b.png', 'deep/c', 'z.doc'):
+    for name in ('a.pdf', 'deep/b.png', 'deep/c', 'z.doc', '._A.TXT', '.git/a.txt', 'deep/.b.md'):
+        (tmp_path / 'notes' / name).parent.mkdir(exist_ok=True)
         (tmp_path / 'notes' / name).write_text('x')
     os.symlink(tmp_path / 'elsewhere', tmp_path / 'notes/link')
     out, texts = prepared(tmp_path, '--input=notes', '--val_fraction=0.4')
     assert sorted(texts) == ['a list', 'a row', 'in capitals', 'packed']
     others = 'a file of another kind (notes/a.pdf, notes/deep/b.png, notes/deep/c, ...)'
-    assert f'left out: 4 x {others}\nleft out: 1 x a link to a folder (notes/link)\n' in out
+    assert f'left out: 4 x {others}\n' in out
+    assert 'left out: 1 x a link to a folder (notes/link)\n' in out
+    hidden = 'notes/._A.TXT, notes/.git, notes/deep/.b.md'
+    assert f'left out: 3 x a hidden file ({hidden})\n' in out
     dropped = read_meta(str(tmp_path / 'data/x'))['dropped']
     assert dropped['a file of another kind']['count'] == 4
+
+
+def test_text_of_windows_and_what_is_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_bytes('naïve 中 😀\r\nend'.encode('utf-16'))
+    lines = ''.join(json.dumps(dict(text=f'line {i} é'), ensure_ascii=False) + '\n' for i in (1, 2))
+    (tmp_path / 'b.jsonl').write_bytes(codecs.BOM_UTF16_BE + lines.encode('utf-16-be'))
+    (tmp_path / 'c.txt').write_text('café ' * 250, encoding='latin-1')
+    (tmp_path / 'd.txt').write_bytes(b'good text ' * 1000 + b'\xff')
+    (tmp_path / 'e.txt').write_bytes(b'PK\x03\x04\0\0')
+    (tmp_path / 'f.md').write_bytes(b'long enough to be read in parts\n' * 150_000 + b'\0')
+    out, texts = prepared(
+        tmp_path, '--input=a.txt,b.jsonl,c.txt,d.txt,e.txt,f.md', '--val_fraction=0.4'
+    )
+    good = ['naïve 中 😀\r\nend', 'line 1 é', 'line 2 é', 'good text ' * 1000 + '�', 'caf� ' * 250]
+    assert sorted(texts) == sorted(good)
+    assert 'repaired: 2 x invalid UTF-8 (c.txt:1, d.txt:1)\n' in out
+    lost = '250 characters are lost of files that are not UTF-8, such as c.txt; convert them first'
+    assert f'warning: {lost}\n' in out
+    assert 'left out: 2 x no text, for it has NUL characters (e.txt:1, f.md)\n' in out
 
 
 def test_separators_make_documents(tmp_path):
@@ -804,10 +836,14 @@ def test_shards_of_several_machines_are_joined(tmp_path):
     run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1', '--seed=8')
     assert 'different settings or tokenizers' in fails(tmp_path, 'prepare/merge.py', '--name=x')
     run(tmp_path, *command, '--name=x', '--num_shards=3', '--shard=1')
+    path = tmp_path / 'data/x/shard_00001_of_00003/meta.json'
+    meta = json.loads(path.read_text())
+    newer = ('begin', 'repaired', 'lost', 'spelled_out', 'instead')  # than a slice may be
+    path.write_text(json.dumps({key: value for key, value in meta.items() if key not in newer}))
     out = run(tmp_path, 'prepare/merge.py', '--name=x')
     whole, folder = str(tmp_path / 'data/whole'), str(tmp_path / 'data/x')
     assert (
-        not list((tmp_path / 'data/x').glob('shard_*')) and 'documents are in several shards' in out
+        not list((tmp_path / 'data/x').glob('shard_*')) and 'documents are in several slices' in out
     )
     n, m = read_meta(folder)['splits'], read_meta(whole)['splits']
     repeated = read_meta(folder)['in_several_shards']
@@ -823,7 +859,20 @@ def test_shards_of_several_machines_are_joined(tmp_path):
         assert (
             joined == one
         )  # a duplicate falls into the same split everywhere, so val is never in train
-    assert 'holds no shards' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+    assert 'holds no slices' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+
+
+def test_an_unfinished_run_of_another_version_is_begun_anew(tmp_path, capsys):
+    partial = str(tmp_path / 'partial-1')
+    state = pipeline._begin(partial)
+    path = tmp_path / 'partial-1/state.json'
+    path.write_text(json.dumps(state))
+    assert pipeline._saved_state(partial) == state
+    assert 'goes on behind the 0 documents' in capsys.readouterr().err
+    del state['spelled_out']
+    path.write_text(json.dumps(state))
+    assert pipeline._saved_state(partial) is None
+    assert f'{partial} is of another version' in capsys.readouterr().err
 
 
 def documents_of(folder, path):
@@ -953,6 +1002,21 @@ def test_messages_are_what_was_written():
     assert [m['content'] for m in chosen + rejected] == ['\nwhy? ', '  x\n', '\nwhy? ', 'x']
     with pytest.raises(Skip, match='an empty message'):
         conversation(record | dict(output=' \n'))
+
+
+def test_a_pair_needs_an_answer_on_each_side():
+    def say(*texts):
+        roles = ('user', 'assistant') * len(texts)
+        return [dict(role=r, content=c) for r, c in zip(roles, texts, strict=False)]
+
+    for chosen, rejected in (
+        (say('Q', 'A'), say('Q', 'A', 'more')),
+        (say('Q', 'A', 'R', 'B'), say('Q', 'A')),
+        (say('Q', 'A', 'why?'), say('Q', 'A', 'how?')),
+    ):
+        with pytest.raises(Skip, match='without an answer of its own'):
+            preference(dict(chosen=chosen, rejected=rejected))
+    assert preference(dict(chosen=say('P', 'A'), rejected=say('Q', 'A')))
 
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):

@@ -3,13 +3,17 @@
 import gzip
 import json
 import random
+import tracemalloc
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import shared
 
-from fledge.corpus import sources
+from fledge.corpus import Stage, encoding, sources
 from fledge.corpus.sources import Files, Made, Text
+from fledge.tokenizer import load_tokenizer
 
 
 def files_of_every_kind(folder):
@@ -75,6 +79,54 @@ def test_parts_are_cut_between_words_and_never_within_a_character(tmp_path, monk
         )
         if name == 'words':
             assert all(p.text[0] == '\n' and p.text[1].isalnum() for p in parts[1:])
+
+
+def test_parts_have_the_tokens_of_the_whole_where_a_space_is_put_in_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'PART_BYTES', 300)
+    encoder = load_tokenizer(shared('stories260k'))
+    stages = [Stage(None, lambda text: [text], 'train')]
+    encoding.set_job(SimpleNamespace(min_length=0), stages, encoder, False)
+    for text in ('one day\nthe cat sat.\n\n  It ran \n' * 40, ' - é\n\n' * 200, 'a b中' * 200):
+        (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+        parts = [(record, place) for record, place, _ in Files([str(tmp_path / 'a.txt')]).read()]
+        ids = encoding.tokenize(0, parts).ids.tolist()
+        assert len(parts) > 3 and encoder.decode(ids[1:-1]) == text
+        if '\n' in text:  # else it is cut within a word
+            assert ids == [1, *encoder.encode(text), 2]
+
+
+@pytest.mark.parametrize(
+    'content, texts',
+    [
+        ('{\n "text": "a",\n "tags": []\n}', ['a']),
+        ('{"text": "a"}', ['a']),
+        ('{"n": 2,\n "data": [{"text": "a"},\n {"text": "b"}]}', ['a', 'b']),
+        ('\ufeff{"data": [{"text": "a"}, {"text": "b"}]}\n', ['a', 'b']),
+        ('{"a": [{"text": "a"}], "b": [{"text": "b"}], "text": "c"}', ['c']),
+        ('{"messages": [{"role": "user"}], "text": "c"}', ['c']),
+        ('\n{"text": "a"}\n\n{"text": "b"}\n', ['a', 'b']),
+        ('[{"text": "a"},\n {"text": "b"}]', ['a', 'b']),
+    ],
+)
+def test_json_of_every_form(tmp_path, content, texts):
+    for codec in ('utf-8', 'utf-16'):
+        (tmp_path / 'a.json').write_text(content, encoding=codec)
+        source = Files([str(tmp_path / 'a.json')])
+        for n in (1, 3):
+            records = [record for i in range(n) for record, _, _ in source.read(None, i, n)]
+            lines = [json.loads(r) if isinstance(r, bytes) else r for r in records]
+            assert [line['text'] for line in lines] == texts
+
+
+def test_json_of_lines_is_not_held(tmp_path):
+    lines = ['{"broken', *(json.dumps(dict(text='x' * 1000)) for _ in range(5000))]
+    (tmp_path / 'broken.json').write_text('\n'.join(lines))
+    assert len(list(Files([str(tmp_path / 'broken.json')]).read())) == 5001
+    (tmp_path / 'a.json').write_text('\n'.join(lines[1:]))
+    tracemalloc.start()
+    assert sum(1 for _ in Files([str(tmp_path / 'a.json')]).read()) == 5000
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize('separator', ['<|end|>', '\n\n', '%', 'aa'])

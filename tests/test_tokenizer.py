@@ -1,17 +1,21 @@
 """Text to ids and back, over every backend."""
 
+import itertools
 import json
 import os
 import pickle
 import random
 import unicodedata
 
+import jinja2
 import pytest
 import tokenizers
 from conftest import shared
 
 from fledge import UserError
 from fledge.tokenizer import (
+    CHAT_TEMPLATE,
+    IM_END,
     PATTERNS,
     Tokenizer,
     byte_tokenizer,
@@ -149,6 +153,46 @@ def test_chats_and_the_special_tokens_they_need(trained):
     assert trained.decode(ids[learned == 1]) == 'Hello!<|im_end|>'
     ids, learned = trained.encode_chat([m | dict(learned=m['role'] == 'user') for m in messages])
     assert trained.decode(ids[learned == 1]) == 'Hi <|im_end|><|im_end|>'
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'trained', 'bytes', 'stories260k', 'first'])
+def test_a_chat_has_the_tokens_of_its_template(name, request):
+    """A token may hold the role's newline and more; SentencePiece puts a space here and there."""
+    if name in ('stories260k', 'first'):
+        ours = load_tokenizer(shared('stories260k'))
+        if name == 'first':  # as newer Llamas do it: in front of a whole text alone
+            spaces = dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False)
+            ours = Tokenizer(ours.spec | dict(normalizer=None, pre_tokenizer=spaces))
+    else:
+        ours = tokenizer_named(name, request)
+    ours = ours.with_special()
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.spec))
+    contents = ['Hi', '\n\nwhy?', '  x = 1\n\ty', '\n', ' ', "\r\n'll\n\n", 'é中😀 \n', '\t- a\n ']
+    straddling = 0
+    for user, said in itertools.product(contents, contents):
+        messages = [dict(role='system', content=said), dict(role='user', content=user)]
+        messages += [dict(role='assistant', content=said), dict(role='assistant', content=user)]
+        ids, learned = ours.encode_chat(messages)
+        text = jinja2.Template(CHAT_TEMPLATE, keep_trailing_newline=True).render(messages=messages)
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ids.tolist() == ours.begin + expected, repr(text)
+        got = b''.join(ours.token_bytes[i] for i in ids[learned == 1].tolist()).decode()
+        answers = [answer + IM_END for answer in got.split(IM_END)[:-1]]
+        for answer, content in zip(answers, (said, user), strict=True):
+            assert answer in (content + IM_END, f'\n{content}{IM_END}')
+            straddling += answer != content + IM_END
+    assert bool(straddling) == (name in ('trained', 'gpt2'))
+
+
+@pytest.mark.parametrize('option', ['lstrip', 'rstrip', 'single_word', 'normalized'])
+def test_special_tokens_that_take_more_than_their_letters(trained, option):
+    added = [token | {option: True} for token in trained.spec['added_tokens']]
+    ours = Tokenizer(trained.spec | dict(added_tokens=added))
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.spec))
+    text = 'hello   <|im_start|>user\nhi<|im_end|>  \n next<|endoftext|>a <|endoftext|> b'
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, allow_special=True) == expected
+    assert (ours.bpe is None) == (option != 'normalized')  # which says nothing without normalizer
 
 
 def test_gpt2_is_tiktokens(request):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fledge import UserError
-from fledge.corpus.sources import REPAIRED, Files, Replaced, Skip, Text, read
+from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Replaced, Skip, Text, read
 from fledge.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -39,13 +39,23 @@ EXAMPLE = np.dtype(
 )
 
 
+class Note(NamedTuple):
+    """What is to be said of a record."""
+
+    kind: str  # a field of the pipeline's state that counts such notes
+    why: str
+    place: tuple  # file and line, 0 for all of it; None where it does not matter
+    before: int  # the number of examples before it
+    count: int = 1
+
+
 class Tokenized(NamedTuple):
     """What came of a batch of records."""
 
     examples: np.ndarray  # of EXAMPLE
     ids: np.ndarray  # of all examples, one after another
     learned: np.ndarray  # uint8 for each of the ids, whether it is learned; None without masks
-    notes: list  # (kind, why, place, the number of examples before it): kind is a field of state
+    notes: list  # of Note
 
 
 def choose_tokenizer(s, stages, masked):
@@ -114,21 +124,24 @@ def tokenize(stage_index, records):
     examples, notes = [], []
     ids, learned = [end_of(encoder)[:0]], [np.zeros(0, np.uint8)]
     for record, (path, line) in records:
-        repaired = []  # lines of the record, 0 for its own
+        repaired = []  # (line of the record or 0 for its own, characters lost if they are many)
         before = len(examples)
         try:
             example, pieces, spelled = _encode(s, stages[stage_index], encoder, record, repaired)
         except Replaced as e:
-            notes.append(('replaced', str(e), (path, line), before))
+            notes.append(Note('replaced', str(e), (path, line), before))
         except (Skip, UserError) as e:  # UserError: a character that the vocabulary lacks
-            notes.append(('dropped', str(e), (path, line), before))
+            notes.append(Note('dropped', str(e), (path, line), before))
         else:
             examples.append(example)
             for piece_ids, piece_learned in pieces:
                 ids.append(piece_ids)
                 learned.append(piece_learned)
-            notes += [('spelled_out', token, (path, line), before) for token in spelled]
-        notes += [('repaired', REPAIRED, (path, n or line), before) for n in repaired]
+            notes += [Note('spelled_out', token, (path, line), before) for token in spelled]
+        for n, lost in repaired:
+            notes.append(Note('repaired', REPAIRED, (path, n or line), before))
+            if lost:
+                notes.append(Note('lost', LOST, (path, 0), before, lost))
     return Tokenized(
         np.array(examples, EXAMPLE),
         np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
@@ -186,6 +199,9 @@ def _encode_document(encoder, document, begins):
     """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
     if not isinstance(document, str) and isinstance(document[0], dict):
         return encoder.encode_chat(document)
+    if not begins and encoder.space_in_front:  # which is for the beginning of a text alone
+        ids, _ = encoder.encode_behind('a' if document.startswith('\n') else '\n', document)
+        return np.array(ids, np.uint32), np.ones(len(ids), np.uint8)
     parts = [(document, 1)] if isinstance(document, str) else document
     begin = np.array(encoder.begin if begins else [], np.uint32)
     pieces = [begin, *(encoder.encode_array(text) for text, _ in parts)]
@@ -206,14 +222,18 @@ def texts_of(document):
 
 
 def documents_of(stage, record, repaired):
-    """The documents of a record, in valid Unicode; lines that were not are added to repaired."""
+    """The documents of a record, in valid Unicode; what was not is added to repaired."""
     if isinstance(record, Skip):
         raise record
     if isinstance(record, Text):
         if record.broken:
-            repaired.append(record.broken)
+            lost = record.text.count('\ufffd')
+            many = lost * 1000 > len(record.text)
+            repaired.append((record.broken, lost if many else 0))
         if record.key:
             return [record.text]
+        if '\0' in record.text:
+            raise Skip(NO_TEXT)
         record = record.text
     if isinstance(record, bytes):
         record = _parse(record, repaired)
@@ -223,7 +243,7 @@ def documents_of(stage, record, repaired):
             ''.join(texts_of(document)).encode()
         return documents
     except UnicodeEncodeError:  # JSON can spell half a character
-        repaired.append(0)
+        repaired.append((0, 0))
         return _valid(documents)
 
 
@@ -233,7 +253,7 @@ def _parse(line, repaired):
         try:
             return json.loads(line)
         except UnicodeDecodeError:
-            repaired.append(0)
+            repaired.append((0, 0))
             return json.loads(line.decode('utf-8-sig', errors='replace'))
     except (ValueError, RecursionError):
         raise Skip('no JSON') from None

@@ -88,13 +88,16 @@ def prepare(settings, source, stages, masked=False):
     folder = os.path.join('data', s.name)
     if s.num_shards > 1:
         folder += f'/shard_{s.shard:05d}_of_{s.num_shards:05d}'
-    os.makedirs(folder, exist_ok=True)
-    lock = lock_folder(folder, wait=True)
     # the same command finds what an earlier run of it left; other settings leave that alone
     identities = [stage.source.identity for stage in stages]
     job = json.dumps(settings | dict(num_proc=0, retries=0, stages=identities))
     partial = f'{folder}/partial-{hashlib.blake2b(job.encode(), digest_size=4).hexdigest()}'
-    state = _saved_state(partial) or _new_state(partial)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = lock_folder(folder, wait=True)
+        state = _saved_state(partial) or _begin(partial)
+    except OSError as e:
+        raise UserError(f'{folder} is no folder to write to ({e.strerror or e})') from None
     try:
         if not state['whole']:
             Run(s, source, stages, state, partial, masked).tokenize()
@@ -130,10 +133,10 @@ def _check(settings):
     if os.path.isabs(s.name) or os.path.normpath(s.name).split(os.sep)[0] in ('.', '..'):
         raise UserError(f'name={s.name} is no folder under data/')
     if not 0 <= s.shard < s.num_shards:
-        which = f'none of the {s.num_shards} shards, which count from 0'
+        which = f'none of the {s.num_shards} slices, which count from 0'
         raise UserError(f'shard={s.shard} is {which}')
     if s.tokenizer in ('train', 'chars') and s.num_shards > 1:
-        problem = f'each of the {s.num_shards} shards would make another one'
+        problem = f'each of the {s.num_shards} slices would make another one'
         first = 'make it first (--num_shards=1 --target_tokens=1 --name=mine)'
         raise UserError(
             f'--tokenizer={s.tokenizer}: {problem}; {first}, then --tokenizer=data/mine'
@@ -147,14 +150,17 @@ def _saved_state(partial):
             state = json.load(f)
     except (OSError, ValueError):
         return None
+    if state.keys() != _new_state().keys():
+        print(f'{partial} is of another version of this script: begun anew', file=sys.stderr)
+        return None
     documents = sum(n['documents'] for n in state['splits'].values())
     goes_on = f'goes on behind the {documents:,} documents that are prepared'
     print(f'{os.path.dirname(partial)}: {goes_on}', file=sys.stderr)
     return state
 
 
-def _new_state(partial):
-    """The state of a run that begins, in an empty folder."""
+def _begin(partial):
+    """Make an empty folder for a run that begins; returns its state."""
     if os.path.exists(partial):
         writing.remove(partial)
     others = glob.glob(f'{glob.escape(os.path.dirname(partial))}/partial-*')
@@ -162,9 +168,15 @@ def _new_state(partial):
         stays = 'is of an unfinished run with other settings; it stays until this run is whole'
         print(f'{others[0]} {stays}', file=sys.stderr)
     os.makedirs(partial)
+    return _new_state()
+
+
+def _new_state():
     # shards: the tokens of each file; last: tokens, bytes and documents of the last example
     counts = dict(tokens=0, bytes=0, documents=0, learned=0, shards=[], last=[0, 0, 0])
     return dict(
+        vocab_size=0,  # this and begin: the tokenizer's
+        begin=[],
         stage=0,  # that is read
         position=None,  # in its source
         taken=0,  # examples of it
@@ -172,6 +184,7 @@ def _new_state(partial):
         hashes=0,  # in the file that Seen keeps
         splits={split: dict(counts) for split in SPLITS},
         repaired={},  # {why: dict(count=..., first=[places])}
+        lost={},
         dropped={},
         spelled_out={},
         replaced={},
@@ -322,13 +335,14 @@ class Run:
 
     def count_notes(self, notes, fresh, last):
         """Count the notes of a batch, and its duplicates, up to the example numbered last."""
-        duplicates = [('dropped', 'a duplicate', None, row) for row in np.flatnonzero(~fresh)]
-        for kind, why, place, before in notes + duplicates:
+        repeated = np.flatnonzero(~fresh).tolist()
+        duplicates = [encoding.Note('dropped', 'a duplicate', None, row) for row in repeated]
+        for kind, why, place, before, count in notes + duplicates:
             if before <= last:
                 counted = self.state[kind].setdefault(why, dict(count=0, first=[]))
-                counted['count'] += 1
+                counted['count'] += count
                 if place and len(counted['first']) < 3:
-                    path, line = place  # line 0: all of it
+                    path, line = place
                     name = f'{path}:{line}' if line else path
                     if name not in counted['first']:
                         counted['first'].append(name)

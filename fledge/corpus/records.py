@@ -66,6 +66,8 @@ def preference(record):
     for messages in pair:
         for i, message in enumerate(messages):
             message['learned'] = i >= shared and message['role'] == 'assistant'
+        if not any(message['learned'] for message in messages):
+            raise Skip('a chosen or rejected without an answer of its own')
     return pair
 
 

@@ -11,6 +11,7 @@ import collections
 import filecmp
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
@@ -26,6 +27,8 @@ from typing import NamedTuple
 from fledge import UserError, replacing
 
 REPAIRED = 'invalid UTF-8'  # such text is kept, with U+FFFD in place of the bytes
+LOST = 'characters are lost of files that are not UTF-8'
+NO_TEXT = 'no text, for it has NUL characters'  # a file of another kind, with the name of a text
 PART_BYTES = 4 << 20  # a text file above this is read, and tokenized, in parts
 RECORDS = ('.jsonl', '.jsonl.gz', '.json', '.parquet')  # files that hold many records
 TEXTS = ('.txt', '.md', *RECORDS)
@@ -139,8 +142,11 @@ def fetch(url, path):
         except Exception as e:  # no network, no such page, a broken answer, nowhere to write
             other = f'put the text at {path} or name it with --input'
             raise UserError(f'cannot fetch {url} ({e}); {other}') from None
-    with open(path, 'rb') as f:
-        return f.read().decode('utf-8-sig', errors='replace')
+    try:
+        with _opened(path) as f:
+            return f.read().decode('utf-8-sig', errors='replace')
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror}): --input is one file') from None
 
 
 def split_paths(text):
@@ -200,7 +206,7 @@ class Files:
         if not found:
             others = [path for path, _ in self.left_out]
             first = ', '.join(others[:3]) + (', ...' if len(others) > 3 else '')
-            there = f', but {len(others):,} of another kind ({first})' if others else ''
+            there = f', but {len(others):,} hidden or of another kind ({first})' if others else ''
             raise UserError(f'{", ".join(paths)}: no {known} files there{there}')
         if separator and not any(f.lower().endswith(('.txt', '.md')) for f in found):
             raise UserError('--separator is for .txt and .md files, and none is there')
@@ -248,15 +254,19 @@ class Files:
         name = path.lower()
         if name.endswith('.parquet'):
             return _parquet(path, size, start, stop, offset, self.columns)
+        if name.endswith('.gz') or _is_utf16(path):  # one piece: its bytes stand elsewhere
+            if start:
+                return []
+            stop = math.inf
         if name.endswith('.json'):
             return _json(path, size, start, stop, offset, number)
         if name.endswith(('.jsonl', '.gz')):
-            return _lines(path, size, start, stop, offset, number)
+            return _lines(path, start, stop, offset, number)
         if path in self.twins:
             raise Skip('a duplicate')
         if self.separator:
             return _separated(path, self.separator, start, stop, offset)
-        return _text(path, size, start, offset, number)
+        return _text(path, start, offset, number)
 
 
 def _files_in(folder, extensions, without):
@@ -272,7 +282,10 @@ def _files_in(folder, extensions, without):
     for directory, folders, names in os.walk(folder, onerror=unreadable):
         if set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
             continue
-        for path in [os.path.join(directory, name) for name in names]:
+        hidden = [name for name in names + folders if name.startswith('.')]
+        others += [(os.path.join(directory, name), 'a hidden file') for name in hidden]
+        folders[:] = [name for name in folders if name not in hidden]
+        for path in [os.path.join(directory, name) for name in names if name not in hidden]:
             if path.lower().endswith(extensions):
                 found.append(path)
             else:
@@ -316,14 +329,25 @@ def _parquet(path, size, start, stop, row, columns):
         begin = end
 
 
-def _lines(path, size, start, stop, offset, number):
-    """Lines as bytes, those that begin in [start, stop); a .gz is one piece."""
-    packed = path.lower().endswith('.gz')
-    if packed:
-        if start:
-            return
-        stop = math.inf
-    with (gzip.open if packed else open)(path, 'rb') as f:
+def _is_utf16(path):
+    with open(path, 'rb') as f:
+        return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _opened(path):
+    """A file of text or JSON that gives UTF-8. UTF-16, which is Windows' own, is held whole."""
+    if path.lower().endswith('.gz'):
+        return gzip.open(path, 'rb')
+    if not _is_utf16(path):
+        return open(path, 'rb')
+    with open(path, 'rb') as f:
+        content = f.read().decode('utf-16', 'surrogatepass')
+    return io.BytesIO(content.encode('utf-8', 'surrogatepass'))
+
+
+def _lines(path, start, stop, offset, number):
+    """Lines as bytes, those that begin in [start, stop)."""
+    with _opened(path) as f:
         if start and not offset:
             f.seek(start - 1)
             offset = start - 1 + len(f.readline())
@@ -340,35 +364,65 @@ def _lines(path, size, start, stop, offset, number):
 
 
 def _json(path, size, start, stop, row, number):
-    """The records of a JSON list, which is read whole; a .json of lines is read as lines."""
-    with open(path, 'rb') as f:
-        if f.read(4096).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] != b'[':
-            yield from _lines(path, size, start, stop, row, number)
-            return
+    """The records of a .json that is one value, which is read whole; one of lines is read as lines.
+
+    They are a list's items, those of an object's one list of records, or an object itself.
+    """
+    with _opened(path) as f:
+        lines = (line for line in f if not line.isspace())
+        first, more = next(lines, b'').removeprefix(codecs.BOM_UTF8), next(lines, b'')
+        is_list = first.lstrip().startswith(b'[')
         f.seek(0)
-        content = f.read()
+        content = b'' if more and not is_list and _is_json(first) else f.read()
     try:
-        records = json.loads(content)
-    except UnicodeDecodeError as e:
-        if row == 0 and start == 0:
-            yield Skip(REPAIRED), 1 + content[: e.start].count(b'\n'), (0, 0)
-        records = json.loads(content.decode('utf-8-sig', errors='replace'))
+        text, broken = _decoded(content.removeprefix(codecs.BOM_UTF8), 0)
+        records = json.loads(text)
+    except (ValueError, RecursionError):
+        if is_list:
+            raise
+        yield from _lines(path, start, stop, row, number)
+        return
+    if broken and row == 0 and start == 0:
+        yield Skip(REPAIRED), broken, (0, 0)
+    if isinstance(records, dict):
+        lists = [value for value in records.values() if _are_records(value)]
+        records = lists[0] if len(lists) == 1 else [records]
     row = max(row, math.ceil(start * len(records) / size))
-    for i in range(row, math.ceil(stop * len(records) / size)):
+    for i in range(row, math.ceil(min(stop, size) * len(records) / size)):
         yield records[i], i + 1, (i + 1, 0)
 
 
-def _text(path, size, start, offset, number):
+def _is_json(line):
+    try:
+        json.loads(line)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _are_records(value):
+    """Whether a value is a list of objects; the messages of a conversation are one record."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and 'role' not in item for item in value)
+
+
+def _text(path, start, offset, number):
     """A text file; in parts where it is long. It belongs to the slice that it begins in."""
     if start:
         return
-    with open(path, 'rb') as f:
+    with _opened(path) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
         if size <= PART_BYTES:
             if not offset:
                 content = f.read().removeprefix(codecs.BOM_UTF8)
                 yield Text(*_decoded(content, 0)), 1, (size, 0)
             return
         key = f'{size} {f.read(1 << 16)!r}'
+        f.seek(0)
+        if not offset and any(b'\0' in block for block in iter(lambda: f.read(1 << 20), b'')):
+            raise Skip(NO_TEXT)
         f.seek(offset)
         rest = b''
         while offset < size:
@@ -395,7 +449,7 @@ def _separated(path, separator, start, stop, offset):
     """
     end = number = begin = 0  # bytes and lines behind what is read; where the text begins
     key = ''  # of a text in parts
-    with open(path, 'rb') as f:
+    with _opened(path) as f:
         for piece, is_last, is_end in _between(f, separator, max(start, offset)):
             place, line = end, number + 1
             end += len(piece) + (len(separator) if is_last and not is_end else 0)
@@ -502,7 +556,7 @@ class Hub:
         stream, commit, by_file = self._open(commit, slice_index, num_slices)
         if state:
             stream.load_state_dict(state)
-        records = self._rows(stream, before, done)
+        records = self._rows(stream, state, before, done)
         if self.starts:
             records = self._gathered(records)
         for record, number, place in records:
@@ -510,11 +564,10 @@ class Hub:
             if by_file or (count - 1) % num_slices == slice_index:
                 yield record, (self.identity, number), (commit, *place, count)
 
-    def _rows(self, stream, before, done):
+    def _rows(self, stream, state, before, done):
         """(row, its number, where to go on: in datasets, rows before that, rows behind it done)."""
         rows, length = iter(stream), WINDOW if self.shuffle is None else SHUFFLED
         while True:
-            state = stream.state_dict()
             try:
                 window = list(itertools.islice(rows, length))
             except Exception as e:  # the network's, a server's, a parser's
@@ -533,6 +586,7 @@ class Hub:
             before, done = before + len(window), 0
             if len(window) < length:
                 return
+            state = stream.state_dict()  # without a row read, it says nothing of what was loaded
 
     def _gathered(self, rows):
         """What _rows() gives, rows gathered into lists: (list, and of its last row the rest)."""

@@ -241,6 +241,7 @@ def meta_of(state, files, source, settings, masked):
         masked=masked,
         splits=splits,
         repaired=state['repaired'].get(REPAIRED, {}),
+        lost=state['lost'],
         dropped=state['dropped'],
         spelled_out=state['spelled_out'],
         instead=list(state['replaced']),
@@ -265,6 +266,8 @@ def report(folder, meta):
         print(f'{folder}/{name}.bin: {made}, {n["bytes"] / n["tokens"]:.2f} bytes a token')
     if meta['repaired'].get('count'):
         print(f'repaired: {note(REPAIRED, **meta["repaired"])}')
+    for why, n in meta['lost'].items():
+        print(f'warning: {n["count"]:,} {why}, such as {", ".join(n["first"])}; convert them first')
     for why, n in meta['dropped'].items():
         print(f'left out: {note(why, **n)}')
     for token, n in meta['spelled_out'].items():
