@@ -252,8 +252,8 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Mean cross entropy of the logits of x (N, n_embd), a float32 scalar.
 
-        Logits exist for LOSS_ROWS tokens at a time, and the backward pass makes them again: with
-        a large vocabulary, all of them take more memory than the rest of a training step.
+        Logits exist for LOSS_ROWS tokens at a time, and the backward pass makes them again: all of
+        them may take more memory than the rest of a step. (fledge/cpu.py has a twin of this.)
         """
         chunks = zip(x.split(self.LOSS_ROWS), targets.split(self.LOSS_ROWS), strict=True)
         total = sum(checkpoint(self.summed_loss, *chunk, use_reentrant=False) for chunk in chunks)

@@ -26,8 +26,9 @@ from fledge.tokens import Tokens, digest, find_data, has_masks
 from model import GPT
 
 # -----------------------------------------------------------------------------
-# The settings. As they stand they are the default run: 2.4M parameters of Qwen3's architecture on
-# Python's own standard library, at most five minutes on two CPU cores.
+# The settings; fledge/configurator.py has the bounds of numbers. As they stand they are the default
+# run: 2.4M parameters of Qwen3's architecture on Python's own standard library, at most five
+# minutes on two CPU cores.
 # where the run lives
 out_dir = 'out'  # checkpoints, metrics.jsonl, train.log, settings.json, samples, loss.png
 init_from = 'scratch'  # scratch, resume, a checkpoint file, or a Hugging Face folder or name

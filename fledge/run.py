@@ -16,6 +16,7 @@ from fledge.configurator import one_of
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
 RUN_FILES.append('tokenizer.json')
+# of each line of metrics.jsonl, null where one has no value; no objective's number is called so
 KEYS = ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm']
 KEYS += ['tokens_per_second', 'mfu', 'elapsed']
 PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
@@ -27,7 +28,7 @@ class RunState:
 
     step: int = 0  # steps done
     rows: int = 0  # of the data seen, and where in its order the next step goes on
-    tokens: int = 0  # seen, of whatever data
+    tokens: int = 0  # seen, of whatever data; a logged step's are those before it
     lr: float = 0.0  # learning rate of the last step
     progress: float = 0.0  # of the run, 0 to 1, in steps or in time, whichever is further
     elapsed: float = 0.0  # seconds, evaluations included
@@ -323,8 +324,9 @@ class RunLog:
         losses = line.get('step_losses') or []
         for i, loss in enumerate(losses, 1):
             self.curves['step_loss'].append((*between(i / len(losses)), loss))
-        if line['train_loss'] is not None:  # a mean is that of the middle
-            self.curves['train_loss'].append((*between(0.5), line['train_loss']))
+        if line['train_loss'] is not None:  # at the middle of its steps
+            n = max(1, len(losses))
+            self.curves['train_loss'].append((*between((n + 1) / (2 * n)), line['train_loss']))
         if line['val_loss'] is not None:
             self.curves['val_loss'].append((tokens, minutes, line['val_loss']))
         for name, curve in self.curves.items():
