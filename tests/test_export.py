@@ -1182,7 +1182,7 @@ def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
     assert not (tmp_path / 'model.gguf').exists()
 
 
-def test_gguf_takes_no_chat_template_that_gives_other_tokens():
+def test_gguf_takes_no_chat_template_that_gives_other_tokens(tmp_path):
     """SentencePiece puts a space in front of each text: of a message, or of the whole turn."""
     huggingface.check_template(CHAT_TEMPLATE, byte_tokenizer())
     tokenizer = type(byte_tokenizer())(sentencepiece()).with_special()
@@ -1192,6 +1192,12 @@ def test_gguf_takes_no_chat_template_that_gives_other_tokens():
     for template in (CHAT_TEMPLATE, begin):
         with pytest.raises(UserError, match='other tokens than message by message'):
             huggingface.check_template(template, tokenizer)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16)
+    state = dict(model=GPT(config).state_dict(), model_args=checkpoint.model_args(config))
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), state)
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    flags = ['--init_from=ckpt.pt', '--format=gguf']
+    assert 'other tokens than message by message' in fails(tmp_path, 'export.py', *flags)
 
 
 @pytest.mark.parametrize(
