@@ -324,7 +324,8 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     generation = read_if_there(source, 'generation_config.json')
     generation = generation or ids | dict(do_sample=True, temperature=0.8, top_k=200)
     for saved in (ids, generation):
-        if saved.get('pad_token_id') in range(model.config.vocab_size, 2**31):
+        pad = saved.get('pad_token_id')
+        if type(pad) is int and pad >= model.config.vocab_size:
             saved['pad_token_id'] = None  # a token that was left out, as the embedding has none
     files = {
         'config.json': config | ids | dict(torch_dtype=str(dtype).removeprefix('torch.')),
