@@ -30,6 +30,7 @@ REPAIRED = 'invalid UTF-8'  # such text is kept, with U+FFFD in place of the byt
 LOST = 'characters are lost of files that are not UTF-8'
 NO_TEXT = 'no text, for it has NUL characters'  # a file of another kind, with the name of a text
 PART_BYTES = 4 << 20  # a text file above this is read, and tokenized, in parts
+LONGEST = 256 << 20  # bytes between two separators
 RECORDS = ('.jsonl', '.jsonl.gz', '.json', '.parquet')  # files that hold many records
 TEXTS = ('.txt', '.md', *RECORDS)
 SHUFFLED = 10_000  # rows of the hub held at a time where they are shuffled
@@ -265,7 +266,7 @@ class Files:
         if path in self.twins:
             raise Skip('a duplicate')
         if self.separator:
-            return _separated(path, self.separator, start, stop, offset)
+            return _separated(path, self.separator, start, stop, offset, number)
         return _text(path, start, offset, number)
 
 
@@ -441,57 +442,35 @@ def _text(path, start, offset, number):
             yield Text(text, broken, key, offset >= size, first), line, (offset, number)
 
 
-def _separated(path, separator, start, stop, offset):
+def _separated(path, separator, start, stop, offset, number):
     """The texts between separators that begin in [start, stop), without the newlines next to those.
 
-    A file is read from its beginning in any case: so all slices and positions agree on where the
-    separators are, and on how a long text is cut into parts.
+    A file is read from the end of a text, or from its beginning: so slices agree on its separators.
     """
-    end = number = begin = 0  # bytes and lines behind what is read; where the text begins
-    key = ''  # of a text in parts
-    with _opened(path) as f:
-        for piece, is_last, is_end in _between(f, separator, max(start, offset)):
-            place, line = end, number + 1
-            end += len(piece) + (len(separator) if is_last and not is_end else 0)
-            number += piece.count(b'\n') + (separator.count(b'\n') if is_last else 0)
-            if not key:
-                begin = place
+    rest, end, more = b'', offset, True
+    with open(path, 'rb') as f:
+        f.seek(offset)
+        while more:
+            block = f.read(PART_BYTES)
+            more = bool(block)
+            *texts, rest = (rest + block).split(separator)
+            if not more:
+                texts.append(rest)
+            elif len(rest) > LONGEST:
+                raise Skip(f'more than {LONGEST >> 20} MB without a separator')
+            for i, text in enumerate(texts):
+                begin, line = end, number + 1
+                end += len(text) + len(separator)
+                number += (text + separator).count(b'\n')
                 if begin >= stop:
                     return
-                content = piece.lstrip(b'\r\n') if place else piece.removeprefix(codecs.BOM_UTF8)
-                line += piece[: len(piece) - len(content)].count(b'\n')
-            else:
-                content = piece
-            if is_last and not is_end:
-                content = content.rstrip(b'\r\n')
-            if not is_last and not key:
-                key = f'{content[: 1 << 16]!r}'
-            if start <= begin and place >= offset and (key or content.strip()):
-                text, broken = _decoded(content, line - 1)
-                text = Text(text, broken, key, is_last, place == begin)
-                yield text, line, (end, number)
-            if is_last:
-                key = ''
-
-
-def _between(f, separator, wanted):
-    """(bytes, whether a text ends with them, and the file) of the texts between separators.
-
-    Those before the byte `wanted` come many at a time, for speed: they are only counted.
-    """
-    rest = b''
-    while block := f.read(PART_BYTES):
-        block = rest + block
-        *texts, rest = block.split(separator)
-        if texts and f.tell() <= wanted:
-            texts = [block[: len(block) - len(rest) - len(separator)]]
-        for text in texts:
-            yield text, True, False
-        if len(rest) > PART_BYTES:  # a part, without what may be the beginning of a separator
-            cut = _last_cut(rest[: len(rest) - len(separator) + 1])
-            yield rest[:cut], False, False
-            rest = rest[cut:]
-    yield rest, True, True
+                if begin < start or not text.strip():
+                    continue
+                content = text.lstrip(b'\r\n') if begin else text.removeprefix(codecs.BOM_UTF8)
+                line += text[: len(text) - len(content)].count(b'\n')
+                if more or i + 1 < len(texts):  # what ends the file stays as it is
+                    content = content.rstrip(b'\r\n')
+                yield Text(*_decoded(content, line - 1)), line, (end, number)
 
 
 def _last_cut(piece):
