@@ -1,7 +1,8 @@
 """Your own conversations, in .jsonl, .json or .parquet.
 
-A record is {"messages": [{"role": "user", "content": ...}, ...]}, or has Alpaca's fields
-instruction, input and output.
+A record is {"messages": [{"role": "user", "content": ...}, ...]}, ShareGPT's {"conversations":
+[{"from": "human", "value": ...}, ...]}, Alpaca's instruction, input and output, prompt and
+completion, or question and answer; "system" beside them comes first. Which it is is found out.
 
 python prepare/chat.py --input=talks.jsonl --name=talks --tokenizer=data/stdlib
 """

@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
 from fledge.corpus import Hub, Made, OrElse, Skip, Stage, configure, prepare
-from fledge.corpus.records import article, conversation, exchange, is_title, text_of
+from fledge.corpus.records import article, conversation, exchange, is_title
 
 name = 'mini_chat'  # folder under data/
 cap = 20000  # examples of each source; where one cannot be had, as much arithmetic
@@ -63,7 +63,7 @@ code = Hub('sahil2801/CodeAlpaca-20k')
 wikitext = Hub('Salesforce/wikitext', 'wikitext-2-raw-v1', columns=['text'], starts=is_title)
 stages = [
     stage(0, oasst, lambda rows: [tree(rows)]),
-    stage(cap, gsm8k, lambda row: [exchange(text_of(row, 'question'), text_of(row, 'answer'))]),
+    stage(cap, gsm8k, lambda row: [conversation(row)]),
     stage(2 * cap, code, lambda row: [conversation(row)]),
     stage(3 * cap, wikitext, lambda rows: [article(rows)]),
 ]

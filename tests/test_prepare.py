@@ -992,6 +992,39 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     assert not pairs
 
 
+def test_conversations_of_every_form_are_read():
+    talk = [dict(role='user', content='why?'), dict(role='assistant', content='so')]
+    system = dict(role='system', content='Be brief.')
+    sharegpt = [{'from': 'human', 'value': 'why?'}, {'from': 'gpt', 'value': 'so'}]
+    for record in (
+        dict(messages=talk),
+        dict(conversations=sharegpt),
+        dict(conversations=talk, id='7'),
+        dict(instruction='why?', input='', output='so'),
+        dict(prompt='why?', completion='so'),
+        dict(prompt='why?', response='so', completion_id=3),
+        dict(prompt=talk[:1], completion=talk[1:]),
+        dict(question='why?', answer='so'),
+    ):
+        assert conversation(record) == talk
+        assert conversation(record | dict(system='Be brief.')) == [system, *talk]
+        assert conversation(record | dict(system='')) == talk
+    assert (
+        conversation(dict(conversations=[{'from': 'system', 'value': 'Be brief.'}, *sharegpt]))[0]
+        == system
+    )
+    for record, words in (
+        (dict(messages='why?'), 'no list of objects'),
+        (dict(conversations=[{'from': 'dog', 'value': 'x'}]), "a role 'dog'"),
+        (dict(conversations=sharegpt[:1]), 'no message of the assistant'),
+        (dict(question='why?', answer=None), "no field 'answer'"),
+        (dict(prompt='why?', completion=5), "a field 'content' that is no text"),
+        (dict(text='why?', label=1), 'no conversation; it has text, label'),
+    ):
+        with pytest.raises(Skip, match=words):
+            conversation(record)
+
+
 def test_messages_are_what_was_written():
     messages = [dict(role='user', content='\nwhy? '), dict(role='assistant', content='  x\n')]
     assert conversation(dict(messages=messages)) == messages

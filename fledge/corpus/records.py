@@ -2,6 +2,15 @@
 
 from fledge.corpus.sources import Skip
 
+ROLES = dict(human='user', prompter='user', gpt='assistant', model='assistant', bot='assistant')
+# Fields of a question and its answer. Alpaca's question may have an `input` beside it.
+EXCHANGES = (
+    ('instruction', 'output'),
+    ('prompt', 'completion'),
+    ('prompt', 'response'),
+    ('question', 'answer'),
+)
+
 
 def text_of(record, field):
     """The text in a field of a record; a record that is a text (a whole file) is it itself."""
@@ -22,14 +31,39 @@ def exchange(question, answer):
 
 
 def conversation(record):
-    """The messages of a record: its field messages, or Alpaca's instruction, input and output."""
+    """The messages of a record, in any of the forms that conversations have.
+
+    A list in `messages` (role and content) or `conversations` (ShareGPT's from and value); or a
+    question and its answer in the fields of EXCHANGES, texts or such lists. `system` comes first.
+    """
     if not isinstance(record, dict):
         raise Skip('no object')
-    if record.get('messages') is not None:
-        return _checked(record['messages'])
-    if 'instruction' in record:
-        return exchange(_instruction(record), text_of(record, 'output'))
-    raise Skip("no field 'messages', and none 'instruction'")
+    messages = [dict(role='system', content=record['system'])] if record.get('system') else []
+    for field in ('messages', 'conversations'):
+        if record.get(field) is not None:
+            return _checked(messages + _turns('', record[field]))
+    for asked, answered in EXCHANGES:
+        if record.get(asked) is not None and (asked == 'instruction' or answered in record):
+            question = _instruction(record) if asked == 'instruction' else record[asked]
+            answer = record.get(answered)
+            if answer is None:
+                raise Skip(f'no field {answered!r}')
+            return _checked(messages + _turns('user', question) + _turns('assistant', answer))
+    raise Skip(f'no conversation; it has {", ".join(map(str, record))[:80]}')
+
+
+def _turns(role, said):
+    """What is said, a text by role or a list of messages, as such a list."""
+    if role and not isinstance(said, list):
+        return [dict(role=role, content=said)]
+    turns = []
+    for message in said if isinstance(said, list) else [said]:
+        if not isinstance(message, dict):
+            raise Skip('messages that are no list of objects')
+        speaker = message.get('role', message.get('from'))
+        content = message.get('content', message.get('value'))
+        turns.append(dict(role=ROLES.get(str(speaker), speaker), content=content))
+    return turns
 
 
 def preference(record):
