@@ -1183,9 +1183,13 @@ def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
 
 
 def test_gguf_takes_no_chat_template_that_gives_other_tokens(tmp_path):
-    """SentencePiece puts a space in front of each text: of a message, or of the whole turn."""
+    """Such as where the token that ends a turn takes the space in front of it, as Phi's do."""
     huggingface.check_template(CHAT_TEMPLATE, byte_tokenizer())
-    tokenizer = type(byte_tokenizer())(sentencepiece()).with_special()
+    kind = type(byte_tokenizer())
+    spec = kind(sentencepiece()).with_special().spec
+    huggingface.check_template(CHAT_TEMPLATE, kind(spec))
+    tokens = [t | dict(lstrip=t['content'] == '<|im_end|>') for t in spec['added_tokens']]
+    tokenizer = kind(spec | dict(added_tokens=tokens))
     huggingface.check_template(None, tokenizer)
     huggingface.check_template('{{ 1 / 0 }}' + CHAT_TEMPLATE, tokenizer)  # is not run
     begin = '{{ bos_token }}' + CHAT_TEMPLATE
