@@ -21,7 +21,7 @@ from fledge.tokenizer import is_gpt2_size
 # (magic, version): token type
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
 HEADER_BYTES = 256 * 4
-NO_DATASETS = ('text', 'chat', 'preferences', 'hub', 'look', 'merge')  # in prepare/
+NO_DATASETS = ('text', 'chat', 'preferences', 'classify', 'hub', 'look', 'merge')  # in prepare/
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
 

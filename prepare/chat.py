@@ -12,11 +12,12 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import RECORDS, Files, Stage, configure, conversation, prepare, split_paths
+from fledge.corpus import RECORDS, configure, conversation, own_files, prepare
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
+val = ''  # the same, for val; '': val_fraction of input
 settings = configure(globals())
 
-stage = Stage(Files(split_paths(input), RECORDS), lambda record: [conversation(record)])
-prepare(settings, input, [stage], masked=True)
+stages = own_files(settings, lambda record: [conversation(record)], extensions=RECORDS)
+prepare(settings, input, stages, masked=True)

@@ -9,14 +9,15 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import Files, Stage, configure, prepare, split_paths, text_of
+from fledge.corpus import configure, own_files, prepare, text_of
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
+val = ''  # the same, for val; '': val_fraction of input
 field = 'text'  # where a .jsonl, .json or .parquet has the text
 separator = ''  # what stands between the documents of a .txt or .md; \n and \t are read as such
 settings = configure(globals())
 
 separator = separator.replace(r'\n', '\n').replace(r'\t', '\t')
-source = Files(split_paths(input), columns=[field], separator=separator)
-prepare(settings, input, [Stage(source, lambda record: [text_of(record, field)])])
+options = dict(columns=[field], separator=separator)
+prepare(settings, input, own_files(settings, lambda record: [text_of(record, field)], **options))

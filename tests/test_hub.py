@@ -748,3 +748,23 @@ def test_no_network_at_all(tmp_path):
         in fails(tmp_path, 'prepare/hub.py', '--repo=someone/rows', '--name=x', *FAST, env=env)
     )
     assert not os.path.exists(tmp_path / 'data/x')
+
+
+def test_smol_smoltalk(hub, tmp_path):
+    def talks(split, n):
+        messages = [
+            [
+                dict(role='user', content=f'{split} question {i}'),
+                dict(role='assistant', content=f'answer {i}'),
+            ]
+            for i in range(n)
+        ]
+        return parquet_bytes([dict(messages=m, source='x') for m in messages])
+
+    hub.add(
+        'HuggingFaceTB/smol-smoltalk',
+        {f'data/{s}-00000-of-00001.parquet': talks(s, n) for s, n in (('train', 60), ('test', 7))},
+    )
+    folder, _ = prepared(hub, tmp_path, 'smol_smoltalk')
+    assert len(learned_of(folder, 'train')) == 60 and len(learned_of(folder, 'val')) == 7
+    assert any('test question 3' in text for text, _ in learned_of(folder, 'val'))

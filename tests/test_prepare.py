@@ -992,6 +992,30 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     assert not pairs
 
 
+def test_labels_are_learned_and_val_may_be_files_of_its_own(tmp_path):
+    def write(path, n):
+        rows = [dict(text=f'Film {i} of {path} ', label=i % 2) for i in range(n)]
+        rows += [dict(text='Film 0 of dev.jsonl ', label=0), dict(text='odd', label=2)]
+        (tmp_path / path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+    write('train.jsonl', 40)
+    write('dev.jsonl', 10)
+    flags = ['--input=train.jsonl', '--val=dev.jsonl', '--name=x', '--tokenizer=bytes']
+    out = run(tmp_path, 'prepare/classify.py', *flags, '--labels=bad,good')
+    folder = str(tmp_path / 'data/x')
+    assert len(learned_of(folder, 'train')) == 40
+    val = learned_of(folder, 'val')
+    assert len(val) == 10  # what is in both stays in val
+    first = 'Film 1 of dev.jsonl\n\nLabel: good'
+    assert (f'{first}<|endoftext|>', ' good<|endoftext|>') in val or (first, ' good') in val
+    assert "2 x a label '2' that is none of bad, good (dev.jsonl:12, train.jsonl:42)" in out
+    words = fails(tmp_path, 'prepare/classify.py', *flags[:2], '--name=y', '--tokenizer=bytes')
+    assert "a label '0' that is no word" in words
+    assert 'nowhere.txt does not exist' in fails(
+        tmp_path, 'prepare/text.py', '--input=dev.jsonl', '--val=nowhere.txt', '--name=z'
+    )
+
+
 def test_conversations_of_every_form_are_read():
     talk = [dict(role='user', content='why?'), dict(role='assistant', content='so')]
     system = dict(role='system', content='Be brief.')

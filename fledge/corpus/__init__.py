@@ -21,7 +21,7 @@ from fledge.corpus.sources import (
 
 __all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'article']
 __all__ += ['configure', 'conversation', 'fetch', 'is_title', 'preference', 'prepare']
-__all__ += ['split_paths', 'text_of']
+__all__ += ['own_files', 'text_of']
 
 
 def configure(script):
@@ -30,3 +30,13 @@ def configure(script):
     Config files and --key=value override them; see fledge.configurator.
     """
     return configurator.configure(script, also=pipeline.__file__)
+
+
+def own_files(settings, documents, **options):
+    """The stages of a user's own files, --input and --val; options: of Files."""
+    val = settings['val']
+    split = 'train' if val else ''  # else val is a fraction of it
+    stages = [Stage(Files(split_paths(settings['input']), **options), documents, split)]
+    if val:  # first, so that it keeps what is in both
+        stages.insert(0, Stage(Files(split_paths(val), **options), documents, 'val'))
+    return stages
