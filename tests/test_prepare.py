@@ -1016,6 +1016,17 @@ def test_labels_are_learned_and_val_may_be_files_of_its_own(tmp_path):
     )
 
 
+def test_the_standard_librarys_docstrings_become_a_chat(tmp_path):
+    run(tmp_path, 'prepare/stdlib_chat.py', '--tokenizer=bytes')
+    talks = texts_of(str(tmp_path / 'data/stdlib_chat'), 'train')
+    talks += texts_of(str(tmp_path / 'data/stdlib_chat'), 'val')
+    assert len(talks) > 3000
+    question = '<|im_start|>user\nHow do I call os.path.join?<|im_end|>\n'
+    answer = '<|im_start|>assistant\nIt is called as os.path.join(a, *p).<|im_end|>\n'
+    assert any(talk.startswith(question + answer) for talk in talks)
+    assert any('\nWhich function is this: Split a pathname' in talk for talk in talks)
+
+
 def test_conversations_of_every_form_are_read():
     talk = [dict(role='user', content='why?'), dict(role='assistant', content='so')]
     system = dict(role='system', content='Be brief.')
