@@ -174,7 +174,8 @@ elif meant is not model:
         p.copy_(p.to(getattr(torch, dtype)))
 for n, p in meant.named_parameters():
     if not p.isfinite().all():
-        advice = '; take a larger type' if written != 'float32' else ''
+        is_finite = model.get_parameter(n).isfinite().all()
+        advice = '; take a larger type' if is_finite else ''
         raise UserError(f'{n} of {path} has weights that are not finite in {written}{advice}')
 
 

@@ -132,6 +132,7 @@ if has_masks(data_dir):
 theirs = None
 if start:  # the tokenizer comes along with the weights
     theirs = find_tokenizer(start.get('folder') or os.path.dirname(source) or '.')
+    theirs = theirs and theirs.as_trained(start)
 tokenizer = common_tokenizer(data_dir, theirs, source, log.say)
 
 # ---- model
@@ -139,7 +140,7 @@ torch.manual_seed(seed)
 if start is None:
     model = GPT(checkpoint.config_of(config, tokenizer))
 else:
-    model = checkpoint.model_to_train(start, source, config, given, log.say, tokenizer)
+    model = checkpoint.model_to_train(start, source, config, given, log.say)
     if quantize.is_quantized(model) and not eval_only:
         raise UserError(
             f'{source} has 8-bit weights, which cannot be trained: start from what it was made of'
@@ -170,7 +171,7 @@ if resuming:
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
 del start
-machine.agree('run to go on with: out_dir has to be shared', (resuming, state.step))
+machine.agree('checkpoint in out_dir (which all have to share)', (resuming, state.step))
 machine.agree('data under the same name', data_digest)
 last_token = target_tokens  # with which the run ends, if it is not steps that end it
 if target_epochs and not target_tokens:
@@ -197,7 +198,7 @@ if resuming:
     log.say(f'resuming at step {state.step}' + ''.join(changes))
 
 
-DIVERGED = ': the run diverged; lower learning_rate (the last checkpoint is kept)'
+DIVERGED = ': the run diverged; lower learning_rate (what was saved before is kept)'
 
 
 def loss_of(network, batch):
@@ -301,9 +302,10 @@ def evaluate_and_save():
 
 def save_checkpoint(is_best):
     global saved_step
-    if recent and not math.isfinite(sum(machine.mean(torch.stack([loss for loss, _ in recent])))):
+    losses, _ = recent.of_all(machine)
+    if not math.isfinite(sum(losses)):
         raise UserError(f'the loss is not finite at step {state.step}{DIVERGED}')
-    saved_step = state.step
+    saved_step, state.recent_losses = state.step, losses
     saved = dict(
         model=model.state_dict(),
         optimizer=optimizers.state_dict(opts),
@@ -324,16 +326,11 @@ def save_checkpoint(is_best):
 
 def log_steps(grad_norm):
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
-    losses = machine.mean(torch.stack([loss for loss, _ in recent]))  # waits for an accelerator
-    speed = len(recent) * tokens_per_step / clock.interval()
-    loss = sum(losses) / len(losses)
-    line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed)
+    losses, own_numbers = recent.of_all(machine)  # waits for an accelerator
+    loss, speed = sum(losses) / len(losses), recent.n_timed * tokens_per_step / clock.interval()
+    line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed, **own_numbers)
     line['grad_norm'] = grad_norm.item()
     line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
-    own_numbers = recent[-1][1].keys()
-    for name in own_numbers:
-        values = [numbers[name] for _, numbers in recent if name in numbers]
-        line[name] = machine.mean(torch.stack(values).mean())
     if math.isfinite(loss):
         line['step_losses'] = [round(each, 5) for each in losses]
     log.metrics(**state.metrics(), **line)
@@ -353,11 +350,12 @@ if dry_run:
 
 # ---- the training loop
 stop = run.StopSignals(machine.main)
+state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
 if state.step > warmup_iters and learning_rate_at(state.step, time_share()) > 1.05 * state.lr > 0:
-    log.say(f'the learning rate rises again, from {state.lr:.2e}: there is more to do than before')
+    log.say(f'the learning rate rises again: it was {state.lr:.2e}')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
-recent = []  # (loss, numbers) of the steps since the last line of progress
+recent = run.RecentSteps(state.recent_losses, machine.device)
 saved_step = state.step if resuming else -1
 while True:
     state.elapsed = clock.elapsed()
@@ -389,7 +387,7 @@ while True:
     # one step
     state.lr = learning_rate_at(state.step, spent)
     loss, grad_norm, numbers = train_step(state.step, state.lr)
-    recent.append((loss, numbers))
+    recent.add(loss, numbers)
 
     # log
     if state.step % log_interval == 0 or state.evaluated_step == state.step:
@@ -402,10 +400,13 @@ while True:
 log.close_bar()
 if saved_step != state.step:  # the last weights are kept in any case
     save_checkpoint(is_best=False)
+if recent.n_timed and not stopping:
+    log_steps(grad_norm)
+elif not stopping:
+    log.metrics(**state.metrics())
 folder = shlex.quote(out_dir)
 goes_on = f'To go on: python train.py --init_from=resume --out_dir={folder}'
 if not stopping:
-    log.metrics(**state.metrics())
     log.draw()
     goes_on = f'Try it: python sample.py --out_dir={folder}'
 time_is_up = ', all of max_minutes' if spent >= 1 else ''

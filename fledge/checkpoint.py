@@ -172,12 +172,11 @@ def config_of(settings, tokenizer):
         raise UserError(str(e)) from None
 
 
-def model_to_train(checkpoint, path, settings, given, say, tokenizer):
+def model_to_train(checkpoint, path, settings, given, say):
     """The model of a loaded checkpoint, for rows of block_size tokens.
 
     Its shape is its own: settings are brought in line with it, and those of `given` that ask for
-    another are named by say(). UserError, which names path, for rows that it cannot take, and for
-    data whose tokenizer has more tokens.
+    another are named by say(). UserError, which names path, for rows that it cannot take.
     """
     context = checkpoint['model_args'].get('block_size', GPTConfig.block_size)
     if 'block_size' not in given:
@@ -192,13 +191,6 @@ def model_to_train(checkpoint, path, settings, given, say, tokenizer):
         if own != settings[name] and name in given and not by_itself:
             say(f'{name}={settings[name]!r} is ignored: the checkpoint has {own!r}')
         settings[name] = own
-    vocab_size = model.config.vocab_size
-    if tokenizer and tokenizer.vocab_size > vocab_size:
-        added = [token for token, i in tokenizer.special.items() if i >= vocab_size]
-        raise UserError(
-            f'{path} has an embedding of {vocab_size:,} tokens, which does not grow yet, and the '
-            f'data {tokenizer.vocab_size:,} (with {", ".join(added)}): prepare it as plain text'
-        )
     return model
 
 

@@ -137,6 +137,7 @@ class Machine:
         first, *others = self.gather(value)
         for rank, other in enumerate(others, 1):
             if other != first:
+                self.leave()  # together, for all of them know
                 raise UserError(f'process {rank} has another {what} than process 0')
 
     def mean(self, tensor):

@@ -22,14 +22,15 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
     Returns a dict: loss (nats a token) and tokens, and for next_token perplexity, accuracy,
     bits_per_byte (None where no bytes are known) and bytes, else the objective's own numbers.
     bits_per_byte compares across tokenizers: it is the bits that the tokens of text cost, over the
-    bytes of the text. Special tokens are in neither, nor are spaces that a tokenizer adds.
+    bytes of the text. Special tokens are in neither, nor are spaces that a tokenizer adds. (Of one
+    that changes a text, by folding spaces for example, it is the changed text's.)
     """
     was_training = model.training
     model.eval()
-    text_bytes, added = np.zeros(model.config.vocab_size, np.int64), 0  # a token, a text
+    text_bytes, added, before_texts = np.zeros(model.config.vocab_size, np.int64), 0, []
     if tokenizer:
         text_bytes = tokenizer.text_bytes(len(text_bytes))
-        added = tokenizer.space_in_front
+        added, before_texts = tokenizer.space_in_front, list(tokenizer.before_texts - {None})
     rows = data.evaluation_rows(n_batches * batch_size or None)
     starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
     sums = {}
@@ -42,8 +43,7 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
             if objective is next_token:
                 sizes = text_bytes[batch['targets']] * learned
                 batch['is_text'] = sizes > 0
-                # a text begins behind a special token, which has no bytes
-                n_texts = (batch['is_text'] & (text_bytes[batch['inputs']] == 0)).sum()
+                n_texts = (batch['is_text'] & np.isin(batch['inputs'], before_texts)).sum()
                 numbers = next_token_sums(model, machine.move(batch), machine.hidden(model))
                 numbers['bytes'] = sizes.sum() - n_texts * added
             else:

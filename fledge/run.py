@@ -9,7 +9,9 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
 
 from fledge import UserError, lock_folder, optimizers, replacing
 from fledge.configurator import one_of
@@ -39,6 +41,7 @@ class RunState:
     best_val_loss: float = math.inf
     best_step: int = -1  # of that loss
     evaluations_since_best: int = 0
+    recent_losses: list = field(default_factory=list)  # of the steps since the last logged line
     wandb_id: str = ''  # of the run there
 
     def metrics(self):
@@ -142,6 +145,29 @@ class Clock:
         return self.elapsed() - self.interval_start - (self.aside - self.interval_aside)
 
 
+class RecentSteps:
+    """The steps since the last line of progress; losses: of those that were before a resume."""
+
+    def __init__(self, losses, device):
+        self.clear()
+        self.losses = [torch.tensor(loss, device=device) for loss in losses]
+
+    def clear(self):
+        self.losses, self.numbers, self.n_timed = [], {}, 0
+
+    def add(self, loss, numbers):
+        self.losses.append(loss)
+        self.n_timed += 1
+        for name, number in numbers.items():
+            self.numbers.setdefault(name, []).append(number)
+
+    def of_all(self, machine):
+        """The loss of each step, a list, and the means of the objective's numbers."""
+        losses = machine.mean(torch.stack(self.losses)) if self.losses else []
+        means = {n: machine.mean(torch.stack(v).mean()) for n, v in self.numbers.items()}
+        return losses, means
+
+
 class StopSignals:
     """The first SIGINT or SIGTERM asks for a checkpoint and a stop; the next ends the process."""
 
@@ -202,6 +228,14 @@ class RunLog:
                 self.keep_previous()
             elif os.path.exists(path):
                 lines = [m for m in read_metrics(path) if m['step'] < state.step]
+            if (
+                resuming
+                and state.best_val_loss == math.inf
+                and os.path.exists(self.path('best.pt'))
+            ):
+                kept = f'best-before-step-{state.step}.pt'  # by a measure that has changed
+                os.replace(self.path('best.pt'), self.path(kept))
+                print(f'evaluations are others from here on: best.pt of before is now {kept}')
             with replacing(path) as f:
                 f.writelines(json.dumps(line) + '\n' for line in lines)
             for line in lines:
@@ -224,7 +258,7 @@ class RunLog:
         folder = next(path for path in folders if not os.path.exists(path))
         os.makedirs(folder)
         for name in os.listdir(self.out_dir):
-            if name in RUN_FILES or name.startswith('samples_step_'):
+            if name in RUN_FILES or name.startswith(('samples_step_', 'best-before-step-')):
                 os.replace(self.path(name), os.path.join(folder, name))
         print(f'the run that was in {self.out_dir} is now in {folder}')
 
@@ -408,8 +442,6 @@ def check_settings(settings):
     """UserError for a setting of train.py that no run can have."""
     one_of(settings, lr_schedule=('linear', 'cosine', 'wsd'))
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
-    if settings['min_lr'] > settings['learning_rate']:
-        raise UserError(f'min_lr={settings["min_lr"]} is above learning_rate')
 
 
 def without_effect(settings, given):

@@ -106,6 +106,11 @@ class Tokenizer:
             self.token_bytes = self._bytes_by_tokenizers(added)
         alone = b''.join(self.token_bytes.get(i, b'') for i in self.encode('a')) if self.hf else b''
         self.space_in_front = len(alone) - 1 if alone.endswith(b' a') else 0
+        # special tokens behind which a text begins, and has that space: of some every one
+        self.before_texts = {self.end_of_text, *self.begin}
+        start = self.special.get(IM_START)
+        if start and self.encode(f'{IM_START}a', allow_special=True) == [start, *self.encode('a')]:
+            self.before_texts.add(start)
 
     def _bytes_by_tokenizers(self, added):
         """token_bytes of a vocabulary that runs on `tokenizers`."""
@@ -185,10 +190,7 @@ class Tokenizer:
         ids, learned = [*self.begin], [0] * len(self.begin)
         start, end = self.special[IM_START], self.special[IM_END]
         newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
-        before = ''
-        if self.space_in_front:  # which some of SentencePiece's kind put behind special tokens, too
-            behind = self.encode(f'{IM_START}a', allow_special=True)[1:]
-            before = '' if behind == self.encode('a') else '\n'
+        before = '' if start in self.before_texts else '\n'
         for message in messages:
             role = f'{message["role"]}\n'
             # one text, as of a template: a token may hold the end of one and the other's beginning
@@ -265,6 +267,11 @@ class Tokenizer:
     def without_begin(self):
         """This tokenizer, with nothing in front of a document."""
         return Tokenizer(self.spec | dict(post_processor=None)) if self.begin else self
+
+    def as_trained(self, checkpoint):
+        """This tokenizer as the model of a checkpoint knows it: before, documents had no begin."""
+        begin = checkpoint.get('begin', 'iter_num' not in checkpoint)
+        return self if begin else self.without_begin()
 
     def digest(self):
         """A text that two tokenizers share if they are the same in all that they do."""

@@ -194,7 +194,7 @@ class Tokens:
             position = start + int(ids.argmax())
             raise UserError(
                 f'{self.paths[shard]} holds token {ids.max():,} at position {position:,}, '
-                f'beyond the vocabulary of {self.vocab_size:,}'
+                f'beyond the vocabulary of {self.vocab_size:,}, which does not grow yet'
             )
 
     def rows(self, first, count):

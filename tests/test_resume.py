@@ -14,6 +14,19 @@ from fledge.tokenizer import char_tokenizer
 PLAIN = [*TINY, '--sample_interval=0', '--eval_interval=1000']
 
 
+# a config file whose objective asks the run to stop in a step
+STOPPING = """
+def objective(model, batch):
+    import os, signal
+    loss = model(*batch, return_logits=False)[1]
+    global calls
+    calls = globals().get('calls', 0) + model.training
+    if calls == WHEN:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+"""
+
+
 def recording(folder):
     """A config file whose objective writes down the rows that are trained on."""
     (folder / 'record.py').write_text("""
@@ -58,16 +71,7 @@ def test_the_rate_goes_on_by_tokens_where_tokens_end_the_run(workdir):
     flags = [*PLAIN, '--warmup_iters=1', '--target_tokens=2560', '--learning_rate=0.01']
     run(workdir, 'train.py', *flags, '--max_minutes=0', '--batch_size=8')
     whole = {m['tokens']: m['lr'] for m in metrics(workdir / 'out')}
-    (workdir / 'half.py').write_text("""
-def objective(model, batch):
-    import os, signal
-    loss = model(*batch, return_logits=False)[1]
-    global calls
-    calls = globals().get('calls', 0) + model.training
-    if calls == 10:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loss
-""")
+    (workdir / 'half.py').write_text(STOPPING.replace('WHEN', '10'))
     assert 'stopped at step 10' in run(workdir, 'train.py', *flags, 'half.py', '--batch_size=8')
     (workdir / 'half.py').write_text('def objective(model, batch):\n    return model(*batch)[1]\n')
     out = run(workdir, 'train.py', 'half.py', '--init_from=resume', '--batch_size=2')
@@ -81,7 +85,7 @@ def objective(model, batch):
 def test_a_rate_that_rises_again_is_said(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=20')
     out = run(workdir, 'train.py', '--init_from=resume', '--max_iters=200')
-    assert 'the learning rate rises again, from 4.' in out
+    assert 'the learning rate rises again: it was 4.' in out
 
 
 def test_data_that_changed_under_a_run_is_refused(workdir):
@@ -166,15 +170,41 @@ def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
     log = RunLog(True, str(workdir / 'out'))
     for line in lines:
         log.add_to_curves(line)
-    assert [tokens for tokens, _, _ in log.curves['step_loss']] == [64 * i for i in range(11)]
+    tokens = [tokens for tokens, _, _ in log.curves['step_loss']]
+    assert tokens == [*(64 * i for i in range(11)), 768]  # the last line is behind the last step
     log.draw()
 
 
+def test_the_steps_between_two_lines_are_counted_over_a_resume(workdir):
+    (workdir / 'own.py').write_text(STOPPING.replace('WHEN', '-1'))
+    (workdir / 'stop.py').write_text(STOPPING.replace('WHEN', '8'))
+    flags = [*PLAIN, '--log_interval=5', '--dtype=float32', '--max_iters=12']
+    run(workdir, 'train.py', *flags, 'own.py')
+    whole = [(m['step'], m['train_loss']) for m in metrics(workdir / 'out')]
+    assert [step for step, _ in whole] == [0, 5, 10, 12] and whole[-1][1] is not None
+    run(workdir, 'train.py', *flags, 'stop.py', '--out_dir=parts')
+    run(workdir, 'train.py', 'own.py', '--init_from=resume', '--out_dir=parts')
+    assert [(m['step'], m['train_loss']) for m in metrics(workdir / 'parts')] == whole
+
+
+def test_the_best_weights_are_kept_where_the_measure_changes(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=40')
+    best = (workdir / 'out/best.pt').read_bytes()
+    ruin = ['--learning_rate=1', '--max_iters=44', '--eval_iters=3']
+    out = run(workdir, 'train.py', '--init_from=resume', *ruin)
+    assert 'best.pt of before is now best-before-step-40.pt' in out
+    assert (workdir / 'out/best-before-step-40.pt').read_bytes() == best
+    assert (workdir / 'out/best.pt').exists()
+
+
 def test_a_run_that_time_cuts_is_evaluated_ten_times(workdir):
-    flags = ['--max_minutes=0.1', '--max_iters=100000', '--eval_interval=100000']
-    run(workdir, 'train.py', *TINY, '--sample_interval=0', *flags, '--log_interval=1000')
+    flags = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1000']
+    run(workdir, 'train.py', *TINY, '--sample_interval=0', *flags, '--max_minutes=0.05')
     evaluated = [m['step'] for m in metrics(workdir / 'out') if m['val_loss'] is not None]
     assert 6 <= len(evaluated) <= 13  # fewer on a machine that stands still for seconds
+    run(workdir, 'train.py', '--init_from=resume', '--max_minutes=0.1')
+    again = [m['step'] for m in metrics(workdir / 'out') if m['val_loss'] is not None]
+    assert len([step for step in again if step > evaluated[-1]]) >= 3
 
 
 def test_llmcs_shards_are_found(workdir):
@@ -194,7 +224,10 @@ def test_processes_go_on_with_one_run_and_one_dataset(workdir):
         write_tiny(made / 'data/tiny', n_train=4000 + 100 * rank)
     os.rename(workdir / 'out', workdir / 'node0/out')
     for flags, words in (
-        (['--auto_resume', '--max_iters=8'], 'another run to go on with: out_dir has to be shared'),
+        (
+            ['--auto_resume', '--max_iters=8'],
+            'another checkpoint in out_dir (which all have to share)',
+        ),
         (['--out_dir=new'], 'another data under the same name than process 0'),
     ):
         with socket.socket() as s:

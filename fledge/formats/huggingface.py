@@ -199,10 +199,8 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
             f'{path} has no tokenizer.json beside it, '
             f"and its vocabulary of {vocab_size} is not GPT-2's"
         )
-    # documents of older runs began with nothing
-    if not state.get('begin', 'iter_num' not in state):
-        tokenizer = tokenizer.without_begin()
-    if state.get('tokenizer', tokenizer.digest()) != tokenizer.digest():
+    tokenizer = tokenizer.as_trained(state)
+    if (state.get('tokenizer') or tokenizer.digest()) != tokenizer.digest():
         raise UserError(
             f'{path} was trained with another tokenizer than the one beside it: '
             'put back the tokenizer.json of its run'
