@@ -307,6 +307,10 @@ def one_line(kind, error, trace):
     else:
         return sys.__excepthook__(kind, error, trace)
     print(f'error: {words}', file=sys.stderr)
+    if 'RANK' in os.environ:  # threads of torch.distributed would abort a process that exits
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     raise SystemExit(2)
 
 

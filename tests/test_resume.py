@@ -239,6 +239,6 @@ def test_processes_go_on_with_one_run_and_one_dataset(workdir):
             mine = env | dict(RANK=str(rank), LOCAL_RANK='0')
             nodes.append(start(workdir / f'node{rank}', 'train.py', *PLAIN, *flags, env=mine))
         errors = [node.communicate(timeout=120)[1] for node in nodes]
-        assert [node.returncode for node in nodes] == [2, 2]
+        assert [node.returncode for node in nodes] == [2, 2], errors
         assert all(words in error for error in errors), errors
     assert 'RANK is not' in fails(workdir, 'train.py', *PLAIN, env=dict(WORLD_SIZE='2'))
