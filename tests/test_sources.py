@@ -154,6 +154,10 @@ def test_separated_texts_are_those_of_the_whole_for_any_slice_and_position(
     for n in (2, 7, 40):
         slices = [comparable(source.read(None, i, n)) for i in range(n)]
         assert sum(slices, []) == comparable(whole) and sum(map(bool, slices)) > 1
+    windows = tmp_path / 'windows.txt'
+    windows.write_bytes(content.removeprefix('\ufeff').encode('utf-16'))
+    records = Files([str(windows)], separator=separator).read()
+    assert [record.text for record, _, _ in records] == expected
     monkeypatch.setattr(sources, 'LONGEST', 250)
     last, _, _ = list(source.read())[-1]
     assert str(last) == 'more than 0 MB without a separator'

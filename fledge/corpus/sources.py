@@ -448,7 +448,7 @@ def _separated(path, separator, start, stop, offset, number):
     A file is read from the end of a text, or from its beginning: so slices agree on its separators.
     """
     rest, end, more = b'', offset, True
-    with open(path, 'rb') as f:
+    with _opened(path) as f:
         f.seek(offset)
         while more:
             block = f.read(PART_BYTES)
