@@ -490,5 +490,8 @@ def digest():
     """Changes with the text in model.py of what is written out a second time here."""
     texts = []
     for twin, names in STEPS.items():
-        texts += [inspect.getsource(getattr(twin.__base__, name)) for name in names]
+        try:
+            texts += [inspect.getsource(getattr(twin.__base__, name)) for name in names]
+        except OSError:  # typed into an interpreter, in place of model.py's
+            return ''
     return hashlib.sha256(''.join(texts).encode()).hexdigest()[:16]

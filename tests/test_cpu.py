@@ -266,3 +266,12 @@ def test_a_norm_without_a_weight_and_a_second_time(monkeypatch):
     torch.testing.assert_close(cpu.speed_up(model)(idx, idx)[1], expected)
     again = cpu.speed_up(model.bfloat16().eval(), packed=True).generate(idx, 3)
     assert again.shape == (1, 11)
+
+
+def test_a_step_whose_text_is_nowhere_is_compared(monkeypatch, capsys):
+    names = dict(F=F)
+    norm = 'F.rms_norm(x, self.normalized_shape, 2 * self.weight, self.eps)'
+    exec(f'def forward(self, x):\n    return {norm}', names)
+    monkeypatch.setattr(plain.RMSNorm, 'forward', names['forward'])
+    cpu.speed_up(tiny(QWEN3))
+    assert 'RMSNorm.forward of model.py is edited' in capsys.readouterr().err
