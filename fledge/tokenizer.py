@@ -64,8 +64,7 @@ class Tokenizer:
     spec: the parsed tokenizer.json. `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
     document, or None; `begin` are the ids that stand in front of each document (Llama's
-    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id; `space_in_front`
-    is how many bytes the tokenizer itself puts in front of a text (SentencePiece a space, 1).
+    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id.
     """
 
     def __init__(self, spec):
@@ -104,13 +103,27 @@ class Tokenizer:
 
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.token_bytes = self._bytes_by_tokenizers(added)
-        alone = b''.join(self.token_bytes.get(i, b'') for i in self.encode('a')) if self.hf else b''
-        self.space_in_front = len(alone) - 1 if alone.endswith(b' a') else 0
-        # special tokens behind which a text begins, and has that space: of some every one
-        self.before_texts = {self.end_of_text, *self.begin}
-        start = self.special.get(IM_START)
-        if start and self.encode(f'{IM_START}a', allow_special=True) == [start, *self.encode('a')]:
-            self.before_texts.add(start)
+
+    @functools.cached_property
+    def space_in_front(self):
+        """How many bytes a tokenizer itself puts in front of a text (SentencePiece a space, 1)."""
+        if not self.hf:
+            return 0
+        try:
+            ids = self.encode('a')
+        except Exception:  # a vocabulary without this letter, and without a token for the unknown
+            return 0
+        alone = b''.join(self.token_bytes.get(i, b'') for i in ids)
+        return len(alone) - 1 if alone.endswith(b' a') else 0
+
+    @functools.cached_property
+    def before_texts(self):
+        """The special tokens behind which a text begins, and has that space: of some every one."""
+        found, start = {self.end_of_text, *self.begin}, self.special.get(IM_START)
+        if not self.space_in_front or start is None:
+            return found
+        behind = self.encode(f'{IM_START}a', allow_special=True)
+        return found | {start} if behind == [start, *self.encode('a')] else found
 
     def _bytes_by_tokenizers(self, added):
         """token_bytes of a vocabulary that runs on `tokenizers`."""
@@ -190,7 +203,7 @@ class Tokenizer:
         ids, learned = [*self.begin], [0] * len(self.begin)
         start, end = self.special[IM_START], self.special[IM_END]
         newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
-        before = '' if start in self.before_texts else '\n'
+        before = '\n' if self.space_in_front and start not in self.before_texts else ''
         for message in messages:
             role = f'{message["role"]}\n'
             # one text, as of a template: a token may hold the end of one and the other's beginning

@@ -357,3 +357,13 @@ def test_no_vocabulary_and_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
     with pytest.raises(UserError, match='--tokenizer=train'):
         load_tokenizer('gpt2')
+
+
+def test_a_vocabulary_without_common_letters_loads_and_talks():
+    digits = char_tokenizer('0123\nuser', ('<|endoftext|>', '<|im_start|>', '<|im_end|>'))
+    ids, learned = digits.encode_chat([dict(role='user', content='12')])
+    assert digits.decode(ids) == '<|im_start|>user\n12<|im_end|>\n' and not learned.any()
+    model = dict(type='WordLevel', vocab={'hello': 0, 'b': 1}, unk_token='[UNK]')
+    spaces = dict(type='Whitespace')
+    words = Tokenizer(dict(added_tokens=[], pre_tokenizer=spaces, model=model, version='1.0'))
+    assert words.encode('hello b') == [0, 1] and words.space_in_front == 0
