@@ -302,7 +302,7 @@ def evaluate_and_save():
 
 def save_checkpoint(is_best):
     global saved_step
-    losses, _ = recent.of_all(machine)
+    losses = recent.all_losses(machine)
     if not math.isfinite(sum(losses)):
         raise UserError(f'the loss is not finite at step {state.step}{DIVERGED}')
     saved_step, state.recent_losses = state.step, losses
@@ -326,7 +326,8 @@ def save_checkpoint(is_best):
 
 def log_steps(grad_norm):
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
-    losses, own_numbers = recent.of_all(machine)  # waits for an accelerator
+    losses = recent.all_losses(machine)  # waits for an accelerator
+    own_numbers = recent.mean_numbers(machine)
     loss, speed = sum(losses) / len(losses), recent.n_timed * tokens_per_step / clock.interval()
     line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed, **own_numbers)
     line['grad_norm'] = grad_norm.item()

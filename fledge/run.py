@@ -161,11 +161,13 @@ class RecentSteps:
         for name, number in numbers.items():
             self.numbers.setdefault(name, []).append(number)
 
-    def of_all(self, machine):
-        """The loss of each step, a list, and the means of the objective's numbers."""
-        losses = machine.mean(torch.stack(self.losses)) if self.losses else []
-        means = {n: machine.mean(torch.stack(v).mean()) for n, v in self.numbers.items()}
-        return losses, means
+    def all_losses(self, machine):
+        """The loss of each step, a list: means over the processes."""
+        return machine.mean(torch.stack(self.losses)) if self.losses else []
+
+    def mean_numbers(self, machine):
+        """The means of the objective's own numbers, by name."""
+        return {n: machine.mean(torch.stack(v).mean()) for n, v in self.numbers.items()}
 
 
 class StopSignals:
