@@ -19,12 +19,11 @@ from contextlib import suppress
 
 import torch
 
-from fledge import UserError, checkpoint, lock_folder
+from fledge import UserError, checkpoint, lock_folder, read_meta
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of
 from fledge.formats import families, gguf, huggingface, onnx
 from fledge.tokenizer import IM_END, Tokenizer, find_tokenizer
-from fledge.tokens import read_meta
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name

@@ -23,6 +23,12 @@ def read_json(path, what='object'):
     return content
 
 
+def read_meta(folder):
+    """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
+    path = os.path.join(folder, 'meta.json')
+    return read_json(path) if os.path.exists(path) else {}
+
+
 def lock_folder(folder, wait):
     """Hold folder for this process, until it ends or closes the file number returned.
 

@@ -15,7 +15,7 @@ import shlex
 
 import numpy as np
 
-from fledge import UserError, read_json, replacing
+from fledge import UserError, read_meta, replacing
 from fledge.formats import hub
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # two of ChatML
@@ -534,7 +534,7 @@ def common_tokenizer(data_dir, theirs, weights, say=print):
         )
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
         say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
-    common, meta = tokenizer or theirs, os.path.join(data_dir, 'meta.json')
-    if common and common.begin and not (os.path.exists(meta) and read_json(meta).get('begin')):
+    common = tokenizer or theirs
+    if common and common.begin and not read_meta(data_dir).get('begin'):
         return common.without_begin()
     return common

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from fledge import UserError, read_json, replacing
+from fledge import UserError, read_meta, replacing
 from fledge.tokenizer import is_gpt2_size
 
 # (magic, version): token type
@@ -78,12 +78,6 @@ def read_bin(path, headerless=False):
     if header[2] == 0:
         raise UserError(f'{path} is empty: it holds no tokens')
     return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(int(header[2]),))
-
-
-def read_meta(folder):
-    """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
-    path = os.path.join(folder, 'meta.json')
-    return read_json(path) if os.path.exists(path) else {}
 
 
 def split_files(folder, split):

@@ -17,11 +17,11 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge import UserError
+from fledge import UserError, read_meta
 from fledge.configurator import configure, one_of
 from fledge.corpus.quality import assess, chunks, show_quality
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import read_bin, read_meta, split_files
+from fledge.tokens import read_bin, split_files
 
 split = 'train'  # whose documents are shown: train, val or test
 document = 1  # the number of the first one shown

@@ -14,11 +14,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge import UserError, lock_folder
+from fledge import UserError, lock_folder, read_meta
 from fledge.configurator import configure
 from fledge.corpus.encoding import SPLITS
 from fledge.corpus.writing import publish, report
-from fledge.tokens import read_meta
 
 name = ''  # folder under data/ that holds the folders of the slices
 configure(globals())

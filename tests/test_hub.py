@@ -13,8 +13,8 @@ from conftest import ROOT, fails, run, start
 from hub import Hub, parquet_bytes
 from test_prepare import contents, learned_of, texts_of
 
+from fledge import read_meta
 from fledge.tokenizer import load_tokenizer
-from fledge.tokens import read_meta
 
 FAST = ['--tokenizer=bytes', '--retries=0']
 

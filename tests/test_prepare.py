@@ -20,9 +20,10 @@ import pytest
 from conftest import ROOT, fails, run, shared, start
 from test_tokenizer import random_texts
 
+from fledge import read_meta
 from fledge.corpus import Skip, conversation, pipeline, preference
 from fledge.tokenizer import byte_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
-from fledge.tokens import Tokens, read_bin, read_meta, split_files
+from fledge.tokens import Tokens, read_bin, split_files
 
 
 def texts_of(folder, split):

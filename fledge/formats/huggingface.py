@@ -180,12 +180,12 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     weights or, in an older run, beside its data, which is dataset if the checkpoint names none.
     """
     path = init_from
-    if init_from != 'resume' and 'out_dir' in given:
-        print('without effect beside --init_from: out_dir', file=sys.stderr)
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
         state = checkpoint.load(path)
     else:
+        if 'out_dir' in given:
+            print('without effect beside --init_from: out_dir', file=sys.stderr)
         state = load(init_from)
     state.pop('optimizer', None)  # twice the weights, and nothing to do but train
     folders = [state.get('folder') or os.path.dirname(path) or '.']
