@@ -1,10 +1,140 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): beside a weight W, two thin matrices, as scale * B A.
 
 In a checkpoint the tensors lie beside NAME.weight as NAME.lora_A (rank, columns) and NAME.lora_B
-(rows, rank); config has lora_alpha, and scale is lora_alpha / rank.
+(rows, rank); config has lora_alpha, and scale is lora_alpha / rank. Where tokens were added to the
+vocabulary, NAME.lora_rows (tokens, n_embd) of the embedding, and of a head that is not tied to it,
+are added to the last rows of NAME.weight.
 """
 
+import hashlib
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
 from fledge import UserError
+
+LAYERS = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')  # of a block
+PARTS = ('.lora_A', '.lora_B', '.lora_rows')
+EMBEDDING, HEAD = 'transformer.wte', 'lm_head'
+
+
+def add(model, rank, alpha, dropout, targets, n_new_tokens=0):
+    """Freeze a GPT and give layers of its blocks adapters, in place; returns the model.
+
+    Before the first step it computes what it did: B is zero. The adapters are float32 parameters,
+    applied by hooks on layers of any class, before or after cpu.speed_up. dropout: the share of
+    a layer's inputs that its adapter does not see in a training step. targets: comma-separated,
+    attn, mlp or names of LAYERS. n_new_tokens: so many tokens at the end of the vocabulary are new,
+    and their rows of the embedding and of the head are trained as well. UserError for an unknown
+    target, and for numbers that no adapter can have.
+    """
+    names = layers_of(targets)
+    if rank < 1:
+        raise UserError(f'lora_rank={rank} must be at least 1')
+    if not 0 < alpha < math.inf:
+        raise UserError(f'lora_alpha={alpha} must be above 0')
+    if not 0 <= dropout < 1:
+        raise UserError(f'lora_dropout={dropout} is not in [0, 1)')
+    for block in model.transformer.h:
+        for name in names:
+            layer = block.get_submodule(name)
+            width = min(layer.in_features, layer.out_features)
+            if rank > width:
+                raise UserError(f'lora_rank={rank} is above the width of {name}, which is {width}')
+    model.requires_grad_(False)
+    device = model.transformer.wte.weight.device
+    for block in model.transformer.h:
+        for name in names:
+            layer = block.get_submodule(name)
+            a = torch.empty(rank, layer.in_features, device=device)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as peft and nn.Linear begin
+            layer.lora_A = nn.Parameter(a)
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+            layer.lora_scale = alpha / rank
+            layer.lora_dropout = nn.Dropout(dropout)
+            layer.register_forward_hook(add_update)
+    if n_new_tokens:
+        embedding, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
+        zeros = torch.zeros(n_new_tokens, model.config.n_embd, device=device)
+        embedding.lora_rows = nn.Parameter(zeros)
+        head.lora_rows = embedding.lora_rows
+        if not model.config.tie_embeddings:
+            head.lora_rows = nn.Parameter(zeros.clone())
+        embedding.register_forward_hook(add_to_embedding)
+        head.register_forward_hook(add_to_logits)
+    return model
+
+
+def layers_of(targets):
+    """The names of LAYERS that a comma-separated text means."""
+    names = []
+    for target in targets.split(','):
+        target = target.strip()
+        found = [name for name in LAYERS if target in (name, name.partition('.')[0])]
+        if not found:
+            known = ', '.join(('attn', 'mlp', *LAYERS))
+            raise UserError(f'lora_targets has {target!r}, which is none of {known}')
+        names += [name for name in found if name not in names]
+    return names
+
+
+def add_update(layer, inputs, output):
+    """A linear layer's output (..., rows) and its adapter's, in the output's type."""
+    x = layer.lora_dropout(inputs[0]).to(output.dtype)
+    y = F.linear(x, layer.lora_A.to(x.dtype)) * layer.lora_scale  # (..., rank)
+    return output + F.linear(y, layer.lora_B.to(y.dtype))
+
+
+def add_to_embedding(layer, inputs, output):
+    """An embedding's output (B, T, n_embd), changed where inputs (B, T) are new tokens."""
+    rows = layer.lora_rows
+    table = torch.cat((torch.zeros_like(rows[:1]), rows))  # row 0: of all tokens before them
+    first = layer.num_embeddings - len(rows)
+    return output + F.embedding((inputs[0] - first + 1).clamp(min=0), table).to(output.dtype)
+
+
+def add_to_logits(layer, inputs, output):
+    """A head's logits (..., vocab_size), of which the last are of new tokens."""
+    rows = layer.lora_rows.to(output.dtype)
+    before, new = output.split((output.shape[-1] - len(rows), len(rows)), dim=-1)
+    return torch.cat((before, new + F.linear(inputs[0].to(output.dtype), rows)), dim=-1)
+
+
+def is_part(name):
+    """Whether a tensor of this name is an adapter's."""
+    return name.endswith(PARTS)
+
+
+def tensors(model):
+    """{name: tensor} of a model's adapters alone: what a checkpoint of them keeps."""
+    return {name: p.detach() for name, p in model.named_parameters() if is_part(name)}
+
+
+def split(state):
+    """The tensors of a checkpoint as two dicts: the base's, and its adapters'."""
+    base = {name: tensor for name, tensor in state.items() if not is_part(name)}
+    own = {name: tensor for name, tensor in state.items() if is_part(name)}
+    return base, own
+
+
+@torch.no_grad()
+def load(model, saved):
+    """Put an adapter checkpoint's tensors into a model that has adapters.
+
+    UserError unless they are of the same names and shapes.
+    """
+    own = tensors(model)
+    for name in sorted(own.keys() ^ saved.keys()):
+        where = 'the checkpoint' if name in own else 'the model'
+        raise UserError(f'{where} lacks the adapter {name}: its lora_targets are others')
+    for name, tensor in saved.items():
+        shapes = tuple(tensor.shape), tuple(own[name].shape)
+        if shapes[0] != shapes[1]:
+            raise UserError(f'{name} is {shapes[0]} in the checkpoint, and {shapes[1]} here')
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)
 
 
 def merge(state, alpha, path):
@@ -23,4 +153,37 @@ def merge(state, alpha, path):
                 f'{path}: the adapter {base} does not fit a weight, or config lacks lora_alpha'
             )
         merged[f'{base}.weight'] = weight.float() + alpha / len(a) * b.float() @ a.float()
+    tied = f'{HEAD}.lora_rows' not in state
+    for base in (EMBEDDING, HEAD):
+        rows, weight = merged.pop(f'{base}.lora_rows', None), merged.get(f'{base}.weight')
+        if rows is None:
+            continue
+        if weight is None or len(rows) > len(weight) or rows.shape[1:] != weight.shape[1:]:
+            raise UserError(f'{path}: the new rows of {base} do not fit its weight')
+        before, last = weight.float().split((len(weight) - len(rows), len(rows)))
+        merged[f'{base}.weight'] = torch.cat((before, last + rows.float()))
+        if tied:
+            merged[f'{HEAD}.weight'] = merged[f'{base}.weight']
     return merged
+
+
+def digest(checkpoint):
+    """A text that changes with the weights of a checkpoint, as huggingface.load returns it.
+
+    It is the same for the same numbers, in whatever file and type they are. Of an adapter checkpoint
+    it goes by the base's digest: merged weights come out a little differently on other machines.
+    """
+    state, hashed = checkpoint['model'], hashlib.blake2b(digest_size=16)
+    if 'base' in checkpoint:
+        _, state = split(state)
+        alpha = checkpoint['config'].get('lora_alpha')
+        hashed.update(f'{checkpoint["base"]["digest"]} {alpha} '.encode())
+    head, embedding = state.get(f'{HEAD}.weight'), state.get(f'{EMBEDDING}.weight')
+    tied = head is not None and embedding is not None and torch.equal(head, embedding)
+    for name in sorted(state):
+        if tied and name == f'{HEAD}.weight':  # which some files hold a second time
+            continue
+        tensor = state[name].float().contiguous()
+        hashed.update(f'{name} {tuple(tensor.shape)} '.encode())
+        hashed.update(tensor.numpy())
+    return hashed.hexdigest()
