@@ -211,3 +211,19 @@ def fit_rows(checkpoint, block_size, path):
     if block_size < context and name in checkpoint['model']:
         checkpoint['model'][name] = checkpoint['model'][name][:block_size].clone()
         args['block_size'] = block_size
+
+
+def grow_vocabulary(checkpoint, vocab_size):
+    """Let the model of a loaded checkpoint take vocab_size tokens.
+
+    A new token's rows of the embedding and of the head are the mean of those there.
+    """
+    state, args = checkpoint['model'], checkpoint['model_args']
+    n_new = vocab_size - args.get('vocab_size', GPTConfig.vocab_size)
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        if name in state:
+            mean = state[name].float().mean(dim=0, keepdim=True).to(state[name].dtype)
+            state[name] = torch.cat((state[name], mean.expand(n_new, -1)))
+    if args.get('tie_embeddings', True) and 'lm_head.weight' in state:
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    args['vocab_size'] = vocab_size
