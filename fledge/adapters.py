@@ -53,7 +53,7 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0):
             layer.lora_A = nn.Parameter(a)
             layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
             layer.lora_scale = alpha / rank
-            layer.lora_dropout = nn.Dropout(dropout)
+            layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
             layer.register_forward_hook(add_update)
     if n_new_tokens:
         embedding, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
@@ -170,8 +170,8 @@ def merge(state, alpha, path):
 def digest(checkpoint):
     """A text that changes with the weights of a checkpoint, as huggingface.load returns it.
 
-    It is the same for the same numbers, in whatever file and type they are. Of an adapter checkpoint
-    it goes by the base's digest: merged weights come out a little differently on other machines.
+    It is the same for the same numbers, in whatever file and type they are. Adapters are taken by
+    themselves, with their base's digest: merged weights differ a little from machine to machine.
     """
     state, hashed = checkpoint['model'], hashlib.blake2b(digest_size=16)
     if 'base' in checkpoint:

@@ -13,13 +13,14 @@ import sys
 
 import torch
 
-from fledge import UserError, checkpoint, read_json
+from fledge import UserError, adapters, checkpoint, read_json
 from fledge.configurator import given
-from fledge.formats import families, hub
+from fledge.formats import families, hub, peft
 from fledge.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, PATTERNS, find_tokenizer
 from model import GPTConfig
 
 WANTED = ['*config.json', 'model*.safetensors*', 'tokenizer.json', 'merges.txt', 'chat_*.jinja']
+WANTED.append(peft.WEIGHTS)
 # Buffers that older versions of transformers saved.
 BUFFERS = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
 # A conversation that shows whether a chat template gives the tokens of encode_chat.
@@ -142,14 +143,20 @@ def our_tensors(file_of, kind, args, where):
 def load(source, block_size=0):
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
-    source: a checkpoint file, a folder with config.json and the weights, or a name on the Hugging
-    Face hub (OWNER/NAME). block_size: see families.read_config; a checkpoint keeps its own.
-    Returns a dict of model (float32 tensors), model_args, config (the run's settings, if any) and
-    folder, where its tokenizer is. Raises UserError for what is missing, broken, not supported.
+    source: a checkpoint file, a folder with config.json and the weights or with an adapter of
+    peft's, or a name on the Hugging Face hub (OWNER/NAME). block_size: see families.read_config; a
+    checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
+    run's settings, if any) and folder, where its tokenizer is. Of an adapter checkpoint it
+    has base as well (source, digest). Where there are adapters, model holds the base's tensors and
+    theirs, which adapters.split parts.
+    Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        return checkpoint.load(source)
+        loaded = checkpoint.load(source)
+        return with_base(loaded, source) if 'base' in loaded else loaded
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
+    if os.path.exists(os.path.join(folder, peft.CONFIG)):
+        return load_peft(folder, block_size)
     where = os.path.join(folder, 'config.json')
     if not os.path.exists(where):
         raise UserError(
@@ -173,6 +180,72 @@ def load(source, block_size=0):
     return dict(model=state, model_args=args, config={}, folder=folder)
 
 
+def load_base(source, folder, block_size=0):
+    """What the adapter in folder was trained on, by the source that it names: as load gives it.
+
+    A relative path counts from here, or else from the folder that the adapter's folder is in.
+    """
+    beside = os.path.join(os.path.dirname(os.path.abspath(folder)), source)
+    if not os.path.exists(source) and os.path.exists(beside):
+        source = beside
+    if source.endswith('.pt') and not os.path.exists(source):
+        raise UserError(f'the adapter in {folder} needs its base, and {source} is not there')
+    try:
+        base = load(source, block_size)
+    except UserError as e:
+        raise UserError(f'the adapter in {folder} needs its base: {e}') from None
+    base.setdefault('folder', os.path.dirname(source) or '.')
+    return base
+
+
+def with_base(loaded, path):
+    """The adapter checkpoint at path, with its base's tensors beside its own (see load).
+
+    UserError where the base is not what it was trained on.
+    """
+    about, args = loaded['base'], loaded['model_args']
+    parts = about if isinstance(about, dict) else {}
+    vocab_size = args.get('vocab_size', GPTConfig.vocab_size)
+    context = args.get('block_size', GPTConfig.block_size)
+    texts, sizes = (parts.get('source'), parts.get('digest')), (vocab_size, context)
+    if any(type(t) is not str for t in texts) or any(type(n) is not int for n in sizes):
+        raise UserError(f'{path} is no checkpoint: its base or its model_args are broken')
+    source, folder = about['source'], os.path.dirname(path) or '.'
+    if os.path.exists(source) and os.path.samefile(source, path):
+        raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
+    base = load_base(source, folder)
+    if adapters.digest(base) != about['digest']:
+        raise UserError(
+            f'{path} was trained on another {source} than the one that is there: '
+            'put the old one back, or train the adapter again'
+        )
+    base['model'] = adapters.merge(base['model'], base['config'].get('lora_alpha'), source)
+    if vocab_size > base['model_args'].get('vocab_size', GPTConfig.vocab_size):
+        checkpoint.grow_vocabulary(base, vocab_size)
+    checkpoint.fit_rows(base, context, source)  # learned positions may have been cut
+    return loaded | dict(model=base['model'] | loaded['model'])
+
+
+def load_peft(folder, block_size):
+    """The adapter of peft's in folder, on its base, as a checkpoint (see load)."""
+    saved = peft.read_config(folder)
+    source = saved['base_model_name_or_path']
+    base = load_base(source, folder, block_size)
+    state = adapters.merge(base['model'], base['config'].get('lora_alpha'), source)
+    try:
+        config = GPTConfig(**base['model_args'])
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{source} describes no model: {e}') from None
+    state |= peft.read(folder, saved, config)
+    has_tokenizer = os.path.exists(os.path.join(folder, 'tokenizer.json'))
+    return dict(
+        model=state,
+        model_args=base['model_args'],
+        config=dict(lora_alpha=saved['lora_alpha']),
+        folder=folder if has_tokenizer else base['folder'],
+    )
+
+
 def load_with_tokenizer(init_from, out_dir, dataset=''):
     """What scripts that use a model begin with: a checkpoint (see load), its path, its tokenizer.
 
@@ -182,7 +255,7 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     path = init_from
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
-        state = checkpoint.load(path)
+        state = load(path)
     else:
         if 'out_dir' in given:
             print('without effect beside --init_from: out_dir', file=sys.stderr)
