@@ -1,9 +1,15 @@
-"""A checkpoint out to Hugging Face (transformers, vLLM), GGUF (llama.cpp, Ollama), ONNX, 8 bits.
+"""A checkpoint out to transformers, vLLM, GGUF (llama.cpp, Ollama), ONNX, peft, or in 8 bits.
 
 python export.py --out_dir=out                                     a folder, out/hf
 python export.py --out_dir=out --format=gguf --output=model.gguf --dtype=q8_0
 python export.py --out_dir=out --format=onnx --kv_cache
 python export.py --out_dir=out --quantize=int8                     out/int8.pt, for sample.py
+python export.py --out_dir=out-lora --format=peft                  a folder, out-lora/peft
+
+Adapters (LoRA) are merged into their weights, but for --format=peft, which writes them alone. Its
+adapter_config.json names the base: the Hugging Face folder or name that training began from or,
+where that was a checkpoint, the folder hf beside it, which `python export.py --init_from=FILE`
+writes and which has to be there.
 
 What was written is read again before it gets its name, and compared with what was meant to be
 written: what differs too much is an error, and is not left behind.
@@ -19,17 +25,17 @@ from contextlib import suppress
 
 import torch
 
-from fledge import UserError, checkpoint, lock_folder, read_meta
+from fledge import UserError, adapters, checkpoint, lock_folder, read_meta
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of
-from fledge.formats import families, gguf, huggingface, onnx
+from fledge.formats import families, gguf, huggingface, onnx, peft
 from fledge.tokenizer import IM_END, Tokenizer, find_tokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
 out_dir = 'out'  # a run's folder
-format = 'auto'  # hf, gguf, onnx, ckpt (weights alone, merged); auto: ckpt with --quantize, else hf
-output = ''  # the folder (hf) or file to write; '': hf, model.gguf, ... beside the checkpoint
+format = 'auto'  # hf, gguf, onnx, ckpt (weights alone), peft; auto: ckpt with --quantize, else hf
+output = ''  # the folder (hf, peft) or file to write; '': hf, model.gguf, ... beside the checkpoint
 overwrite = False  # replace what is there already
 dtype = 'auto'  # float32, float16, bfloat16, q8_0 (gguf); auto: float16 for gguf, else float32
 quantize = 'none'  # int8: a checkpoint with 8-bit weights
@@ -39,12 +45,14 @@ start = ''  # the prompt that logits are compared on; '': a few lines of words, 
 json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
-OUTPUTS = dict(hf='hf', gguf='model.gguf', onnx='model.onnx', ckpt='model.pt')
+OUTPUTS = dict(hf='hf', gguf='model.gguf', onnx='model.onnx', ckpt='model.pt', peft='peft')
+FOLDERS = dict(hf='config.json', peft=peft.CONFIG)  # of formats that are folders, a file in each
 DTYPES = dict(
     hf=('float32', 'float16', 'bfloat16'),
     gguf=tuple(gguf.TYPES),
     onnx=('float32',),
     ckpt=('float32',),
+    peft=('float32',),
 )
 # How far logits may be off, as a share of the largest: after writing and reading back, and because
 # the weights are rounded to a type.
@@ -77,7 +85,7 @@ if dtype not in DTYPES[format]:
     raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
-idle = given & {'name'} if format in ('onnx', 'ckpt') else set()
+idle = given & {'name'} if format in ('onnx', 'ckpt', 'peft') else set()
 idle |= given & {'dtype'} if quantize == 'int8' else set()
 if idle:
     print(f'without effect with --format={format}: {", ".join(sorted(idle))}', file=sys.stderr)
@@ -89,6 +97,18 @@ config, run = model.config, state['config']
 source = state.get('folder', '')  # of a Hugging Face model
 if quantization.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
+_, own = adapters.split(state.pop('model'))
+if format == 'peft':
+    if 'base' not in state:
+        raise UserError(f'{path} is no checkpoint of adapters, which --format=peft is of')
+    base = state['base']['source']
+    if base.endswith('.pt'):
+        trained_on, base = base, os.path.join(os.path.dirname(base), OUTPUTS['hf'])
+        if not os.path.isdir(base):
+            raise UserError(
+                f'peft loads no base like {trained_on}: '
+                f'python export.py --init_from={shlex.quote(trained_on)} writes {base} first'
+            )
 added = tokenizer.spec.get('added_tokens') or []
 beyond = [t['content'] for t in added if t.get('special') and t['id'] >= config.vocab_size]
 if beyond and max(tokenizer.begin, default=0) < config.vocab_size:  # such as a <pad>
@@ -134,19 +154,19 @@ def settle():
 
 
 settle()  # what a process was killed over
-if os.path.isdir(output) and format != 'hf':
+if os.path.isdir(output) and format not in FOLDERS:
     raise UserError(
         f'{output} is a folder; --format={format} writes a file: '
         f'--output={shlex.quote(os.path.join(output, OUTPUTS[format]))}'
     )
-if os.path.isfile(output) and format == 'hf':
-    raise UserError(f'{output} is a file; --format=hf writes a folder')
+if os.path.isfile(output) and format in FOLDERS:
+    raise UserError(f'{output} is a file; --format={format} writes a folder')
 if not file.endswith(ending):
     raise UserError(f'--output={output}: what --format={format} writes is called *{ending}')
 exported, replaced = (os.path.join(os.path.realpath(p), '') for p in (source or path, output))
 if exported.startswith(replaced):
     raise UserError(f'{output} holds the very model that is exported: name another --output')
-if os.path.isdir(output) and os.listdir(output) and 'config.json' not in os.listdir(output):
+if os.path.isdir(output) and os.listdir(output) and FOLDERS[format] not in os.listdir(output):
     raise UserError(f'{output} is a folder of something else: name another --output')
 for taken in (output, f'{output}.data') if format == 'onnx' else (output,):
     if os.path.exists(taken) and not overwrite:
@@ -199,7 +219,7 @@ def write(target):
 
     Of GGUF it is how far its weights are off, in place of logits.
     """
-    if format in ('hf', 'gguf'):  # which know models by their family's name
+    if format in ('hf', 'gguf', 'peft'):  # which know models by their family's name
         edited = families.edited(families.config_of(config)['model_type'], config.activation)
         if edited:
             raise UserError(
@@ -216,6 +236,10 @@ def write(target):
         huggingface.check_template(template, tokenizer)
         gguf.write(target, model, tokenizer, dtype, name, template)
         return gguf.largest_error(target, model, dtype), 'the file alone'
+    if format == 'peft':
+        peft.write(target, own, config, run, base)
+        again = huggingface.load(target)
+        return checkpoint.load_model(again, target).eval()(ids, ids)[0], f'it on {base}'
     if format == 'onnx':
         onnx.write(target, model, kv_cache)
         return onnx.run(target, ids, kv_cache), 'onnxruntime'
@@ -245,8 +269,8 @@ lock = lock_folder(temporary, wait=False)
 for left in os.listdir(temporary):  # by a process that was killed
     os.remove(f'{temporary}/{left}')
 try:
-    found, by = write(temporary if format == 'hf' else f'{temporary}/{file}')
-    if format in ('onnx', 'ckpt'):
+    found, by = write(temporary if format in FOLDERS else f'{temporary}/{file}')
+    if format in ('onnx', 'ckpt', 'peft'):
         tokenizer.save(f'{temporary}/tokenizer.json')
     if format == 'gguf' and os.path.exists(f'{folder}/Modelfile') and not overwrite:
         print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
@@ -277,7 +301,7 @@ try:
         with open(f'{temporary}/{n}', 'rb+') as f:
             os.fsync(f.fileno())
     os.makedirs(folder, exist_ok=True)
-    if format == 'hf':
+    if format in FOLDERS:
         if os.path.exists(output):
             os.rename(output, set_aside)
         os.rename(temporary, output)
@@ -292,6 +316,8 @@ except OSError as e:
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
     settle()
+if format == 'peft':
+    size = f'{sum(tensor.numel() for tensor in own.values()) / 1e6:.2f}M'
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})')
 print(f'the {what} read back from {by} are off by {difference:.2g}, at most {tolerance:.2g}')
 moved = f'; {written} itself moved them by {rounding:.2g}' if rounding else ''
