@@ -1,16 +1,19 @@
-"""8-bit weights, applied to a model from outside.
+"""8- and 4-bit weights, applied to a model from outside.
 
-They are half the bytes of bfloat16, and generation, which reads all weights for each token, takes
-half the time.
+8 bits are half the bytes of bfloat16, and generation, which reads all weights for each token, takes
+half the time. A frozen base of either, by bitsandbytes, leaves memory for adapters to be trained
+(QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 """
 
+import importlib.util
+import logging
 import warnings
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from fledge import cpu
+from fledge import UserError, cpu
 
 # Without VNNI products of 8-bit numbers are summed in 16 bits, which overflow unless one has but 7.
 SEVEN_BITS = not cpu.has_vnni()
@@ -30,6 +33,60 @@ def apply(model):
 
 def is_quantized(model):
     return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def quantize_base(model, kind, device='cpu'):
+    """Freeze the linear layers of a model's blocks in few bits, in place; returns the model.
+
+    One layer after the other goes to device and is quantized there; all else stays where it is, to
+    be moved afterwards. kind: nf4 (4.1 bits a weight) or int8. Adapters may be added then, and
+    layers compute in the type of their input, or autocast's. UserError where bitsandbytes is
+    missing, and for another kind.
+    """
+    if kind not in ('nf4', 'int8'):
+        raise UserError(f'quantize_base={kind!r} is none of nf4, int8')
+    # it warns of kernels that are not there, and of types that it turns into others
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    if not importlib.util.find_spec('bitsandbytes'):
+        raise UserError(
+            f'a base in {kind} needs bitsandbytes: pip install -r requirements-qlora.txt'
+        )
+    for block in model.transformer.h:
+        for module in list(block.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, frozen_linear(child, kind, device))
+    return model
+
+
+def frozen_linear(linear, kind, device):
+    """A layer of bitsandbytes on device, made of a linear layer whose weight nobody else has."""
+    from bitsandbytes import nn as bitsandbytes
+
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    weight = linear.weight.detach()
+    if kind == 'nf4':
+        types = dict(compute_dtype=torch.float32, quant_type='nf4')
+        layer = bitsandbytes.Linear4bit(*shape, **types, device='meta')
+        layer.weight = bitsandbytes.Params4bit(weight, quant_type='nf4')
+        # else the first evaluation on some CPUs puts the weight into a layout that has no backward
+        layer.support_avx512bf16_for_cpu = False
+    else:
+        layer = bitsandbytes.Linear8bitLt(*shape, has_fp16_weights=False, device='meta')
+        layer.weight = bitsandbytes.Int8Params(weight, requires_grad=False)
+    layer.bias = linear.bias
+    layer.to(device).requires_grad_(False)  # here it is quantized
+    layer.register_forward_pre_hook(cast_input)
+    return layer
+
+
+def cast_input(layer, inputs):
+    """The input in the type to compute in: autocast does not reach into bitsandbytes."""
+    x = inputs[0]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    layer.compute_dtype = x.dtype  # of Linear4bit, which would stay with its first input's
+    return x
 
 
 class Int8Linear(nn.Module):
