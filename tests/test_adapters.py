@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import fails, run
+from hub import Hub
 from test_pretrained import make
 from torch.nn import functional as F
 
@@ -269,6 +270,8 @@ def test_another_base_or_none_is_refused_in_a_line(tmp_path, monkeypatch):
     base = random_model('gpt2')
     save_base(base, 'out/ckpt.pt')
     train_adapters('out/ckpt.pt', 'out-lora/ckpt.pt')
+    generated = run(tmp_path, 'sample.py', '--out_dir=out-lora', '--num_samples=1', '--start=a')
+    assert generated.startswith('a')
     lost = 'out-lora/ckpt.pt was trained on another out/ckpt.pt than the one that is there: put'
     with torch.no_grad():
         base.transformer.h[1].ln_2.bias[3] += 1e-3
@@ -532,6 +535,31 @@ def test_an_adapter_of_peft_is_the_same_here(name, tmp_path, monkeypatch):
     with torch.no_grad():
         expected, logits = theirs(IDS).logits, ours(IDS, IDS)[0]
     assert (logits - expected).abs().max() < 1e-4 < largest_difference(ours, loaded('base'))
+
+
+def test_an_adapter_and_its_base_come_from_the_hub(tmp_path, monkeypatch):
+    peft = pytest.importorskip('peft')
+    monkeypatch.chdir(tmp_path)
+    theirs = make('qwen3', 'base')
+    TOKENIZER.save('base/tokenizer.json')
+    theirs.name_or_path = 'someone/base'
+    config = peft.LoraConfig(r=2, target_modules=['q_proj'], init_lora_weights=False)
+    peft.get_peft_model(theirs, config).save_pretrained('adapter')
+    flags = ('--num_samples=1', '--temperature=0', '--start=bad', '--max_new_tokens=20')
+    with Hub() as hub:
+        for repo in ('base', 'adapter'):
+            files = {}
+            for name in os.listdir(repo):
+                with open(f'{repo}/{name}', 'rb') as f:
+                    files[name] = f.read()
+            hub.add(f'someone/{repo}', files)
+        text = run(tmp_path, 'sample.py', '--init_from=someone/adapter', *flags, env=hub.env)
+    with open('adapter/adapter_config.json') as f:
+        saved = json.load(f)
+    with open('adapter/adapter_config.json', 'w') as f:
+        json.dump(saved | dict(base_model_name_or_path='base'), f)
+    assert text == run(tmp_path, 'sample.py', '--init_from=adapter', *flags)
+    assert text != run(tmp_path, 'sample.py', '--init_from=base', *flags)
 
 
 def test_peft_adapters_of_other_kinds_are_refused_by_name(tmp_path, monkeypatch):
