@@ -64,7 +64,7 @@ def frozen_linear(linear, kind, device):
     from bitsandbytes import nn as bitsandbytes
 
     shape = linear.in_features, linear.out_features, linear.bias is not None
-    weight = linear.weight.detach()
+    weight = linear.weight.detach().cpu()  # from where bitsandbytes quantizes 8 bits alone
     if kind == 'nf4':
         types = dict(compute_dtype=torch.float32, quant_type='nf4')
         layer = bitsandbytes.Linear4bit(*shape, **types, device='meta')

@@ -146,9 +146,9 @@ def load(source, block_size=0):
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
     peft's, or a name on the Hugging Face hub (OWNER/NAME). block_size: see families.read_config; a
     checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
-    run's settings, if any) and folder, where its tokenizer is. Of an adapter checkpoint it
-    has base as well (source, digest). Where there are adapters, model holds the base's tensors and
-    theirs, which adapters.split parts.
+    run's settings, if any) and folder, where its tokenizer is. Where there are adapters, model has
+    the base's tensors and theirs, which adapters.split parts; of an adapter checkpoint, base (its
+    source and digest) stays in the dict.
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
