@@ -145,6 +145,17 @@ class Batch(dict):
         return iter((self['inputs'], self['targets']))
 
 
+def check_ids(ids, vocab_size, path, start):
+    """UserError where some of ids, which are in the file at path from position `start` on, are
+    beyond a vocabulary of this size."""
+    if ids.max() >= vocab_size:
+        position = start + int(ids.argmax())
+        raise UserError(
+            f'{path} holds token {ids.max():,} at position {position:,}, beyond the vocabulary of '
+            f'{vocab_size:,}: the model has no such tokens, it needs the tokenizer of the data'
+        )
+
+
 class Tokens:
     """One split of a prepared dataset, as rows of block_size tokens and the tokens behind each.
 
@@ -176,20 +187,12 @@ class Tokens:
             )
         self.epoch = None  # whose order is at hand
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
-            self._check(self.shards[0], 0, 0)
+            check_ids(self.shards[0], vocab_size, self.paths[0], 0)
 
     def _read(self, shard, start, length):
         ids = self.shards[shard][start : start + length]
-        self._check(ids, shard, start)
+        check_ids(ids, self.vocab_size, self.paths[shard], start)
         return ids.astype(np.int64)
-
-    def _check(self, ids, shard, start):
-        if ids.max() >= self.vocab_size:
-            position = start + int(ids.argmax())
-            raise UserError(
-                f'{self.paths[shard]} holds token {ids.max():,} at position {position:,}, '
-                f'beyond the vocabulary of {self.vocab_size:,}, which does not grow yet'
-            )
 
     def rows(self, first, count):
         """Rows first .. first + count - 1 of training's endless order, a Batch.
@@ -210,6 +213,10 @@ class Tokens:
             for shard, start in zip(shards.tolist(), starts.tolist(), strict=True):
                 self._read(shard, start, self.block_size + 1)  # names the place
         return Batch(inputs=out[:, :-1], targets=out[:, 1:])
+
+    def weight(self, first, count):
+        """What a mean over these rows of training is over: their targets, all of them learned."""
+        return count * self.block_size
 
     def _find(self, epoch, places):
         """The shards, and the starts in them, of the rows at these places in the epoch's order."""
