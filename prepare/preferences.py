@@ -29,4 +29,4 @@ if repo:
     stages = [Stage(Hub(repo, subset, split), preference)]
 else:
     stages = own_files(settings, preference, extensions=RECORDS)
-prepare(settings, input or repo, stages, masked=True)
+prepare(settings, input or repo, stages, masked=True, pairs=True)

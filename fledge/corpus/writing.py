@@ -227,7 +227,7 @@ def remove(partial):
     shutil.rmtree(partial)
 
 
-def meta_of(state, files, source, settings, masked):
+def meta_of(state, files, source, settings, masked, pairs):
     """What meta.json says of a finished run."""
     splits = {}
     for split, n in state['splits'].items():
@@ -239,6 +239,7 @@ def meta_of(state, files, source, settings, masked):
         vocab_size=state['vocab_size'],
         begin=state['begin'],
         masked=masked,
+        pairs=pairs,
         splits=splits,
         repaired=state['repaired'].get(REPAIRED, {}),
         lost=state['lost'],
