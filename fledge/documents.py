@@ -1,0 +1,320 @@
+"""Documents with masks, packed whole into rows: what fine-tuning and preferences train on.
+
+Tokens reads a stream, whose rows begin and end anywhere. Here each document is whole in one row,
+the mask says which of its tokens are learned, and `documents` of a batch tells the model which
+positions belong together. The rows are packed when the data is loaded, so a prepared dataset
+serves any block_size. Which rows a step sees is a pure function of (data, seed, step), as there.
+"""
+
+import bisect
+import os
+
+import numpy as np
+
+from fledge import UserError, read_meta
+from fledge.tokenizer import find_tokenizer
+from fledge.tokens import Batch, Tokens, check_ids, has_masks, read_bin, split_files
+
+TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
+
+
+def open_split(folder, split, block_size, vocab_size, seed=None):
+    """One split of a prepared dataset: Documents where it has masks, else Tokens.
+
+    UserError where train has masks and this split has none.
+    """
+    paths = split_files(folder, split)
+    if any(os.path.exists(_mask_path(path)) for path in paths):
+        return Documents(folder, split, block_size, vocab_size, seed)
+    if paths and has_masks(folder):
+        raise UserError(
+            f'{folder} has masks beside train and none beside {paths[0]}: prepare it again'
+        )
+    return Tokens(folder, split, block_size, vocab_size, seed)
+
+
+def _mask_path(path):
+    return path.removesuffix('.bin') + '.mask.bin'
+
+
+class Documents:
+    """One split of a prepared dataset with masks: rows of block_size, packed with whole documents.
+
+    folder/split.bin or its shards, .mask.bin beside each, and the tokenizer.json whose end-of-text
+    token ends a document. A document of tokens t0 ... tn has the inputs t0 ... t(n-1) and the
+    targets t1 ... tn, as far as its last learned one. One that is longer than a row is cut into
+    pieces, which are documents of their own from then on. Where meta.json says `pairs`, a chosen
+    document and the rejected one behind it stay together in one row, and are never cut.
+
+    vocab_size bounds the ids. seed: of the order of training's rows; None: for evaluation alone.
+    UserError where files are missing or broken, or nothing is left to learn.
+
+    n_rows, n_tokens (positions of all rows), n_documents and n_learned (targets) count what is in
+    the rows, and `used` is the share of the positions that hold a document. Of the data, n_cut
+    documents are cut, and n_left_out documents (or pairs) are in no row: those with nothing to
+    learn, and n_too_long pairs.
+    of_documents: {name: float32 (n_documents,)}; each batch carries the values of its documents.
+    """
+
+    def __init__(self, folder, split, block_size, vocab_size, seed=None):
+        self.paths = split_files(folder, split)
+        if not self.paths:
+            raise UserError(f'{folder} has no {split}.bin')
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        self.pairs = bool(read_meta(folder).get('pairs'))
+        self.of_documents = {}
+        self._open(folder)
+        starts, ends = self._find_documents(folder)
+        self.n_cut = self.n_too_long = 0
+        if self.pairs:
+            self._choose_pairs(starts, ends)
+        else:
+            self._choose_documents(starts, ends)
+        self._pack()
+        self.epoch = None  # whose order is at hand
+
+    def _open(self, folder):
+        """Map the shards and their masks. All positions below count through all the shards."""
+        headerless = not read_meta(folder)
+        self.shards = [read_bin(path, headerless) for path in self.paths]
+        self.masks = []
+        for path, ids in zip(self.paths, self.shards, strict=True):
+            path = _mask_path(path)
+            if not os.path.exists(path):
+                raise UserError(f'{path} is missing: prepare {folder} again')
+            size = os.path.getsize(path)
+            if size != len(ids):
+                problem = f'{size:,} bytes for {len(ids):,} tokens'
+                raise UserError(f'{path} has {problem}: prepare {folder} again')
+            self.masks.append(np.memmap(path, np.uint8, mode='r'))
+        lengths = [len(ids) for ids in self.shards]
+        self.first_token = np.concatenate([[0], np.cumsum(lengths)])  # of each shard
+
+    def _find_documents(self, folder):
+        """Where each document of the data starts and ends (behind its last token)."""
+        tokenizer = find_tokenizer(folder)
+        if tokenizer is None or tokenizer.end_of_text is None:
+            lack = 'no tokenizer.json' if tokenizer is None else 'a tokenizer without end of text'
+            needed = 'documents with masks end with its end-of-text token'
+            raise UserError(f'{folder} has {lack}, and {needed}: prepare it again')
+        end_of_text, found = tokenizer.end_of_text, []
+        for path, ids, before in zip(self.paths, self.shards, self.first_token, strict=False):
+            for start in range(0, len(ids), TOKENS_AT_ONCE):
+                part = ids[start : start + TOKENS_AT_ONCE]
+                check_ids(part, self.vocab_size, path, start)
+                found.append(before + start + np.flatnonzero(part == end_of_text) + 1)
+        ends = np.concatenate(found)
+        # some tokenizers put the same token in front of a document
+        in_front = read_meta(folder).get('begin', []).count(end_of_text)
+        ends = ends[in_front :: in_front + 1]
+        if not len(ends) or ends[-1] < self.first_token[-1]:
+            ends = np.append(ends, self.first_token[-1])
+        return np.concatenate([[0], ends[:-1]]), ends
+
+    def _choose_documents(self, starts, ends):
+        """What is packed: the pieces of the documents that have something to learn.
+
+        A document that fits in a row is one piece. The next piece of a longer one begins with the
+        last target of the piece before it, so that every target is predicted once.
+        """
+        positions = ends - starts - 1  # a document's last token is a target alone
+        pieces_of_each = -(-positions // self.block_size)
+        document = np.repeat(np.arange(len(starts)), pieces_of_each)  # that each piece is of
+        skipped = self.block_size * _count_within(pieces_of_each)  # positions in front of it
+        piece_starts = starts[document] + skipped
+        lengths = np.minimum(positions[document] - skipped, self.block_size)
+        lengths, learned = self._up_to_last_learned(piece_starts, lengths)
+        teaches = learned > 0
+        self.n_left_out = len(starts) - len(np.unique(document[teaches]))
+        self.n_cut = len(np.unique(document[teaches & (skipped > 0)]))
+        self._keep(teaches, piece_starts, lengths, learned)
+
+    def _choose_pairs(self, starts, ends):
+        """What is packed: the pairs that fit in a row, both with something to learn."""
+        if len(starts) % 2:
+            problem = f'{len(starts):,} documents, and pairs are an even number of them'
+            raise UserError(f'{self.paths[0]} has {problem}: prepare it again')
+        lengths, learned = self._up_to_last_learned(starts, ends - starts - 1)
+        teaches = (learned.reshape(-1, 2) > 0).all(axis=1)
+        pair_lengths = lengths.reshape(-1, 2).sum(axis=1)
+        fits = pair_lengths <= self.block_size
+        self.n_left_out = int(np.count_nonzero(~(teaches & fits)))
+        self.n_too_long = int(np.count_nonzero(teaches & ~fits))
+        if teaches.any() and not fits[teaches].any():
+            raise UserError(
+                f'no pair of {self.paths[0]} fits in a row of block_size={self.block_size}: '
+                f'the shortest needs --block_size={pair_lengths[teaches].min()}'
+            )
+        self._keep(np.repeat(teaches & fits, 2), starts, lengths, learned)
+
+    def _keep(self, chosen, starts, lengths, learned):
+        """Keep the chosen documents: where each starts, its positions, its learned targets."""
+        if not chosen.any():
+            nothing = 'nothing to learn: its mask marks no token behind the first of a document'
+            raise UserError(f'{self.paths[0]} has {nothing}; prepare it again')
+        self.starts, self.lengths = starts[chosen], lengths[chosen]
+        self.learned = learned[chosen]
+
+    def _up_to_last_learned(self, starts, lengths):
+        """Of each document, its length as far as the last learned target, and how many it has."""
+        lengths, learned = lengths.copy(), np.zeros(len(starts), np.int64)
+        last_targets = starts + lengths
+        first = 0
+        while first < len(starts):
+            upto = np.searchsorted(last_targets, starts[first] + TOKENS_AT_ONCE)
+            upto = max(int(upto), first + 1)
+            here = slice(first, upto)
+            begin, end = starts[first], last_targets[upto - 1] + 1
+            parts = []  # of each shard what is between begin and end, mostly nothing
+            for mask, offset in zip(self.masks, self.first_token, strict=False):
+                parts.append(mask[max(begin - offset, 0) : max(end - offset, 0)])
+            places = begin + np.flatnonzero(np.concatenate(parts))  # of learned tokens
+            before = np.searchsorted(places, starts[here], side='right')  # t0 is no target
+            up_to = np.searchsorted(places, last_targets[here], side='right')
+            learned[here] = up_to - before
+            teaches = np.flatnonzero(up_to > before)
+            lengths[first + teaches] = places[up_to[teaches] - 1] - starts[first + teaches]
+            first = upto
+        return lengths, learned
+
+    def _pack(self):
+        """Put the documents, or pairs, into rows."""
+        together = 2 if self.pairs else 1
+        lengths = self.lengths.reshape(-1, together).sum(axis=1)
+        learned = self.learned.reshape(-1, together).sum(axis=1)
+        row_of_each, self.n_rows = pack(lengths, self.block_size)
+        by_row = np.argsort(row_of_each, kind='stable')
+        # the numbers of the documents, row by row, and where among them each row begins
+        self.packed = (by_row[:, None] * together + np.arange(together)).ravel()
+        documents_per_row = np.bincount(row_of_each) * together
+        self.first_packed = np.concatenate([[0], np.cumsum(documents_per_row)])
+        self.used_per_row = np.bincount(row_of_each, lengths).astype(np.int64)
+        learned_per_row = np.bincount(row_of_each, learned).astype(np.int64)
+        self.weight_per_row = documents_per_row // 2 if self.pairs else learned_per_row
+        self.n_tokens = self.n_rows * self.block_size
+        self.n_documents, self.n_learned = len(self.lengths), int(self.learned.sum())
+        self.used = int(self.lengths.sum()) / self.n_tokens
+
+    def rows(self, first, count):
+        """Rows first .. first + count - 1 of training's endless order, a Batch.
+
+        Each epoch sees every row once, in a fresh permutation.
+        """
+        return self.evaluation_batch(self._training_rows(first, count))
+
+    def weight(self, first, count):
+        """What a mean over these rows of training is over: their learned targets, or pairs."""
+        return int(self.weight_per_row[self._training_rows(first, count)].sum())
+
+    def _training_rows(self, first, count):
+        places = np.arange(first, first + count)
+        rows = np.empty(count, np.int64)
+        for epoch in np.unique(places // self.n_rows).tolist():
+            if epoch != self.epoch:
+                self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+                self.epoch = epoch
+            here = places // self.n_rows == epoch
+            rows[here] = self.order[places[here] % self.n_rows]
+        return rows
+
+    def evaluation_rows(self, limit=None):
+        """The numbers of `limit` rows spread evenly, or of all."""
+        if limit is None or limit >= self.n_rows:
+            return list(range(self.n_rows))
+        return [i * self.n_rows // limit for i in range(limit)]
+
+    def documents_of(self, rows):
+        """The numbers of the documents in these rows, int64, in the order of their batch.
+
+        They count from 0 in the order of the data; of a pair the chosen one is even.
+        """
+        parts = [self.packed[self.first_packed[i] : self.first_packed[i + 1]] for i in rows]
+        return np.concatenate(parts)
+
+    def evaluation_batch(self, rows):
+        """Some of evaluation_rows as a Batch, with `documents`, int64 (rows, block_size).
+
+        These number the documents of the batch 0, 1, 2, ... through all of its rows. What is left
+        at the end of a row has documents -1, inputs 0 and targets -1.
+        """
+        chosen = self.documents_of(rows)
+        lengths = self.lengths[chosen]
+        # where in the data each position's input is; its target is the next token
+        places = np.repeat(self.starts[chosen], lengths) + _count_within(lengths)
+        next_ids, is_learned = (
+            self._read(self.shards, places + 1),
+            self._read(self.masks, places + 1),
+        )
+        held = np.arange(self.block_size) < self.used_per_row[rows][:, None]  # (rows, block_size)
+        inputs = np.zeros(held.shape, np.int64)
+        targets, documents = np.full((2, *held.shape), -1, np.int64)
+        inputs[held] = self._read(self.shards, places)
+        targets[held] = np.where(is_learned, next_ids, -1)
+        documents[held] = np.repeat(np.arange(len(chosen)), lengths)
+        values = {name: values[chosen] for name, values in self.of_documents.items()}
+        return Batch(inputs=inputs, targets=targets, documents=documents, **values)
+
+    def _read(self, files, places):
+        """What the shards, or their masks, hold at these places; int64."""
+        out = np.empty(len(places), np.int64)
+        numbers = np.searchsorted(self.first_token, places, side='right') - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            out[here] = files[number][places[here] - self.first_token[number]]
+        return out
+
+    def summary(self):
+        """What is in the rows, and what is not, in one line for the log."""
+        kind, count = 'documents', self.n_documents
+        if self.pairs:
+            kind, count = 'pairs', count // 2
+        learned_share = self.n_learned / int(self.lengths.sum())
+        line = (
+            f'{count:,} {kind} in {self.n_rows:,} rows of {self.block_size:,}, '
+            f'{self.used:.1%} of them used; {learned_share:.1%} of their tokens are learned'
+        )
+        notes = []
+        if self.n_cut:
+            notes.append(f'{self.n_cut:,} cut (longer than a row)')
+        if self.n_left_out > self.n_too_long:
+            notes.append(f'{self.n_left_out - self.n_too_long:,} left out (nothing to learn)')
+        if self.n_too_long:
+            longer = 'longer than a row; a longer block_size keeps them'
+            notes.append(f'{self.n_too_long:,} left out ({longer})')
+        return f'{line}; {", ".join(notes)}' if notes else line
+
+
+def pack(lengths, room):
+    """The row of each of these lengths, int64, where a row has so much room; and how many rows.
+
+    Best-fit decreasing: longest first, each into the fullest row that it fits in; for language
+    models by Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    """
+    order = np.argsort(-lengths, kind='stable')
+    rows_with = [[] for _ in range(room + 1)]  # rows_with[n] have n positions free
+    free = []  # the n of those that are not empty, in order
+    rows, n_rows = [], 0
+    for length in lengths[order].tolist():
+        i = bisect.bisect_left(free, length)
+        if i < len(free):
+            before = free[i]
+            row = rows_with[before].pop()
+            if not rows_with[before]:
+                del free[i]
+        else:
+            before, row = room, n_rows
+            n_rows += 1
+        after = before - length
+        if not rows_with[after]:
+            bisect.insort(free, after)
+        rows_with[after].append(row)
+        rows.append(row)
+    row_of_each = np.empty(len(lengths), np.int64)
+    row_of_each[order] = rows
+    return row_of_each, n_rows
+
+
+def _count_within(lengths):
+    """0 1 2 0 1 for the lengths 3 2."""
+    first = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(first, lengths)
