@@ -197,27 +197,41 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, return_logits=True, cache=None, lengths=None):
+    def forward(
+        self,
+        idx,
+        targets=None,
+        return_logits=True,
+        cache=None,
+        lengths=None,
+        documents=None,
+        reduction='mean',
+    ):
         """Logits and mean cross entropy (nats a token): a pair (logits, loss).
 
         idx: (B, T) int64. targets: (B, T) int64, -1 where nothing is to be predicted. With targets,
         logits are (B, T, vocab_size), or None with return_logits=False: the loss then never holds
         all of them. Without, they are the last token's, (B, 1, vocab_size), and the loss is None.
         cache: a KVCache; idx goes on from what it holds. lengths: (B,) int64, how many of a row's T
-        tokens are real where rows are padded on the right. ValueError for T beyond block_size.
+        tokens are real where rows are padded on the right. documents: (B, T) int64, the number of
+        the document that each token is in: none sees another, and positions begin with each.
+        reduction: 'none' leaves the loss of each token, (B, T). ValueError for T beyond block_size.
         """
-        x = self.hidden(idx, cache, lengths)  # (B, T, n_embd)
+        x = self.hidden(idx, cache, lengths, documents)  # (B, T, n_embd)
         if targets is None:
             last = -1 if lengths is None else lengths - 1
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, n_embd)
             return self.logits(x), None  # (B, 1, vocab_size)
-        if not return_logits:
-            return None, self.loss(x.flatten(0, 1), targets.flatten())
-        logits = self.logits(x)  # (B, T, vocab_size)
-        flat = logits.flatten(0, 1).float()
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+        logits, flat = None, targets.flatten()
+        if return_logits:
+            logits = self.logits(x)  # (B, T, vocab_size)
+            each = logits.flatten(0, 1).float()
+            loss = F.cross_entropy(each, flat, ignore_index=-1, reduction=reduction)
+        else:
+            loss = self.loss(x.flatten(0, 1), flat, reduction)
+        return logits, loss.view_as(targets) if reduction == 'none' else loss
 
-    def hidden(self, idx, cache=None, lengths=None):
+    def hidden(self, idx, cache=None, lengths=None, documents=None):
         """What the head reads: (B, T, n_embd), after the final norm. For arguments see forward."""
         T = idx.shape[1]
         if idx.shape[1] > self.config.block_size:
@@ -225,6 +239,8 @@ class GPT(nn.Module):
         positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
         if cache is not None:
             positions, mask = cache.place(T)  # (B or 1, T) and (B or 1, 1, T, keys)
+        elif documents is not None:
+            positions, mask = place_documents(documents)  # (B, T) and (B, 1, T, T)
         x = self.embed(idx, positions)  # (B, T, n_embd)
         rope = None
         if self.config.position == 'rope':
@@ -249,18 +265,18 @@ class GPT(nn.Module):
     def logits(self, x):
         return self.lm_head(x)  # (..., vocab_size)
 
-    def loss(self, x, targets):
-        """Mean cross entropy of the logits of x (N, n_embd), a float32 scalar.
+    def loss(self, x, targets, reduction='mean'):
+        """Cross entropy of the logits of x (N, n_embd): a float32 scalar, or (N,) with 'none'.
 
         Logits exist for LOSS_ROWS tokens at a time, and the backward pass makes them again: all of
         them may take more memory than the rest of a step. (fledge/cpu.py has a twin of this.)
         """
         chunks = zip(x.split(self.LOSS_ROWS), targets.split(self.LOSS_ROWS), strict=True)
-        total = sum(checkpoint(self.summed_loss, *chunk, use_reentrant=False) for chunk in chunks)
-        return total / (targets >= 0).sum().clamp(min=1)
+        nats = torch.cat([checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks])
+        return nats if reduction == 'none' else nats.sum() / (targets >= 0).sum().clamp(min=1)
 
-    def summed_loss(self, x, targets):
-        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction='sum')
+    def nats(self, x, targets):
+        return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction='none')
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves out learned positions, as nanoGPT counts."""
@@ -385,6 +401,15 @@ class KVCache:
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.lengths = self.lengths[rows]
+
+
+def place_documents(documents):
+    """Each token's position in its document, (B, T), and which keys it sees, (B, 1, T, T) bool."""
+    place = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+    first = torch.where(begins, place, 0).cummax(dim=1).values  # where its document begins
+    mask = (place >= first[:, None, :, None]) & (place <= place[:, None])
+    return place - first, mask
 
 
 def sample_token(

@@ -171,6 +171,51 @@ def test_one_batch_is_learned_by_heart(switches, trainable):
     assert loss.item() < 0.05
 
 
+@pytest.mark.parametrize('block_size', (24, 300))  # on a CPU attention goes in blocks of 128
+@every_family
+def test_documents_in_one_row_are_as_each_alone(switches, trainable, block_size):
+    model = trainable(tiny(switches, block_size=block_size))
+    idx, targets = tokens(2, block_size), tokens(2, block_size) - 1  # a target of -1 is ignored
+    ends = [[5, 6, 20, block_size], [block_size - 3, block_size]]  # the last one is padding
+    targets[0, 20:] = targets[1, -3:] = -1
+    documents = torch.full((2, block_size), -1)
+    number, alone, expected, loss = 0, [], [], 0.0
+    for row in range(2):
+        begin = 0
+        for end in ends[row][:-1]:
+            documents[row, begin:end] = number
+            here = idx[row : row + 1, begin:end], targets[row : row + 1, begin:end]
+            logits, nats = model(*here, reduction='none')
+            alone.append((row, slice(begin, end)))
+            expected.append(logits[0])
+            loss = loss + nats.sum()
+            begin, number = end, number + 1
+    loss = loss / (targets >= 0).sum()
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    logits, loss_with_logits = model(idx, targets, documents=documents)
+    _, packed_loss = model(idx, targets, return_logits=False, documents=documents)
+    for (row, here), one in zip(alone, expected, strict=True):
+        torch.testing.assert_close(logits[row, here], one, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed_loss, loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss_with_logits, loss, atol=1e-5, rtol=1e-5)
+    packed_loss.backward()
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('return_logits', (True, False))
+def test_the_loss_of_each_token(trainable, return_logits):
+    model, idx = trainable(tiny()), tokens(2, 25)
+    targets = idx[:, 1:].clone()
+    targets[0, :5] = -1
+    logits, _ = model(idx[:, :-1], targets)
+    _, nats = model(idx[:, :-1], targets, return_logits, reduction='none')
+    chosen = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(nats, -chosen * (targets >= 0), atol=1e-5, rtol=1e-5)
+
+
 def test_four_micro_batches_of_three_equal_one_of_twelve(trainable):
     model, idx = trainable(tiny()), tokens(12, 25)
     gradients = []

@@ -75,22 +75,24 @@ def same_step(module, plain_class, step):
         T = 1024  # an edit may show in a long text alone
         q = numbers(1, module.n_head, T, module.head_dim)
         k, v = numbers(2, 1, module.n_kv_head, T, module.head_dim)
-        inputs = q, k, v, None
+        _, mask = plain.place_documents(torch.arange(T)[None] // 700)
+        cases = (q, k, v, None), (q, k, v, mask)
     elif plain_class is plain.GPT:
-        inputs = numbers(3, module.config.n_embd), torch.tensor([0, -1, 0])
+        cases = ((numbers(3, module.config.n_embd), torch.tensor([0, -1, 0])),)
     elif module.weight is None:
         return False
     else:
-        inputs = (numbers(3, *module.normalized_shape),)
+        cases = ((numbers(3, *module.normalized_shape),),)
     was_training, same = module.training, True
     dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]
     rates = [m.p for m in dropouts]
     for m in dropouts:
         m.p = 0.0
-    for module.training in (True, False):  # an edit may be for one of them alone
-        theirs = getattr(plain_class, step)(module, *inputs)
-        ours = getattr(module, step)(*inputs)
-        same = same and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    for inputs in cases:
+        for module.training in (True, False):  # an edit may be for one of them alone
+            theirs = getattr(plain_class, step)(module, *inputs)
+            ours = getattr(module, step)(*inputs)
+            same = same and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
     module.training = was_training
     for m, rate in zip(dropouts, rates, strict=True):
         m.p = rate
@@ -116,8 +118,8 @@ def has_vnni():
 class GPT(plain.GPT):
     is_edited = False  # True: the plain one's loss is another than the one here
 
-    def forward(self, idx, targets=None, return_logits=True, cache=None, lengths=None):
-        logits, loss = super().forward(idx, targets, return_logits, cache, lengths)
+    def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
+        logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
         in_float16 = self.packed and cache is not None and idx.numel() == 1
         if in_float16 and not logits.isfinite().all():
             # beyond float16's 65,504: this token again, and all that follow, in bfloat16
@@ -125,7 +127,7 @@ class GPT(plain.GPT):
                 if type(module) is PackedLinear:
                     module.fits_float16 = False
             cache.rewind(1)
-            logits, loss = super().forward(idx, targets, return_logits, cache, lengths)
+            logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
         return logits, loss
 
     def embed(self, idx, positions):
@@ -136,11 +138,12 @@ class GPT(plain.GPT):
             return x.to(torch.get_autocast_dtype('cpu'))  # the residual stream is half as large
         return x
 
-    def loss(self, x, targets):
+    def loss(self, x, targets, reduction='mean'):
         head = self.lm_head
-        hooks = head._forward_hooks or head._forward_pre_hooks
-        if self.is_edited or hooks or type(head) not in (nn.Linear, Linear):
-            return plain.GPT.loss(self, x, targets)
+        is_plain = type(head) in (nn.Linear, Linear)
+        is_plain = is_plain and not (head._forward_hooks or head._forward_pre_hooks)
+        if self.is_edited or not is_plain or reduction != 'mean':
+            return plain.GPT.loss(self, x, targets, reduction)
         return HeadLoss.apply(x, head.weight, targets, torch.is_grad_enabled())
 
     def make_cache(self, batch_size, length):
@@ -197,9 +200,9 @@ class CausalSelfAttention(plain.CausalSelfAttention):
             return super().attend(q, k, v, mask)
         B, n_head, T, head_dim = q.shape
         n_kv_head, n_keys = k.shape[1:3]
-        if mask is None and n_keys == T:
+        if n_keys == T:  # no keys but this input's
             dropout = self.resid_dropout.p if self.training else 0.0
-            return CausalAttention.apply(q, k, v, dropout)
+            return CausalAttention.apply(q, k, v, dropout, mask)
         # the queries that share a key become rows of one product, so that keys are not copied
         n_rows = n_head // n_kv_head * T
         if mask is not None:
@@ -215,25 +218,32 @@ class CausalAttention(torch.autograd.Function):
     It takes a third of scaled_dot_product_attention's time (15 ms against 46, forward and backward,
     32 x 256 tokens of 4 x 64 in bfloat16), and keeps the probabilities, T^2 / 2 a head.
     q: (B, n_head, T, head_dim); k, v: (B, n_kv_head, T, head_dim); dropout: the share of
-    probabilities that become 0. Returns q's shape.
+    probabilities that become 0; mask: None, or (B or 1, 1, T, T) bool, True where a key is seen, of
+    those up to the query alone. Returns q's shape.
     """
 
     BLOCK = 128  # queries
     CACHE_BYTES = 8 << 20  # of probabilities in work at once
 
     @staticmethod
-    def blocks(q):
-        """The parts of q (rows, heads of a key, T, head_dim): slices of rows and of queries."""
+    def blocks(q, first_keys):
+        """The parts of q (rows, heads of a key, T, head_dim): slices of rows, queries and keys.
+
+        first_keys: (rows, blocks), the first key that any query of a block sees.
+        """
         n_rows, n_shared, T, _ = q.shape
         block = CausalAttention.BLOCK
         bytes_per_row = n_shared * block * T * q.element_size()
         step = max(1, CausalAttention.CACHE_BYTES // bytes_per_row)
         for row in range(0, n_rows, step):
-            for query in range(0, T, block):
-                yield slice(row, row + step), slice(query, min(query + block, T))
+            rows = slice(row, row + step)
+            for number, query in enumerate(range(0, T, block)):
+                end = min(query + block, T)
+                begin = int(first_keys[rows, number].min())
+                yield rows, slice(query, end), slice(begin, end)
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout):
+    def forward(ctx, q, k, v, dropout, mask=None):
         B, n_head, T, head_dim = q.shape
         n_kv_head = k.shape[1]
         n_shared = n_head // n_kv_head
@@ -245,45 +255,53 @@ class CausalAttention(torch.autograd.Function):
         y = torch.empty_like(q)
         block = CausalAttention.BLOCK
         future = torch.full((block, block), float('-inf'), dtype=q.dtype).triu(1)
+        first_keys = torch.zeros(len(q), math.ceil(T / block), dtype=torch.int64)
+        if mask is not None:
+            unseen, batch_row = ~mask.expand(B, 1, T, T), torch.arange(len(q)) // n_kv_head
+            # a later query's document begins no earlier, so a block's first query says it
+            first_keys = mask[:, 0, ::block].int().argmax(dim=-1).expand(B, -1)[batch_row]
         saved = []
-        for rows, queries in CausalAttention.blocks(q):
-            end = queries.stop
-            n = end - queries.start
-            scores = q[rows, :, queries].flatten(1, 2) @ k[rows, :end].mT
-            scores.view(-1, n_shared, n, end)[..., queries] += future[:n, :n]
+        for rows, queries, keys in CausalAttention.blocks(q, first_keys):
+            n, n_keys = queries.stop - queries.start, keys.stop - keys.start
+            scores = q[rows, :, queries].flatten(1, 2) @ k[rows, keys].mT
+            by_query = scores.view(-1, n_shared, n, n_keys)
+            if mask is None:
+                by_query[..., queries] += future[:n, :n]
+            else:
+                by_query.masked_fill_(unseen[batch_row[rows], :, queries, keys], float('-inf'))
             p = torch.softmax(scores, dim=-1)
             left = p * dropout_mask(p.shape, dropout, p.dtype) if dropout else p
-            y[rows, :, queries] = (left @ v[rows, :end]).view_as(y[rows, :, queries])
+            y[rows, :, queries] = (left @ v[rows, keys]).view_as(y[rows, :, queries])
             if any(ctx.needs_input_grad):
                 # one tensor for both: what was dropped is stored as its negative
                 saved.append(left.mul_(2).sub_(p) if dropout else p)
         ctx.dropout = dropout
-        ctx.save_for_backward(q, k, v, *saved)
+        ctx.save_for_backward(q, k, v, first_keys, *saved)
         return y.view(B, n_head, T, head_dim)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, first_keys, *saved = ctx.saved_tensors
         B = dy.shape[0]
         dy = dy.reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for p, (rows, queries) in zip(saved, CausalAttention.blocks(q), strict=True):
-            end = queries.stop
+        blocks = CausalAttention.blocks(q, first_keys)
+        for p, (rows, queries, keys) in zip(saved, blocks, strict=True):
             q_block = q[rows, :, queries].flatten(1, 2)
             dy_block = dy[rows, :, queries].flatten(1, 2)
-            dp = dy_block @ v[rows, :end].mT
+            dp = dy_block @ v[rows, keys].mT
             left = p.relu() if ctx.dropout else p
-            dv[rows, :end] += left.mT @ dy_block
+            dv[rows, keys] += left.mT @ dy_block
             if ctx.dropout:
                 dp *= torch.gt(p, 0, out=torch.empty_like(p))
                 p = p.abs()
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[rows, :, queries] = (ds @ k[rows, :end]).view_as(dq[rows, :, queries])
-            dk[rows, :end] += ds.mT @ q_block
+            dq[rows, :, queries] = (ds @ k[rows, keys]).view_as(dq[rows, :, queries])
+            dk[rows, keys] += ds.mT @ q_block
         head_dim = q.shape[-1]
         dq = (dq * head_dim**-0.5).view(B, -1, *q.shape[2:])
         dv = dv / (1 - ctx.dropout)
-        return dq, dk.view(B, -1, *k.shape[1:]), dv.view(B, -1, *v.shape[1:]), None
+        return dq, dk.view(B, -1, *k.shape[1:]), dv.view(B, -1, *v.shape[1:]), None, None
 
 
 class RMSNorm(plain.RMSNorm):
@@ -312,7 +330,9 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         precise = torch.promote_types(x.dtype, torch.float32)
         normal = x * scale
-        dweight = (dy * normal).flatten(0, -2).sum(dim=0, dtype=precise)
+        dweight = None
+        if ctx.needs_input_grad[1]:  # adapters leave it frozen
+            dweight = (dy * normal).flatten(0, -2).sum(dim=0, dtype=precise)
         dnormal = dy * weight.to(x.dtype)
         mean = (dnormal * normal).mean(dim=-1, keepdim=True)
         return dnormal.addcmul_(normal, mean, value=-1).mul_(scale), dweight, None
@@ -395,6 +415,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradient):
+        with_dweight = with_gradient and ctx.needs_input_grad[1]  # adapters leave it frozen
         if torch.is_autocast_enabled('cpu'):
             x = x.to(torch.get_autocast_dtype('cpu'))
         w = weight.to(x.dtype)
@@ -421,6 +442,7 @@ class HeadLoss(torch.autograd.Function):
                     part.copy_(p.scatter_add_(1, target, minus_one).mul_(known))
             if with_gradient:
                 torch.mm(logits, w, out=dx[start : start + chunk])
+            if with_dweight:
                 dweight_chunk = logits.T @ x_chunk
                 dweight = dweight_chunk.float() if dweight is None else dweight.add_(dweight_chunk)
         ctx.save_for_backward(dx, dweight, count)
@@ -429,7 +451,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dweight, count = ctx.saved_tensors
-        return dx * (dloss / count), dweight * (dloss / count), None, None
+        scale = dloss / count
+        return dx * scale, None if dweight is None else dweight * scale, None, None
 
 
 # Parts of a decode step, in which calling a module takes as long as what it does: they are called
@@ -477,13 +500,13 @@ class NoDropout(nn.Dropout):
 
 # The steps that are written out a second time, and what they are made of in model.py.
 STEPS = {
-    GPT: ('loss', 'summed_loss', 'logits'),
+    GPT: ('loss', 'nats', 'logits'),
     CausalSelfAttention: ('attend',),
     RMSNorm: ('forward',),
 }
 # digest() of model.py as it came: where it still is, nothing is compared, which takes seconds.
 # Who edits those steps for good mends the twins here as well, and puts in the new digest.
-AS_WRITTEN = 'f7166ee0edaa823c'
+AS_WRITTEN = '800b9e2833ca4efb'
 
 
 def digest():

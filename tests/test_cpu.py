@@ -210,12 +210,12 @@ def capped_logits(self, x):
 def smoothed_loss(self, x, targets):  # in training alone
     smoothing = 0.2 if self.training else 0.0
     return F.cross_entropy(
-        self.logits(x), targets, ignore_index=-1, reduction='sum', label_smoothing=smoothing
+        self.logits(x), targets, ignore_index=-1, reduction='none', label_smoothing=smoothing
     )
 
 
 EDITS = {
-    'GPT.loss in training': (plain.GPT, 'summed_loss', smoothed_loss),
+    'GPT.loss in training': (plain.GPT, 'nats', smoothed_loss),
     'RMSNorm.forward': (plain.RMSNorm, 'forward', edited_norm),
     'CausalSelfAttention.attend': (plain.CausalSelfAttention, 'attend', edited_attend),
     'GPT.loss': (plain.GPT, 'logits', capped_logits),
