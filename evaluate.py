@@ -17,10 +17,10 @@ import time
 from fledge import UserError, checkpoint
 from fledge.configurator import configure
 from fledge.device import Machine
+from fledge.documents import open_split
 from fledge.evaluation import evaluate, in_words
 from fledge.formats import huggingface
 from fledge.tokenizer import common_tokenizer
-from fledge.tokens import Tokens, has_masks
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
@@ -37,7 +37,8 @@ configure(globals())
 # -----------------------------------------------------------------------------
 machine = Machine(device, dtype)
 state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir, dataset)
-run, has_objective = state['config'], state.get('objective')
+run, older = state['config'], state.get('objective')
+objective = run.get('objective', 'another' if older else 'next_token')
 model = checkpoint.load_model(state, path).to(machine.device)
 del state
 machine.wrap(model)
@@ -49,13 +50,16 @@ dataset = dataset or run.get('dataset')
 if not dataset:
     raise UserError(f'{path} does not say what it was trained on: name the data with --dataset')
 data_dir = os.path.join('data', dataset)
-data = Tokens(data_dir, split, block_size, vocab_size)
+data = open_split(data_dir, split, block_size, vocab_size)
 if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
     print(f'documents of {data_dir} do not begin with the tokens that they began with for {path}')
-if has_objective:
-    print('the run had an objective of its own; what is measured here is next-token loss')
-if has_masks(data_dir):
-    print(f'{data_dir} has masks, which are not read yet: all of its tokens are measured')
+if objective != 'next_token':
+    print(f'the run learned by {objective}; what is measured here is next-token loss')
+if data.pairs:
+    raise UserError(
+        f'{data_dir} has preferences: the run that learns from them measures them as it goes, '
+        'in its metrics.jsonl'
+    )
 
 began = time.monotonic()
 result = evaluate(model, data, machine, batch_size, eval_iters, tokenizer)

@@ -15,14 +15,15 @@ import time
 import numpy as np
 import torch
 
-from fledge import UserError, checkpoint, optimizers, quantize, run
+from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run
 from fledge.configurator import configure, given
 from fledge.device import Machine, flops_per_token, peak_flops
+from fledge.documents import open_split
 from fledge.evaluation import evaluate, in_words, samples
 from fledge.formats import huggingface
-from fledge.objectives import loss_and_numbers, next_token
+from fledge.objectives import loss_and_numbers
 from fledge.tokenizer import common_tokenizer, find_tokenizer
-from fledge.tokens import Tokens, digest, find_data, has_masks
+from fledge.tokens import digest, find_data
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -74,9 +75,18 @@ activation = 'swiglu'  # a row of model.ACTIVATIONS: swiglu, gelu, gelu_tanh, re
 qk_norm = True  # normalize each head's queries and keys
 tie_embeddings = True  # the head is the token embedding
 gradient_checkpointing = False  # less memory for about a third more time
+# adapters beside weights that stay as they are (LoRA)
+lora_rank = 0  # their width; they alone are trained and saved; 0: all weights are
+lora_alpha = 16.0  # they count lora_alpha / lora_rank
+lora_dropout = 0.0  # share of their inputs dropped in training
+lora_targets = 'attn,mlp'  # where: attn, mlp, or some of attn.c_attn, attn.c_proj, mlp.c_fc, ...
+quantize_base = 'none'  # nf4, int8: the frozen weights in 4 or 8 bits (requirements-qlora.txt)
+# what is learned
+objective = 'next_token'  # next_token, dpo, or a config file's objective(model, batch)
+dpo_beta = 0.1  # dpo: how dear it is to depart from the model that it began with
 # optimizer
-optimizer = 'muon'  # muon (the blocks' matrices; AdamW for the rest), adamw
-learning_rate = 1e-2  # highest
+optimizer = 'auto'  # muon (the blocks' matrices; AdamW for the rest), adamw; auto: what suits
+learning_rate = 0.0  # highest; 0: by optimizers.RATES, 1e-2 for muon on new weights
 max_iters = 4000  # steps
 target_tokens = 0  # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0  # instead of max_iters: as many steps as see the data so often
@@ -96,7 +106,6 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 compile = 'auto'  # auto, True, False: torch.compile; auto is on for CUDA alone
 backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
-objective = None  # a config file may define objective(model, batch): see fledge/objectives.py
 config = configure(globals())
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if auto_resume and os.path.exists(ckpt_path):
@@ -104,7 +113,7 @@ if auto_resume and os.path.exists(ckpt_path):
 resuming = init_from == 'resume'
 start, source, changed = None, init_from, {}
 if resuming:  # the run's own settings hold, but for those given now
-    start, source = checkpoint.load(ckpt_path), ckpt_path
+    start, source = huggingface.load(ckpt_path), ckpt_path
     of_this_start = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
     saved = {k: v for k, v in start['config'].items() if k not in of_this_start}
     config = configure(globals(), saved=saved)
@@ -114,6 +123,7 @@ elif init_from != 'scratch':
     start = huggingface.load(init_from)
 # -----------------------------------------------------------------------------
 run.check_settings(config)
+objective = objectives.choose(objective, dpo_beta)
 
 # ---- where it runs
 machine = Machine(device, dtype, backend)
@@ -121,14 +131,13 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
 log = run.RunLog(machine.main, None if dry_run or eval_only else out_dir)
+optimizer, learning_rate = optimizers.choose(config, start, log.say)
 
 # ---- data and its tokenizer
 data_dir = os.path.join('data', dataset)
 if machine.main:
     find_data(dataset, vocab_size, make_default=not dry_run)
 machine.wait_for_all()
-if has_masks(data_dir):
-    log.say(f'{data_dir} has masks, which are not read yet: all of its tokens are learned')
 theirs = None
 if start:  # the tokenizer comes along with the weights
     theirs = find_tokenizer(start.get('folder') or os.path.dirname(source) or '.')
@@ -137,23 +146,33 @@ tokenizer = common_tokenizer(data_dir, theirs, source, log.say)
 
 # ---- model
 torch.manual_seed(seed)
+base, saved_adapters = adapters.base_of(start, config, resuming)
+n_new_tokens = 0
 if start is None:
     model = GPT(checkpoint.config_of(config, tokenizer))
 else:
+    n_new_tokens = checkpoint.fit_tokenizer(start, theirs, tokenizer, log.say)
     model = checkpoint.model_to_train(start, source, config, given, log.say)
+    del start['model']  # which is the model's now, and in few bits no more
     if quantize.is_quantized(model) and not eval_only:
         raise UserError(
             f'{source} has 8-bit weights, which cannot be trained: start from what it was made of'
         )
 block_size, vocab_size = config['block_size'], model.config.vocab_size
 model.gradient_checkpointing = gradient_checkpointing
+if quantize_base != 'none':
+    quantize.quantize_base(model, quantize_base, machine.device)
 model.to(machine.device)
+if lora_rank:
+    shape = lora_rank, lora_alpha, lora_dropout, lora_targets
+    adapters.add(model, *shape, n_new_tokens, saved_adapters)
 try:
     tokenizer = tokenizer or find_tokenizer(vocab_size=vocab_size)
 except UserError as e:
     log.say(f'{e}: no samples, no bits per byte')
-train_data = Tokens(data_dir, 'train', block_size, vocab_size, seed)
-val_data = Tokens(data_dir, 'val', block_size, vocab_size)
+train_data = open_split(data_dir, 'train', block_size, vocab_size, seed)
+val_data = open_split(data_dir, 'val', block_size, vocab_size)
+objectives.check_data(objective, train_data, data_dir)
 data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
 opts = []
@@ -165,11 +184,15 @@ if not eval_only:
 state = run.RunState()
 if resuming:
     state = run.RunState.from_checkpoint(start, ckpt_path)
-    state.meet_changes(start, changed, config, data_digest, bool(objective))
+    state.meet_changes(start, changed, config, data_digest)
     if opts:
         optimizers.load_state_dict(opts, start.get('optimizer'))
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
+if train_data.pairs:
+    references = (start or {}).get('reference') if resuming else None
+    for data, saved in zip((train_data, val_data), references or (None, None), strict=True):
+        objectives.add_reference(model, data, machine, batch_size, saved)
 del start
 machine.agree('checkpoint in out_dir (which all have to share)', (resuming, state.step))
 machine.agree('data under the same name', data_digest)
@@ -178,7 +201,6 @@ if target_epochs and not target_tokens:
     last_token = state.tokens + round(target_epochs * train_data.n_tokens) - state.rows * block_size
 if last_token:
     max_iters = state.step + max(0, math.ceil((last_token - state.tokens) / tokens_per_step))
-objective = objective or next_token
 log.open(config, state, resuming)
 if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
@@ -193,6 +215,8 @@ log.say(
     f'peak {peak / 1e12:.2f} TFLOP/s; {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
     f'{n_epochs:.2f} epochs of {train_data.n_tokens:,} tokens'
 )
+if train_data.summary():
+    log.say(f'{data_dir}: {train_data.summary()}')
 if resuming:
     changes = [f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items() if v != config[k]]
     log.say(f'resuming at step {state.step}' + ''.join(changes))
@@ -227,10 +251,11 @@ def train_step(step, lr):
     entropy = np.random.SeedSequence([seed, step, machine.rank])
     torch.manual_seed(int(entropy.generate_state(1)[0]))
     first_row = state.rows + machine.rank * rows_per_process
+    whole = train_data.weight(state.rows, rows_per_step) / machine.world_size
     total_loss, total_numbers = torch.zeros((), device=machine.device), {}
     for done in range(0, rows_per_process, batch_size):
         count = min(batch_size, rows_per_process - done)
-        share = count / rows_per_process
+        share = train_data.weight(first_row + done, count) / whole  # of what the step's mean is of
         if machine.world_size > 1:  # the processes average their gradients once a step
             network.require_backward_grad_sync = done + count == rows_per_process
         loss, numbers = loss_of(network, train_data.rows(first_row + done, count))
@@ -312,12 +337,14 @@ def save_checkpoint(is_best):
         model_args=checkpoint.model_args(model.config),
         config=config,
         scaler=scaler.state_dict(),
-        objective=objective is not next_token,
+        reference=objectives.references((train_data, val_data)),
         data=data_digest,
         tokenizer=tokenizer.digest() if tokenizer else '',
         begin=tokenizer.begin if tokenizer else [],
         **state.in_checkpoint(),
     )
+    if base:
+        saved |= dict(model=adapters.tensors(model), base=base)
     if machine.main:
         checkpoint.save(ckpt_path, saved)
         if is_best:
@@ -346,7 +373,7 @@ if eval_only:
     log.say(f'val {in_words(evaluate_val())}')
     raise SystemExit
 if dry_run:
-    log.say(run.dry_run_report(train_step, n_params, tokens_per_step, max_iters, opts, machine))
+    log.say(run.dry_run_report(train_step, model, tokens_per_step, max_iters, opts, machine))
     raise SystemExit
 
 # ---- the training loop

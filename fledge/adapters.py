@@ -20,16 +20,19 @@ PARTS = ('.lora_A', '.lora_B', '.lora_rows')
 EMBEDDING, HEAD = 'transformer.wte', 'lm_head'
 
 
-def add(model, rank, alpha, dropout, targets, n_new_tokens=0):
+def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None):
     """Freeze a GPT and give layers of its blocks adapters, in place; returns the model.
 
     Before the first step it computes what it did: B is zero. The adapters are float32 parameters,
     applied by hooks on layers of any class, before or after cpu.speed_up. dropout: the share of
     a layer's inputs that its adapter does not see in a training step. targets: comma-separated,
     attn, mlp or names of LAYERS. n_new_tokens: so many tokens at the end of the vocabulary are new,
-    and their rows of the embedding and of the head are trained as well. UserError for an unknown
-    target, and for numbers that no adapter can have.
+    and their rows of the embedding and of the head are trained as well. saved: the tensors of a
+    checkpoint's adapters, to go on with. UserError for an unknown target, for numbers that no
+    adapter can have, and for saved ones of another shape.
     """
+    if saved:
+        n_new_tokens = len(saved.get(f'{EMBEDDING}.lora_rows', ()))
     names = layers_of(targets)
     if rank < 1:
         raise UserError(f'lora_rank={rank} must be at least 1')
@@ -64,6 +67,8 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0):
             head.lora_rows = nn.Parameter(zeros.clone())
         embedding.register_forward_hook(add_to_embedding)
         head.register_forward_hook(add_to_logits)
+    if saved:
+        load(model, saved)
     return model
 
 
@@ -105,6 +110,24 @@ def add_to_logits(layer, inputs, output):
 def is_part(name):
     """Whether a tensor of this name is an adapter's."""
     return name.endswith(PARTS)
+
+
+def base_of(start, settings, resuming):
+    """What a run's adapters are trained on, as its checkpoints name it, and their saved tensors.
+
+    start: the loaded checkpoint that training begins from, which keeps its base's tensors alone
+    where a run goes on; None, {} where there are no adapters. UserError where that run had none, or
+    has none any more.
+    """
+    if resuming and bool(settings['lora_rank']) != bool(start.get('base')):
+        trains = 'adapters alone' if start.get('base') else 'all weights'
+        raise UserError(f'this run trains {trains}: begin another with --init_from and --out_dir')
+    if start is None or not settings['lora_rank']:
+        return None, {}
+    if not resuming:
+        return dict(source=settings['init_from'], digest=digest(start)), {}
+    start['model'], saved = split(start['model'])
+    return start['base'], saved
 
 
 def tensors(model):

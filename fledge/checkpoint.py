@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fledge import UserError, adapters, quantize, replacing
-from fledge.tokenizer import padded_vocab_size
+from fledge.tokenizer import GPT2_SIZE, is_gpt2_size, padded_vocab_size
 from model import ACTIVATIONS, GPT, GPTConfig
 
 
@@ -213,17 +213,37 @@ def fit_rows(checkpoint, block_size, path):
         args['block_size'] = block_size
 
 
-def grow_vocabulary(checkpoint, vocab_size):
-    """Let the model of a loaded checkpoint take vocab_size tokens.
+def fit_tokenizer(checkpoint, theirs, tokenizer, say):
+    """Make room in a loaded checkpoint for tokens that its own tokenizer lacks and the data's has.
 
-    A new token's rows of the embedding and of the head are the mean of those there.
+    theirs: its own, tokenizer: the data's; None where unknown. say() tells of new ones. Returns how
+    many rows of the vocabulary nobody has trained then, or 0.
     """
-    state, args = checkpoint['model'], checkpoint['model_args']
-    n_new = vocab_size - args.get('vocab_size', GPTConfig.vocab_size)
+    vocab_size = checkpoint['model_args'].get('vocab_size', GPTConfig.vocab_size)
+    n_known = GPT2_SIZE if is_gpt2_size(vocab_size) else vocab_size
+    n_known = theirs.vocab_size if theirs else n_known
+    if not tokenizer or tokenizer.vocab_size <= n_known:
+        return 0
+    vocab_size = max(vocab_size, tokenizer.vocab_size)
+    alpha = checkpoint['config'].get('lora_alpha')  # adapters' rows would not be the last any more
+    checkpoint['model'] = adapters.merge(checkpoint['model'], alpha, 'the checkpoint')
+    grow_vocabulary(checkpoint, n_known, vocab_size)
+    new = [token for token, i in tokenizer.special.items() if i >= n_known]
+    say(f'new tokens, which begin as the mean of those known: {", ".join(new)}')
+    return vocab_size - n_known
+
+
+def grow_vocabulary(checkpoint, n_known, vocab_size):
+    """Give the tokens n_known .. vocab_size - 1 of a loaded checkpoint rows to learn, in place.
+
+    They are special tokens that its model never saw, or padding: each begins as the mean of the
+    rows of those known, in the embedding and in the head.
+    """
     for name in ('transformer.wte.weight', 'lm_head.weight'):
-        if name in state:
-            mean = state[name].float().mean(dim=0, keepdim=True).to(state[name].dtype)
-            state[name] = torch.cat((state[name], mean.expand(n_new, -1)))
-    if args.get('tie_embeddings', True) and 'lm_head.weight' in state:
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    args['vocab_size'] = vocab_size
+        weight = checkpoint['model'].get(name)
+        if weight is None or not weight.is_floating_point():
+            continue
+        known = weight[:n_known].float()
+        new = known.mean(dim=0).expand(vocab_size - n_known, -1)
+        checkpoint['model'][name] = torch.cat((known, new))
+    checkpoint['model_args']['vocab_size'] = vocab_size

@@ -19,6 +19,7 @@ from contextlib import suppress
 
 from fledge import UserError, read_json
 
+HOOKS = ['objective']  # settings that may be a function, which a config file defines by that name
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
@@ -28,7 +29,7 @@ BOUNDS = {}
 for least, most, names in (
     (0, 2**63 - 1, 'seed'),
     (0, 10**9, 'max_iters warmup_iters lr_decay_iters sample_interval early_stopping_patience'),
-    (0, 10**9, 'eval_iters top_k min_length'),
+    (0, 10**9, 'eval_iters top_k min_length lora_rank'),
     (1, 10**9, 'eval_interval log_interval document documents max_tokens cap'),
     (2, 10**9, 'examples'),
     (0, 10**15, 'target_tokens'),
@@ -45,7 +46,9 @@ for least, most, names in (
     (1, 10**5, 'n_embd'),
     (1, 10**12, 'rope_theta'),
     (1e-12, 0.1, 'norm_eps'),
-    (0, 0.99, 'dropout'),
+    (0, 0.99, 'dropout lora_dropout'),
+    (1e-6, 1e6, 'lora_alpha'),
+    (1e-6, 100, 'dpo_beta'),
     (0, 0.999999, 'beta1 beta2'),
     (0, 10, 'learning_rate min_lr weight_decay'),
     (0, 100, 'temperature'),
@@ -69,7 +72,8 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     Returns all settings as a dict. saved: settings of a run that goes on; they replace the
     defaults, and argv overrides them. also: another script, whose settings this one takes too.
     others: a list that takes the arguments which are neither flags nor config files; None: they are
-    mistakes. A name set to None is a hook: a config file may define a function of that name.
+    mistakes. Of HOOKS a config file may define the function itself: `settings` then has that, and
+    what is returned the path of the file.
     """
     sys.excepthook = one_line
     if also:
@@ -79,8 +83,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     plain = {name: v for name, v in public.items() if isinstance(v, (bool, int, float, str))}
     # kept for a second call, which finds the settings overridden already
     defaults = settings.setdefault('_defaults', plain)
-    hooks = settings.setdefault('_hooks', [name for name, v in public.items() if v is None])
-    values = {}  # that argv gives
+    values, functions = {}, {}  # that argv gives
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments:
         arg = arguments.pop(0)
@@ -93,22 +96,23 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
             if not equals:
                 text = text_behind(name, defaults[name], arguments, others)
             values[name] = check(name, parse(text, defaults[name]), defaults[name], '--')
+            functions.pop(name, None)
         elif arg.endswith('.json'):
             for name, value in read_json(arg, 'object of settings').items():
                 check_name(name, defaults, arg)
                 values[name] = check(name, value, defaults[name], f'{arg}: ')
         elif arg.endswith('.py'):
             for name, value in run_config(arg, defaults | values).items():
-                if name in hooks and callable(value):
-                    settings[name] = value
+                if name in HOOKS and name in defaults and callable(value):
+                    values[name], functions[name] = arg, value
                 elif name in defaults:
                     values[name] = check(name, value, defaults[name], f'{arg}: ')
                 elif name.startswith('_') or isinstance(value, (type, types.ModuleType)):
                     continue
                 elif not callable(value):
                     check_name(name, defaults, arg)
-                elif difflib.get_close_matches(name, hooks):
-                    check_name(name, dict.fromkeys(hooks), arg)
+                elif difflib.get_close_matches(name, HOOKS) and HOOKS[0] in defaults:
+                    check_name(name, dict.fromkeys(HOOKS), arg)
         elif others is None:
             refuse(arg, defaults)
         else:
@@ -116,7 +120,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     given.update(values)
     saved = {name: value for name, value in (saved or {}).items() if name in defaults}
     values = defaults | saved | values
-    settings.update(values)
+    settings.update(values | functions)
     return values
 
 

@@ -206,6 +206,12 @@ class Documents:
         """What a mean over these rows of training is over: their learned targets, or pairs."""
         return int(self.weight_per_row[self._training_rows(first, count)].sum())
 
+    def weight_of(self, batch):
+        """The same of a Batch."""
+        if self.pairs:
+            return (int(batch['documents'].max()) + 1) // 2
+        return int((batch['targets'] >= 0).sum())
+
     def _training_rows(self, first, count):
         places = np.arange(first, first + count)
         rows = np.empty(count, np.int64)

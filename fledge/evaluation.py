@@ -17,8 +17,8 @@ LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch a
 def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=next_token):
     """Measure a model on rows spread evenly over a split, the same ones each time.
 
-    data: a tokens.Tokens. n_batches: of batch_size rows; 0: the whole split. tokenizer: of the
-    tokens, or None. The processes of machine share the rows.
+    data: a tokens.Tokens or documents.Documents. n_batches: of batch_size rows; 0: the whole split.
+    tokenizer: of the tokens, or None. The processes of machine share the rows.
     Returns a dict: loss (nats a token) and tokens, and for next_token perplexity, accuracy,
     bits_per_byte (None where no bytes are known) and bytes, else the objective's own numbers.
     bits_per_byte compares across tokenizers: it is the bits that the tokens of text cost, over the
@@ -48,8 +48,9 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
                 numbers['bytes'] = sizes.sum() - n_texts * added
             else:
                 loss, means = loss_and_numbers(objective, model, machine.move(batch))
-                means = means | {'loss': loss}
-                numbers = {name: float(mean) * n_learned for name, mean in means.items()}
+                means, weight = means | {'loss': loss}, data.weight_of(batch)
+                numbers = {name: float(mean) * weight for name, mean in means.items()}
+                numbers['weight'] = weight
         numbers['tokens'] = n_learned
         for name, number in numbers.items():
             sums[name] = sums.get(name, 0) + number
@@ -60,7 +61,8 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
             totals[name] = totals.get(name, 0) + number
     n_tokens = totals.pop('tokens')
     if objective is not next_token:
-        return {name: total / n_tokens for name, total in totals.items()} | {'tokens': n_tokens}
+        weight = totals.pop('weight')
+        return {name: total / weight for name, total in totals.items()} | {'tokens': n_tokens}
     loss, n_bytes = totals['nats'] / n_tokens, int(totals['bytes'])
     return dict(
         loss=loss,
@@ -78,7 +80,8 @@ def next_token_sums(model, batch, hidden):
     batch has `is_text` beside its targets. hidden: model's, or compiled.
     """
     learned = batch['targets'] >= 0
-    x, targets = hidden(batch['inputs'])[learned], batch['targets'][learned]
+    x = hidden(batch['inputs'], documents=batch.get('documents'))[learned]
+    targets = batch['targets'][learned]
     nats, correct = torch.empty((2, len(targets)), device=x.device)
     n = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(targets), n):

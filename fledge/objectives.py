@@ -5,6 +5,12 @@ scalar, and further numbers, which train.py logs and evaluates by name. batch: a
 tensors. A config file may define its own as `objective`, and may return the loss alone.
 """
 
+import functools
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
 from fledge import UserError
 from fledge.run import KEYS
 
@@ -12,12 +18,92 @@ TAKEN = {'bytes', 'step_losses', *KEYS}  # names of the log's own numbers
 
 
 def next_token(model, batch):
-    """Mean cross entropy of the targets, in nats a token; no logits are kept.
+    """Mean cross entropy of the targets, in nats a token; no logits are kept."""
+    documents = batch.get('documents')
+    return model(batch['inputs'], batch['targets'], return_logits=False, documents=documents)[1]
 
-    Settings reach it as attributes of the model: others know it by being this very function.
+
+def dpo(model, batch, beta):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), in nats a pair.
+
+    batch: pairs of documents, a chosen one and its rejected, with `reference`: what sums_of_logs
+    was before training (see add_reference). beta: how dear it is to depart from that. Numbers:
+    reward_margin, by which the chosen's reward is ahead, and preference_accuracy, how often it is.
     """
-    _, loss = model(batch['inputs'], batch['targets'], return_logits=False)
-    return loss, {}
+    rewards = beta * (sums_of_logs(model, batch) - batch['reference'])
+    margins = rewards[0::2] - rewards[1::2]
+    numbers = dict(reward_margin=margins.mean(), preference_accuracy=(margins > 0).float().mean())
+    return -F.logsigmoid(margins).mean(), numbers
+
+
+def sums_of_logs(model, batch):
+    """The log-probability (nats) of what is learned in each document of a batch, float32 (n,)."""
+    documents = batch['documents']
+    at_once = dict(return_logits=False, documents=documents, reduction='none')
+    _, nats = model(batch['inputs'], batch['targets'], **at_once)
+    sums = torch.zeros(int(documents.max()) + 1, device=nats.device)
+    # padding, whose document is -1, has no nats
+    return sums.index_add(0, documents.clamp(min=0).flatten(), -nats.flatten())
+
+
+@torch.no_grad()
+def add_reference(model, data, machine, batch_size, saved=None):
+    """Give the batches of data, a documents.Documents, what sums_of_logs is of the model now.
+
+    So that no second model is needed: it is computed once, before training, and saved: the
+    same array at an earlier time, which then is taken. The processes of machine share the work.
+    """
+    if saved is not None and len(saved) != data.n_documents:
+        raise UserError(
+            f'{data.paths[0]} gave {len(saved):,} documents when this run began, and now gives '
+            f'{data.n_documents:,}: keep its block_size'
+        )
+    if saved is not None:
+        data.of_documents['reference'] = saved.numpy()
+        return
+    was_training = model.training
+    model.eval()
+    reference, rows = np.zeros(data.n_documents, np.float32), data.evaluation_rows()
+    for start in range(machine.rank * batch_size, len(rows), machine.world_size * batch_size):
+        here = rows[start : start + batch_size]
+        with machine.autocast():
+            sums = sums_of_logs(model, machine.move(data.evaluation_batch(here)))
+        reference[data.documents_of(here)] = sums.cpu().numpy()
+    model.train(was_training)
+    data.of_documents['reference'] = sum(machine.gather(reference))
+
+
+def references(splits):
+    """The reference of each of some splits in pairs, for a checkpoint; None of other splits."""
+    if not splits[0].pairs:
+        return None
+    return [torch.from_numpy(data.of_documents['reference']) for data in splits]
+
+
+def check_data(objective, data, folder):
+    """UserError where preferences meet an objective that is not theirs, or the other way round."""
+    if objective is next_token and data.pairs:
+        raise UserError(
+            f'{folder} has preferences, of which half would be learned by mistake: '
+            'learn them with config/dpo.py'
+        )
+    if isinstance(objective, functools.partial) and not data.pairs:
+        raise UserError(
+            f'{folder} has no pairs of chosen and rejected, which objective=dpo learns from: '
+            'prepare/preferences.py makes them'
+        )
+
+
+def choose(objective, dpo_beta):
+    """The function that a setting names: next_token, dpo, or a config file's own, as it is."""
+    known = dict(next_token=next_token, dpo=functools.partial(dpo, beta=dpo_beta))
+    if not callable(objective) and objective.endswith('.py'):
+        raise UserError(
+            f'this run has an objective of its own, in {objective}: name that config file again'
+        )
+    if not callable(objective) and objective not in known:
+        raise UserError(f'objective={objective!r} is none of {", ".join(known)}')
+    return objective if callable(objective) else known[objective]
 
 
 def loss_and_numbers(objective, model, batch):

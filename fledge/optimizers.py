@@ -6,6 +6,16 @@ import torch
 
 from fledge import UserError
 
+# The learning rate where none is given, by optimizer and by what learns.
+RATES = {
+    ('muon', 'new weights'): 1e-2,
+    ('muon', 'weights'): 2e-3,
+    ('muon', 'adapters'): 1e-3,
+    ('adamw', 'new weights'): 1e-3,
+    ('adamw', 'weights'): 1e-4,
+    ('adamw', 'adapters'): 1e-3,
+}
+
 
 def orthogonalize(x, dtype):
     """The nearest (semi-)orthogonal matrices, roughly, of matrices x (n, rows, columns).
@@ -62,6 +72,30 @@ class Muon(torch.optim.Muon):
         rows, columns = parameters[0].shape
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_add_(parameters, directions.unbind(), alpha=-group['lr'] * scale)
+
+
+def choose(settings, start, say):
+    """Settle what the settings leave open, in place: optimizer='auto' and learning_rate=0.
+
+    start: the checkpoint that training begins from, or None. Muon serves the models that it trained
+    from scratch; on weights that Adam trained it loses (arXiv:2605.10468), and adapters are trained
+    by AdamW everywhere. say() tells which optimizer was taken. Returns both.
+    """
+    optimizer, lora_rank = settings['optimizer'], settings['lora_rank']
+    if optimizer == 'auto':
+        optimizer, why = 'muon', 'the weights are new'
+        if start:
+            optimizer = start['config'].get('optimizer', 'adamw')
+            why = f'{optimizer} trained these weights'
+            if 'optimizer' not in start['config']:
+                why = 'these weights come from elsewhere'
+        if lora_rank:
+            optimizer, why = 'adamw', 'adapters learn, the weights stay'
+        say(f'optimizer={optimizer}: {why}')
+    learns = 'adapters' if lora_rank else 'weights' if start else 'new weights'
+    settings['optimizer'] = optimizer
+    settings['learning_rate'] = settings['learning_rate'] or RATES[optimizer, learns]
+    return optimizer, settings['learning_rate']
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch.bfloat16):

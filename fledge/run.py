@@ -77,12 +77,14 @@ class RunState:
         state.best_val_loss = float(checkpoint['best_val_loss'])
         return state
 
-    def meet_changes(self, checkpoint, changed, settings, data_digest, own_objective):
+    def meet_changes(self, checkpoint, changed, settings, data_digest):
         """Go on from a checkpoint under settings, of which `changed` has the values before.
 
         UserError where its data is not what it was, or its own objective is missing.
         """
-        had_objective = checkpoint.get('objective', False)
+        # an older run says that it has an objective of its own, and not where
+        older = 'own.py' if checkpoint.get('objective') is True else 'next_token'
+        objective = checkpoint['config'].get('objective', older)
         if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
             s = settings | checkpoint['config']
             self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
@@ -94,7 +96,7 @@ class RunState:
                 f'data/{settings["dataset"]} is not what this run was trained on any more: put it '
                 'back, or begin another run from its weights (--init_from=FILE, another --out_dir)'
             )
-        if had_objective and not own_objective:
+        if objective == 'own.py' and settings['objective'] == 'next_token':
             raise UserError(
                 'this run has an objective of its own: name the config file that defines it again'
             )
@@ -102,7 +104,7 @@ class RunState:
             self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
         evaluates = {'dataset', 'block_size', 'eval_iters'}
         evaluates |= {'batch_size'} if settings['eval_iters'] else set()
-        if changed.keys() & evaluates or own_objective != had_objective:
+        if changed.keys() & evaluates or objective != settings['objective']:
             # evaluations come out differently now, and do not compare with those before
             self.evaluated_step, self.best_step, self.best_val_loss = -1, -1, math.inf
             self.evaluations_since_best = 0
@@ -420,14 +422,16 @@ def read_metrics(path):
     return lines
 
 
-def dry_run_report(train_step, n_params, tokens_per_step, max_iters, opts, machine):
+def dry_run_report(train_step, model, tokens_per_step, max_iters, opts, machine):
     """What a run will take, told from two real steps."""
     train_step(0, 0.0)[0].item()  # warms up
     began = time.perf_counter()
     train_step(1, 0.0)[0].item()
     seconds = time.perf_counter() - began
     tokens = max_iters * tokens_per_step
-    held = 8 * n_params + optimizers.state_bytes(opts)
+    n_params = model.get_num_params(non_embedding=False)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    held = sum(p.nbytes for p in model.parameters()) + gradients + optimizers.state_bytes(opts)
     peak = machine.peak_memory()
     return (
         f'parameters: {n_params:,}\n'
@@ -444,6 +448,20 @@ def check_settings(settings):
     """UserError for a setting of train.py that no run can have."""
     one_of(settings, lr_schedule=('linear', 'cosine', 'wsd'))
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
+    one_of(settings, optimizer=('auto', 'muon', 'adamw'), quantize_base=('none', 'nf4', 'int8'))
+    if settings['quantize_base'] != 'none' and not settings['lora_rank']:
+        raise UserError(
+            'quantize_base freezes the weights: adapters beside them learn, by --lora_rank=8'
+        )
+    if settings['lora_rank'] and settings['init_from'] == 'scratch' and not settings['dry_run']:
+        raise UserError('lora_rank adds to weights that are there: name them with --init_from')
+    folder, begins = settings['out_dir'], settings['init_from']
+    if settings['lora_rank'] and os.path.realpath(os.path.dirname(begins)) == os.path.realpath(
+        folder
+    ):
+        raise UserError(
+            f'{folder} has the weights that the adapters need: name another folder with --out_dir'
+        )
 
 
 def without_effect(settings, given):
@@ -460,6 +478,8 @@ def without_effect(settings, given):
             'max_iters',
             'the learning rate is 0 from lr_decay_iters on',
         ),
+        (not s['lora_rank'], 'lora_alpha lora_dropout lora_targets', 'lora_rank=0'),
+        (s['objective'] != 'dpo', 'dpo_beta', f'objective={s["objective"]}'),
         (not s['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log=False'),
         (s['position'] != 'rope', 'rope_theta', f'position={s["position"]}'),
     ]

@@ -214,9 +214,19 @@ class Tokens:
                 self._read(shard, start, self.block_size + 1)  # names the place
         return Batch(inputs=out[:, :-1], targets=out[:, 1:])
 
+    pairs = False  # as documents.Documents may be
+
     def weight(self, first, count):
         """What a mean over these rows of training is over: their targets, all of them learned."""
         return count * self.block_size
+
+    def weight_of(self, batch):
+        """The same of a Batch."""
+        return int((batch['targets'] >= 0).sum())
+
+    def summary(self):
+        """What is in the rows, in one line for the log; of a stream there is nothing to say."""
+        return ''
 
     def _find(self, epoch, places):
         """The shards, and the starts in them, of the rows at these places in the epoch's order."""

@@ -55,7 +55,7 @@ def train_adapters(source, path, vocab_size=0, n_new_tokens=0):
     alpha = start['config'].get('lora_alpha')
     start['model'] = adapters.merge(start['model'], alpha, str(source))
     if vocab_size:
-        checkpoint.grow_vocabulary(start, vocab_size)
+        checkpoint.grow_vocabulary(start, vocab_size - n_new_tokens, vocab_size)
     model = checkpoint.load_model(start, str(source)).eval()
     adapters.add(model, 4, 8, 0.0, 'attn,mlp', n_new_tokens)
     move_adapters(model)

@@ -26,7 +26,8 @@ from model import GPT, GPTConfig
 
 SCRIPTS = ['train.py', 'sample.py', 'evaluate.py', 'bench.py', 'export.py']
 SCRIPTS += sorted(f'prepare/{os.path.basename(p)}' for p in glob.glob(f'{ROOT}/prepare/*.py'))
-DEFAULTS = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', hook=None, _private=3)
+PLAIN = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', objective='next_token')
+DEFAULTS = PLAIN | dict(_private=3)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def files(tmp_path, monkeypatch):
     (tmp_path / 'a.py').write_text(
         'import time\nsteps = 20\nrate = 1\n'
         'name = "ft-" + str(time.time() > 0)\n_half = steps // 2\n'
-        'def hook(model, batch):\n    return steps\n'
+        'def objective(model, batch):\n    return steps\n'
     )
     (tmp_path / 'b.py').write_text('steps = steps * 2  # sees what came before it\n')
     (tmp_path / 'c.json').write_text(json.dumps({'steps': 7, 'on': True}))
@@ -48,20 +49,20 @@ def configured(*argv):
 
 
 def test_overrides_apply_from_left_to_right(files):
-    assert configured('a.py')[0] == dict(steps=20, rate=1.0, name='ft-True', on=False, mode='auto')
+    own = dict(objective='a.py')
+    assert configured('a.py')[0] == PLAIN | dict(steps=20, rate=1.0, name='ft-True') | own
+    assert configured('a.py', '--objective=dpo')[1]['objective'] == 'dpo'
     assert configured('a.py', 'b.py', '--rate=2')[0]['steps'] == 40
     assert configured('b.py', 'a.py')[0]['steps'] == 20
     assert configured('a.py', 'c.json', 'b.py')[0]['steps'] == 14
     assert configured('--steps=3', 'c.json')[0]['steps'] == 7
-    assert configured('c.json', '--steps=3', '--on=False')[0] == dict(
-        steps=3, rate=0.1, name='run', on=False, mode='auto'
-    )
+    assert configured('c.json', '--steps=3', '--on=False')[0] == PLAIN | dict(steps=3)
     values, settings = configured('a.py', '--steps=1')
     assert (
         settings['steps'] == 1
-        and settings['hook'](None, None) == 20
+        and settings['objective'](None, None) == 20
         and settings['_private'] == 3
-        and 'hook' not in values
+        and values['objective'] == 'a.py'
     )
 
 
@@ -70,14 +71,16 @@ def test_a_run_that_goes_on_keeps_its_settings(files):
     configure(settings, ['--steps=3'])
     values = configure(settings, ['--steps=3'], saved=dict(steps=8, rate=0.5, mode=False, gone=1))
     assert (
-        values == dict(steps=3, rate=0.5, name='run', on=False, mode=False)
+        values == PLAIN | dict(steps=3, rate=0.5, mode=False)
         and settings['rate'] == 0.5
         and 'gone' not in settings
     )
-    (files / 'relative.py').write_text('steps = steps * 2\nhook = lambda model, batch: steps\n')
+    (files / 'relative.py').write_text(
+        'steps = steps * 2\nobjective = lambda model, batch: steps\n'
+    )
     values = configure(settings, ['relative.py'], saved=dict(steps=20))
     assert (
-        values['steps'] == 20 == settings['hook'](None, None)
+        values['steps'] == 20 == settings['objective'](None, None)
     )  # twice the default, and not twice what was saved
     assert (
         configure(settings, ['--mode=auto'], saved=dict(mode=True))['mode'] == 'auto'
@@ -189,7 +192,7 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
         assert (
             '--out_dir=out ' in out
             and 'checkpoints, metrics.jsonl' in out
-            and '--learning_rate=0.01' in out
+            and '--learning_rate=0.0 ' in out
         )
 
 
@@ -216,9 +219,9 @@ def test_a_script_takes_another_ones_settings_too(tmp_path):
     out = run(tmp_path, 'bench.py', '--help')
     assert (
         '--rounds=5 ' in out
-        and '--optimizer=muon ' in out
+        and '--optimizer=auto ' in out
         and 'TRAIN' not in out
-        and '--objective' not in out
+        and '--objective=next_token' in out
     )
 
 
@@ -261,7 +264,7 @@ def test_only_a_users_mistake_is_one_line(tmp_path, code, status, words):
 def test_given_are_the_names_that_were_given(files):
     given.clear()
     configured('a.py', '--steps=1', 'c.json')
-    assert given == {'steps', 'rate', 'name', 'on'}
+    assert given == {'steps', 'rate', 'name', 'objective', 'on'}
 
 
 def test_a_file_that_is_no_config_is_not_run(files):
@@ -374,7 +377,7 @@ def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
             'def objectiv(model, batch): pass',
             "no setting is called 'objectiv'; the nearest are obj",
         ),
-        ('objective = 5', "no setting is called 'objective'"),
+        ('objective = 5', 'objective=5 is a whole number, and this setting takes a text'),
         ("rope_scaling = dict(rope_type='linear')", "no setting is called 'rope_scaling'"),
         ('sizes = [1, 2]', "no setting is called 'sizes'"),
     ],
@@ -382,7 +385,9 @@ def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
 def test_what_a_config_file_defines_and_nobody_reads_is_a_mistake(tmp_path, text, words):
     (tmp_path / 'c.py').write_text(text)
     with pytest.raises(UserError, match=words):
-        configure(dict(n_layer=3, objective=None), [str(tmp_path / 'c.py')])
+        configure(dict(n_layer=3, objective='next_token'), [str(tmp_path / 'c.py')])
     fine = 'import math\nfrom dataclasses import dataclass\n_own = [1]\ndef helper(): pass\n'
     (tmp_path / 'c.py').write_text(fine + 'n_layer = math.ceil(3.5)')
-    assert configure(dict(n_layer=3, objective=None), [str(tmp_path / 'c.py')])['n_layer'] == 4
+    assert (
+        configure(dict(n_layer=3, objective='next_token'), [str(tmp_path / 'c.py')])['n_layer'] == 4
+    )

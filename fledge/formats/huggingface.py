@@ -220,8 +220,9 @@ def with_base(loaded, path):
             'put the old one back, or train the adapter again'
         )
     base['model'] = adapters.merge(base['model'], base['config'].get('lora_alpha'), source)
-    if vocab_size > base['model_args'].get('vocab_size', GPTConfig.vocab_size):
-        checkpoint.grow_vocabulary(base, vocab_size)
+    n_new_tokens = len(loaded['model'].get('transformer.wte.lora_rows', ()))
+    if n_new_tokens:
+        checkpoint.grow_vocabulary(base, vocab_size - n_new_tokens, vocab_size)
     checkpoint.fit_rows(base, context, source)  # learned positions may have been cut
     return loaded | dict(model=base['model'] | loaded['model'])
 

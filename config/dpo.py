@@ -1,0 +1,17 @@
+# Preferences (DPO), behind SFT: what was chosen becomes likelier than what was rejected.
+#   python prepare/preferences.py --input=pairs.jsonl --name=pairs --tokenizer=data/stdlib_chat
+#   python train.py config/dpo.py
+out_dir = 'out-dpo'
+init_from = 'out-sft/ckpt.pt'
+dataset = 'pairs'
+objective = 'dpo'
+dpo_beta = 0.1
+target_epochs = 1
+max_minutes = 0.0
+batch_size = 4  # rows, each of several whole pairs
+optimizer = 'adamw'
+learning_rate = 5e-5
+weight_decay = 0.0
+warmup_iters = 10
+eval_interval = 50
+sample_interval = 0

@@ -1,0 +1,16 @@
+# Fine-tuning on conversations (SFT): only what the assistant says is learned.
+#   python prepare/stdlib_chat.py
+#   python train.py config/sft.py
+# with your own: python train.py config/sft.py --dataset=talks --init_from=OWNER/NAME --lora_rank=8
+out_dir = 'out-sft'
+init_from = 'out/ckpt.pt'  # the default run's
+dataset = 'stdlib_chat'
+target_epochs = 3
+max_minutes = 0.0
+batch_size = 4  # rows, each of several whole conversations
+weight_decay = 0.0
+eval_interval = 200
+# what the samples begin with
+sample_start = '<|im_start|>user\nWhat does os.path.join do?<|im_end|>\n<|im_start|>assistant\n'
+sample_interval = 1000
+sample_repetition_penalty = 1.0
