@@ -86,7 +86,7 @@ objective = 'next_token'  # next_token, dpo, or a config file's objective(model,
 dpo_beta = 0.1  # dpo: how dear it is to depart from the model that it began with
 # optimizer
 optimizer = 'auto'  # muon (the blocks' matrices; AdamW for the rest), adamw; auto: what suits
-learning_rate = 0.0  # highest; 0: by optimizers.RATES, 1e-2 for muon on new weights
+learning_rate = 'auto'  # highest; auto: by optimizers.RATES, 1e-2 for muon on new weights
 max_iters = 4000  # steps
 target_tokens = 0  # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0  # instead of max_iters: as many steps as see the data so often
@@ -131,7 +131,7 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
 log = run.RunLog(machine.main, None if dry_run or eval_only else out_dir)
-optimizer, learning_rate = optimizers.choose(config, start, log.say)
+optimizer, learning_rate, why = optimizers.choose(config, start)
 
 # ---- data and its tokenizer
 data_dir = os.path.join('data', dataset)
@@ -205,6 +205,8 @@ log.open(config, state, resuming)
 if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
 log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
+if why:
+    log.say(f'optimizer={optimizer}: {why}')
 if run.without_effect(config, given):
     log.say('without effect here: ' + ', '.join(run.without_effect(config, given)))
 peak = peak_flops(machine.device, machine.dtype)

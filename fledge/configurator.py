@@ -95,7 +95,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
             check_name(name, defaults, arg)
             if not equals:
                 text = text_behind(name, defaults[name], arguments, others)
-            values[name] = check(name, parse(text, defaults[name]), defaults[name], '--')
+            values[name] = check(name, parse(name, text, defaults[name]), defaults[name], '--')
             functions.pop(name, None)
         elif arg.endswith('.json'):
             for name, value in read_json(arg, 'object of settings').items():
@@ -182,11 +182,11 @@ def check_name(name, defaults, where):
 
 def text_behind(name, default, arguments, others):
     """The text of a flag without =: the next of the arguments, or True where it may stand alone."""
-    is_text = isinstance(default, str) and default != 'auto'
+    is_text = isinstance(default, str) and (default != 'auto' or name in BOUNDS)
     following = arguments[0] if arguments else '--'
     is_config = following.endswith(('.py', '.json')) and not is_text
     is_value = not following.startswith('--') and not is_config
-    if isinstance(default, bool) or default == 'auto':
+    if isinstance(default, bool) or (default == 'auto' and name not in BOUNDS):
         if not is_value or (others is not None and following not in ('True', 'False', 'auto')):
             return 'True'
     elif not is_value:
@@ -194,9 +194,12 @@ def text_behind(name, default, arguments, others):
     return arguments.pop(0)
 
 
-def parse(text, default):
+def parse(name, text, default):
     """The value that a flag's text spells, for a setting with this default."""
-    if isinstance(default, str) and not (default == 'auto' and text in ('True', 'False')):
+    is_text = isinstance(default, str)
+    if default == 'auto':
+        is_text = text not in ('True', 'False') and name not in BOUNDS
+    if is_text:
         return text
     try:
         return ast.literal_eval(text)
@@ -207,9 +210,12 @@ def parse(text, default):
 def check(name, value, default, where):
     """value as the type of default; UserError where it has another type, or is out of BOUNDS.
 
-    An int serves as a float, a whole float as an int, and a bool where 'auto' stands.
+    An int serves as a float, a whole float as an int. Where 'auto' stands a bool does, or a number
+    for a name in BOUNDS.
     """
     where = f'{where}{name}={value!r}'
+    if default == 'auto' and name in BOUNDS and value != 'auto':
+        default = -1.0  # no number's default
     if type(value) in (int, float) and type(default) in (int, float) and value != default:
         least, most = BOUNDS.get(name, (-1e300, 1e300))
         if not least <= value <= most:  # which NaN is not either

@@ -74,14 +74,15 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(parameters, directions.unbind(), alpha=-group['lr'] * scale)
 
 
-def choose(settings, start, say):
-    """Settle what the settings leave open, in place: optimizer='auto' and learning_rate=0.
+def choose(settings, start):
+    """Settle what the settings leave open ('auto'), in place: the optimizer and learning_rate.
 
     start: the checkpoint that training begins from, or None. Muon serves the models that it trained
     from scratch; on weights that Adam trained it loses (arXiv:2605.10468), and adapters are trained
-    by AdamW everywhere. say() tells which optimizer was taken. Returns both.
+    by AdamW everywhere. Returns both, and why that optimizer was taken, '' where it was given.
     """
-    optimizer, lora_rank = settings['optimizer'], settings['lora_rank']
+    optimizer, rate, lora_rank = (settings[n] for n in ('optimizer', 'learning_rate', 'lora_rank'))
+    why = ''
     if optimizer == 'auto':
         optimizer, why = 'muon', 'the weights are new'
         if start:
@@ -91,11 +92,11 @@ def choose(settings, start, say):
                 why = 'these weights come from elsewhere'
         if lora_rank:
             optimizer, why = 'adamw', 'adapters learn, the weights stay'
-        say(f'optimizer={optimizer}: {why}')
-    learns = 'adapters' if lora_rank else 'weights' if start else 'new weights'
-    settings['optimizer'] = optimizer
-    settings['learning_rate'] = settings['learning_rate'] or RATES[optimizer, learns]
-    return optimizer, settings['learning_rate']
+    if rate == 'auto':
+        learns = 'adapters' if lora_rank else 'weights' if start else 'new weights'
+        rate = RATES[optimizer, learns]
+    settings |= dict(optimizer=optimizer, learning_rate=rate)
+    return optimizer, rate, why
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch.bfloat16):

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import fails, run, shared
+from conftest import run, shared
 from torch.nn import functional as F
 
 from fledge import checkpoint
@@ -140,7 +140,7 @@ def test_bytes_are_the_documents_own(folder):
     assert found['loss'] == pytest.approx(each.mean().item(), rel=1e-4)
 
 
-def test_tokens_beyond_the_embedding_are_refused_in_one_line(folder):
+def test_tokens_beyond_the_embedding_get_rows_of_it(folder):
     talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
     with open(folder / 'talks.jsonl', 'w') as f:
         f.writelines(
@@ -148,8 +148,10 @@ def test_tokens_beyond_the_embedding_are_refused_in_one_line(folder):
             for i in range(40)
         )
     prepare(folder, 'talks.jsonl', script='chat', name='talks')
-    words = fails(folder, 'train.py', '--init_from=base', *TRAIN, '--dataset=talks')
-    assert 'beyond the vocabulary of 512: the model has no such tokens' in words
+    out = run(folder, 'train.py', '--init_from=base', *TRAIN, '--dataset=talks')
+    assert 'begin as the mean of those known: <|im_start|>, <|im_end|>' in out
+    saved = checkpoint.load(str(folder / 'out' / 'ckpt.pt'))
+    assert saved['model_args']['vocab_size'] == 514 == len(saved['model']['lm_head.weight'])
     # text has none of those tokens, whoever prepared it
     spec = load_tokenizer(str(folder / 'base')).with_special(['<pad>']).spec
     (folder / 'base/tokenizer.json').write_text(json.dumps(spec))

@@ -192,7 +192,7 @@ def test_help_lists_every_setting_with_its_comment(script, tmp_path):
         assert (
             '--out_dir=out ' in out
             and 'checkpoints, metrics.jsonl' in out
-            and '--learning_rate=0.0 ' in out
+            and '--learning_rate=auto ' in out
         )
 
 
