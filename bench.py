@@ -120,15 +120,14 @@ def train_fledge():
         marks[part] = time.perf_counter()
 
     def parts():
-        # each ends where the next begins; the embedding's gradient is the last of the backward pass
+        # each ends where the next begins, and the backward pass with the last gradient
         hooks = [
             model.register_forward_pre_hook(lambda *_: mark('data')),
             model.transformer.ln_f.register_forward_hook(lambda *_: mark('forward')),
             model.register_forward_hook(lambda *_: mark('head and loss')),
-            model.transformer.wte.weight.register_post_accumulate_grad_hook(
-                lambda _: mark('backward')
-            ),
         ]
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            hooks.append(p.register_post_accumulate_grad_hook(lambda _: mark('backward')))
         mark('start')
         take_step()
         mark('optimizer')

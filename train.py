@@ -165,7 +165,7 @@ if quantize_base != 'none':
 model.to(machine.device)
 if lora_rank:
     shape = lora_rank, lora_alpha, lora_dropout, lora_targets
-    adapters.add(model, *shape, n_new_tokens, saved_adapters)
+    adapters.add(model, *shape, n_new_tokens, saved_adapters, machine.dtype)
 try:
     tokenizer = tokenizer or find_tokenizer(vocab_size=vocab_size)
 except UserError as e:

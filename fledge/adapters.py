@@ -6,6 +6,7 @@ vocabulary, NAME.lora_rows (tokens, n_embd) of the embedding, and of a head that
 are added to the last rows of NAME.weight.
 """
 
+import contextlib
 import hashlib
 import math
 
@@ -20,7 +21,7 @@ PARTS = ('.lora_A', '.lora_B', '.lora_rows')
 EMBEDDING, HEAD = 'transformer.wte', 'lm_head'
 
 
-def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None):
+def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=torch.float32):
     """Freeze a GPT and give layers of its blocks adapters, in place; returns the model.
 
     Before the first step it computes what it did: B is zero. The adapters are float32 parameters,
@@ -28,7 +29,8 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None):
     a layer's inputs that its adapter does not see in a training step. targets: comma-separated,
     attn, mlp or names of LAYERS. n_new_tokens: so many tokens at the end of the vocabulary are new,
     and their rows of the embedding and of the head are trained as well. saved: the tensors of a
-    checkpoint's adapters, to go on with. UserError for an unknown target, for numbers that no
+    checkpoint's adapters, to go on with. dtype: which the model computes in: the blocks' weights,
+    which stay as they are, are kept in it. UserError for an unknown target, for numbers that no
     adapter can have, and for saved ones of another shape.
     """
     if saved:
@@ -47,6 +49,9 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None):
             if rank > width:
                 raise UserError(f'lora_rank={rank} is above the width of {name}, which is {width}')
     model.requires_grad_(False)
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+            layer.to(dtype)
     device = model.transformer.wte.weight.device
     for block in model.transformer.h:
         for name in names:
@@ -87,9 +92,12 @@ def layers_of(targets):
 
 def add_update(layer, inputs, output):
     """A linear layer's output (..., rows) and its adapter's, in the output's type."""
-    x = layer.lora_dropout(inputs[0]).to(output.dtype)
-    y = F.linear(x, layer.lora_A.to(x.dtype)) * layer.lora_scale  # (..., rank)
-    return output + F.linear(y, layer.lora_B.to(y.dtype))
+    x = layer.lora_dropout(inputs[0])
+    with getattr(x, 'not_kept', contextlib.nullcontext)():  # see cpu.recomputed
+        y = F.linear(x.to(output.dtype), layer.lora_A.to(output.dtype))  # (..., rank)
+    y = (y * layer.lora_scale).flatten(0, -2)
+    b = layer.lora_B.to(output.dtype)
+    return torch.addmm(output.flatten(0, -2), y, b.T).view_as(output)  # one pass over the output
 
 
 def add_to_embedding(layer, inputs, output):
