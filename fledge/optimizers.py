@@ -100,7 +100,7 @@ def choose(settings, start):
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch.bfloat16):
-    """The optimizers of a model, a list: [AdamW], or [AdamW, Muon].
+    """The optimizers of a model, a list: [AdamW], [AdamW, Muon], or [Muon] where all is Muon's.
 
     adamw: matrices and embeddings decay, vectors do not (nanoGPT's two groups, in its order: its
     state loads). muon: the blocks' matrices go to Muon, orthogonalized in dtype; embeddings, head
@@ -121,10 +121,11 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch
         raise UserError(f'optimizer={name!r} is none of adamw, muon')
     matrices = [p for n, p in named if p.dim() == 2 and '.h.' in n]
     others = [p for n, p in named if p.dim() != 2 or '.h.' not in n]
-    return [
-        torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused),
-        Muon(matrices, learning_rate, weight_decay, dtype),
-    ]
+    muon = Muon(matrices, learning_rate, weight_decay, dtype)
+    if not others:  # adapters are matrices alone
+        return [muon]
+    adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)
+    return [adamw, muon]
 
 
 def set_learning_rate(optimizers, learning_rate):
