@@ -66,11 +66,12 @@ def start(cwd, script, *args, env=None, **options):
     )
 
 
-# Most of a short script's time is torch's import. A process that has done it forks one child a
-# script, which then runs as by itself.
+# Most of a short script's time is the import of torch, and of torch._dynamo, which the first
+# optimizer imports. A process that has done both forks one child a script, which then runs as by
+# itself.
 FORKS = """
 import atexit, json, os, runpy, signal, sys
-import torch
+import torch._dynamo
 for job in map(json.loads, sys.stdin):
     child = os.fork()
     if not child:
