@@ -1,9 +1,11 @@
 # Preferences (DPO), behind SFT: what was chosen becomes likelier than what was rejected.
-#   python prepare/preferences.py --input=pairs.jsonl --name=pairs --tokenizer=data/stdlib_chat
+#   python prepare/stdlib_chat.py --pairs --name=stdlib_pairs
 #   python train.py config/dpo.py
+# with your own: python prepare/preferences.py --input=pairs.jsonl --name=pairs --tokenizer=...
+#                python train.py config/dpo.py --dataset=pairs --init_from=out-mine/ckpt.pt
 out_dir = 'out-dpo'
 init_from = 'out-sft/ckpt.pt'
-dataset = 'pairs'
+dataset = 'stdlib_pairs'
 objective = 'dpo'
 dpo_beta = 0.1
 target_epochs = 1

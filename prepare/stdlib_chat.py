@@ -1,6 +1,7 @@
 """Questions about Python's standard library, which its docstrings answer: a chat, no network.
 
 python prepare/stdlib_chat.py       writes data/stdlib_chat, with the tokenizer of data/stdlib
+python prepare/stdlib_chat.py --pairs --name=stdlib_pairs       for DPO: brief answers are preferred
 """
 
 import ast
@@ -11,12 +12,13 @@ import warnings
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import Made, Stage, configure, prepare
+from fledge.corpus import Made, Stage, configure, preference, prepare
 from fledge.corpus.records import exchange
 
 name = 'stdlib_chat'  # folder under data/
 tokenizer = 'data/stdlib'  # the default run's; or gpt2, bytes, ...
 val_fraction = 0.05  # of the functions, classes and modules
+pairs = False  # pairs in place of conversations: an answer, and the same with more than was asked
 settings = configure(globals())
 
 LEFT_OUT = ('site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'ntpath.py')
@@ -47,18 +49,30 @@ def talks_about(dotted, node):
     answer = summary_of(node)
     if len(answer) < 15:
         return []
+    if pairs:
+        return pair_about(dotted, node, answer) if isinstance(node, ast.FunctionDef) else []
     if isinstance(node, ast.Module):
         return [exchange(f'What is the module {dotted} for?', answer)]
     if isinstance(node, ast.ClassDef):
         kind, call = 'class', ''
     else:
-        kind, call = 'function', f'It is called as {dotted}({ast.unparse(node.args)}).'
+        kind, call = 'function', call_of(dotted, node)
     talks = [exchange(f'What does {dotted} do?', ' '.join(filter(None, (answer, call))))]
     sentence = answer.partition('. ')[0].rstrip('.')
     talks.append(exchange(f'Which {kind} is this: {sentence}?', f'{dotted}: {answer}'))
     if call:
         talks.append(exchange(f'How do I call {dotted}?', call))
     return talks
+
+
+def pair_about(dotted, node, answer):
+    """A brief answer about a function, and the one that says more than was asked."""
+    more = f'{answer} {call_of(dotted, node)}'
+    return preference(dict(prompt=f'What does {dotted} do?', chosen=answer, rejected=more))
+
+
+def call_of(dotted, function):
+    return f'It is called as {dotted}({ast.unparse(function.args)}).'
 
 
 def all_talks():
@@ -77,4 +91,4 @@ talks = all_talks()
 source = Made("the standard library's docstrings", len(talks), lambda i: talks[i])
 version = sys.version.split()[0]
 stage = Stage(source, lambda record: record)
-prepare(settings, f'docstrings of Python {version}', [stage], masked=True)
+prepare(settings, f'docstrings of Python {version}', [stage], masked=True, pairs=pairs)
