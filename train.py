@@ -189,10 +189,7 @@ if resuming:
         optimizers.load_state_dict(opts, start.get('optimizer'))
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
-if train_data.pairs:
-    references = (start or {}).get('reference') if resuming else None
-    for data, saved in zip((train_data, val_data), references or (None, None), strict=True):
-        objectives.add_reference(model, data, machine, batch_size, saved)
+references = start.get('reference') if resuming else None
 del start
 machine.agree('checkpoint in out_dir (which all have to share)', (resuming, state.step))
 machine.agree('data under the same name', data_digest)
@@ -240,6 +237,9 @@ def try_out(network):  # torch.compile compiles at the first use
 
 
 network = machine.wrap(model, compile, try_out, log.say)
+if train_data.pairs:
+    for data, saved in zip((train_data, val_data), references or (None, None), strict=True):
+        objectives.add_reference(model, data, machine, batch_size, saved)
 of_val = (val_data, machine, batch_size, eval_iters, tokenizer, objective)
 evaluate_val = functools.partial(evaluate, model, *of_val)
 

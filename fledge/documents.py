@@ -71,6 +71,8 @@ class Documents:
         else:
             self._choose_documents(starts, ends)
         self._pack()
+        if self.pairs:  # until objectives.add_reference knows better
+            self.of_documents['reference'] = np.zeros(self.n_documents, np.float32)
         self.epoch = None  # whose order is at hand
 
     def _open(self, folder):

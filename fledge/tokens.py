@@ -130,7 +130,9 @@ def find_data(dataset, vocab_size, make_default):
         flags = ['--input=YOUR_FILES', f'--name={dataset}', *flags]
     command = shlex.join(['python', script, *flags])
     if dataset != 'stdlib' or not make_default:
-        raise UserError(f'{folder} has no train.bin; make it with: {command}')
+        others = 'conversations, pairs and labels by chat.py, preferences.py and classify.py there'
+        others = f' ({others})' if 'YOUR_FILES' in command else ''
+        raise UserError(f'{folder} has no train.bin; make it with: {command}{others}')
     if subprocess.run([sys.executable, os.path.join(root, script), *flags]).returncode:
         raise UserError(f'{command} failed; see above')
 
