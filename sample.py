@@ -25,7 +25,7 @@ top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the fewest tokens that have this probability together
 min_p = 0.0  # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0  # above 1, tokens seen before become less likely
-stop = '<|endoftext|>'  # the special token that ends a sample (this: any tokenizer's end); '': none
+stop = 'auto'  # the special token that ends a sample; auto: of a text or of a turn; '': none
 seed = 1337  # of the draws
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
@@ -71,10 +71,11 @@ if max(prompt) >= model.config.vocab_size:
         f'the tokenizer gives token {max(prompt)}, and the model of {path} has '
         f'{model.config.vocab_size}: it was trained with another tokenizer'
     )
-end = tokenizer.special.get(stop)
-if end is None and stop == '<|endoftext|>':
-    end = tokenizer.end_of_text  # which other families spell otherwise
-elif end is None and stop:
+if stop == 'auto':
+    ends = huggingface.ends(tokenizer)
+elif stop in tokenizer.special or not stop:
+    ends = [tokenizer.special[stop]] if stop else []
+else:
     known = ', '.join(tokenizer.special) or 'there are none'
     raise UserError(f'--stop={stop} is no special token of this tokenizer: {known}')
 
@@ -82,14 +83,14 @@ elif end is None and stop:
 filters = dict(top_p=top_p, min_p=min_p or None, repetition_penalty=repetition_penalty)
 try:
     rows = model.generate(
-        [prompt] * num_samples, max_new_tokens, temperature, top_k or None, end, seed, **filters
+        [prompt] * num_samples, max_new_tokens, temperature, top_k or None, ends, seed, **filters
     )
 except ValueError as e:
     raise UserError(f'{path}: {e}') from None
 samples = []
 for row in rows:
     new = row[len(prompt) :]
-    text = tokenizer.decode_behind(prompt, new[:-1] if new[-1] == end else new)
+    text = tokenizer.decode_behind(prompt, new[:-1] if new[-1] in ends else new)
     samples.append(start + text)
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:

@@ -332,7 +332,8 @@ def save_checkpoint(is_best):
     losses = recent.all_losses(machine)
     if not math.isfinite(sum(losses)):
         raise UserError(f'the loss is not finite at step {state.step}{DIVERGED}')
-    saved_step, state.recent_losses = state.step, losses
+    saved_step = state.step
+    state.recent_losses, state.recent_numbers = losses, recent.all_numbers(machine)
     saved = dict(
         model=model.state_dict(),
         optimizer=optimizers.state_dict(opts),
@@ -356,7 +357,7 @@ def save_checkpoint(is_best):
 def log_steps(grad_norm):
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
     losses = recent.all_losses(machine)  # waits for an accelerator
-    own_numbers = recent.mean_numbers(machine)
+    own_numbers = {n: sum(v) / len(v) for n, v in recent.all_numbers(machine).items()}
     loss, speed = sum(losses) / len(losses), recent.n_timed * tokens_per_step / clock.interval()
     line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed, **own_numbers)
     line['grad_norm'] = grad_norm.item()
@@ -385,7 +386,7 @@ if state.step > warmup_iters and learning_rate_at(state.step, time_share()) > 1.
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
-recent = run.RecentSteps(state.recent_losses, machine.device)
+recent = run.RecentSteps(state.recent_losses, state.recent_numbers, machine.device)
 saved_step = state.step if resuming else -1
 while True:
     state.elapsed = clock.elapsed()

@@ -1,5 +1,4 @@
 # Preferences (DPO), behind SFT: what was chosen becomes likelier than what was rejected.
-#   python prepare/stdlib_pairs.py
 #   python train.py config/dpo.py
 # with your own: python prepare/preferences.py --input=pairs.jsonl --name=pairs --tokenizer=...
 #                python train.py config/dpo.py --dataset=pairs --init_from=out-mine/ckpt.pt

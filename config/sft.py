@@ -1,5 +1,4 @@
 # Fine-tuning on conversations (SFT): only what the assistant says is learned.
-#   python prepare/stdlib_chat.py
 #   python train.py config/sft.py
 # with your own: python train.py config/sft.py --dataset=talks --init_from=OWNER/NAME --lora_rank=8
 out_dir = 'out-sft'

@@ -132,6 +132,12 @@ def base_of(start, settings, resuming):
         raise UserError(f'this run trains {trains}: begin another with --init_from and --out_dir')
     if start is None or not settings['lora_rank']:
         return None, {}
+    for name in ('lora_rank', 'lora_targets'):
+        before = start['config'].get(name, settings[name])
+        if resuming and settings[name] != before:
+            raise UserError(
+                f'{name} was {before!r}, and a run keeps it: begin another (--init_from)'
+            )
     if not resuming:
         return dict(source=settings['init_from'], digest=digest(start)), {}
     start['model'], saved = split(start['model'])

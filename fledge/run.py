@@ -42,6 +42,7 @@ class RunState:
     best_step: int = -1  # of that loss
     evaluations_since_best: int = 0
     recent_losses: list = field(default_factory=list)  # of the steps since the last logged line
+    recent_numbers: dict = field(default_factory=dict)  # of the objective, by name: as many
     wandb_id: str = ''  # of the run there
 
     def metrics(self):
@@ -89,6 +90,11 @@ class RunState:
             s = settings | checkpoint['config']
             self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
             self.tokens = self.rows * s['block_size']
+        if 'dataset' in changed and checkpoint.get('reference'):
+            raise UserError(
+                'this run knows what its first model made of its pairs, and not of others: '
+                'begin another run from its weights (--init_from=FILE, another --out_dir)'
+            )
         if 'dataset' in changed:
             self.rows = 0
         elif checkpoint.get('data', data_digest) != data_digest:
@@ -148,11 +154,13 @@ class Clock:
 
 
 class RecentSteps:
-    """The steps since the last line of progress; losses: of those that were before a resume."""
+    """The steps since the last line of progress; losses, numbers: of those before a resume."""
 
-    def __init__(self, losses, device):
+    def __init__(self, losses, numbers, device):
         self.clear()
         self.losses = [torch.tensor(loss, device=device) for loss in losses]
+        for name, values in numbers.items():
+            self.numbers[name] = [torch.tensor(value, device=device) for value in values]
 
     def clear(self):
         self.losses, self.numbers, self.n_timed = [], {}, 0
@@ -167,9 +175,9 @@ class RecentSteps:
         """The loss of each step, a list: means over the processes."""
         return machine.mean(torch.stack(self.losses)) if self.losses else []
 
-    def mean_numbers(self, machine):
-        """The means of the objective's own numbers, by name."""
-        return {n: machine.mean(torch.stack(v).mean()) for n, v in self.numbers.items()}
+    def all_numbers(self, machine):
+        """The objective's own numbers of each step, lists by name: means over the processes."""
+        return {name: machine.mean(torch.stack(values)) for name, values in self.numbers.items()}
 
 
 class StopSignals:
@@ -455,12 +463,14 @@ def check_settings(settings):
         )
     if settings['lora_rank'] and settings['init_from'] == 'scratch' and not settings['dry_run']:
         raise UserError('lora_rank adds to weights that are there: name them with --init_from')
-    folder, begins = settings['out_dir'], settings['init_from']
-    if settings['lora_rank'] and os.path.realpath(os.path.dirname(begins)) == os.path.realpath(
-        folder
-    ):
+    base = settings['init_from']
+    is_folder = os.path.isdir(base)  # of a Hugging Face model, whose files a run would mix with
+    folder = base if is_folder else os.path.dirname(base) or '.'
+    same = os.path.realpath(folder) == os.path.realpath(settings['out_dir'])
+    if os.path.exists(base) and same and (is_folder or settings['lora_rank']):
         raise UserError(
-            f'{folder} has the weights that the adapters need: name another folder with --out_dir'
+            f'{settings["out_dir"]} has the weights that are begun with, and stays as it is: '
+            'name another folder with --out_dir'
         )
 
 

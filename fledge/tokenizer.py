@@ -43,6 +43,7 @@ GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voca
 GPT2_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 # merges.txt alone, as of old, is not read; it is looked at only to say so
 TOKENIZER_FILES = ['tokenizer.json', 'meta.pkl', 'merges.txt']
+BUILT_IN = ('gpt2', 'bytes')
 GPT2_SIZE, GPT2_PADDED_SIZE = 50257, 50304  # hardware likes a multiple of 64
 
 
@@ -460,10 +461,8 @@ def load_tokenizer(source):
 
     A folder holds tokenizer.json or nanoGPT's meta.pkl; on the hub it is OWNER/NAME.
     """
-    if source == 'gpt2':
-        return gpt2_tokenizer()
-    if source == 'bytes':
-        return byte_tokenizer()
+    if source in BUILT_IN:
+        return gpt2_tokenizer() if source == 'gpt2' else byte_tokenizer()
     if '/' in source and hub.is_name(source):
         source = hub.download(source, TOKENIZER_FILES)
     path, nanogpts = source, os.path.join(source, 'meta.pkl')
@@ -502,7 +501,8 @@ def find_tokenizer(*folders, vocab_size=0):
     """
     for folder in folders:
         if any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZER_FILES):
-            return load_tokenizer(folder)
+            # a folder may have the name of a tokenizer that is built in
+            return load_tokenizer(os.path.join('.', folder) if folder in BUILT_IN else folder)
     return gpt2_tokenizer() if is_gpt2_size(vocab_size) else None
 
 

@@ -21,6 +21,7 @@ from fledge.tokenizer import is_gpt2_size
 # (magic, version): token type
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
 HEADER_BYTES = 256 * 4
+OFFLINE = ('stdlib', 'stdlib_chat', 'stdlib_pairs')  # made of Python's own files
 NO_DATASETS = ('text', 'chat', 'preferences', 'classify', 'hub', 'look', 'merge')  # in prepare/
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
@@ -116,7 +117,7 @@ def has_masks(folder):
 def find_data(dataset, vocab_size, make_default):
     """UserError where data/dataset has nothing to train on; it names the command that makes it.
 
-    make_default: the default run's data, which needs no network, is made on the spot instead.
+    make_default: what needs no network (OFFLINE) is made on the spot instead.
     """
     folder = os.path.join('data', dataset)
     if split_files(folder, 'train'):
@@ -129,7 +130,7 @@ def find_data(dataset, vocab_size, make_default):
         script, flags = 'prepare/text.py', flags or ['--tokenizer=gpt2']
         flags = ['--input=YOUR_FILES', f'--name={dataset}', *flags]
     command = shlex.join(['python', script, *flags])
-    if dataset != 'stdlib' or not make_default:
+    if dataset not in OFFLINE or not make_default:
         others = 'conversations, pairs and labels by chat.py, preferences.py and classify.py there'
         others = f' ({others})' if 'YOUR_FILES' in command else ''
         raise UserError(f'{folder} has no train.bin; make it with: {command}{others}')

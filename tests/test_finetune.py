@@ -519,7 +519,10 @@ def test_a_record_of_no_use_is_left_out_and_alone_is_an_error(room, record, word
         (DPO[1:], 'data/pairs has preferences, of which half would be learned by mistake'),
         (['--lora_rank=17'], 'lora_rank=17 is above the width of attn.c_attn, which is 16'),
         (['--init_from=scratch', '--lora_rank=4'], 'lora_rank adds to weights that are there'),
-        (['--lora_rank=4', '--out_dir=base-qwen3'], 'base-qwen3 has the weights that the adapters'),
+        (
+            ['--lora_rank=4', '--out_dir=base-qwen3'],
+            'base-qwen3 has the weights that are begun with',
+        ),
         (['--quantize_base=nf4'], 'adapters beside them learn, by --lora_rank=8'),
     ],
 )
