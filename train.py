@@ -214,8 +214,9 @@ log.say(
     f'peak {peak / 1e12:.2f} TFLOP/s; {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
     f'{n_epochs:.2f} epochs of {train_data.n_tokens:,} tokens'
 )
-if train_data.summary():
-    log.say(f'{data_dir}: {train_data.summary()}')
+for name, data in (('train', train_data), ('val', val_data)):
+    if data.summary():
+        log.say(f'{name}: {data.summary()}')
 if resuming:
     changes = [f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items() if v != config[k]]
     log.say(f'resuming at step {state.step}' + ''.join(changes))

