@@ -199,14 +199,23 @@ def _encode_document(encoder, document, begins):
     """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
     if not isinstance(document, str) and isinstance(document[0], dict):
         return encoder.encode_chat(document)
-    if not begins and encoder.space_in_front:  # which is for the beginning of a text alone
-        ids, _ = encoder.encode_behind('a' if document.startswith('\n') else '\n', document)
-        return np.array(ids, np.uint32), np.ones(len(ids), np.uint8)
     parts = [(document, 1)] if isinstance(document, str) else document
-    begin = np.array(encoder.begin if begins else [], np.uint32)
-    pieces = [begin, *(encoder.encode_array(text) for text, _ in parts)]
+    pieces = [np.array(encoder.begin if begins else [], np.uint32)]
+    for i, (text, _) in enumerate(parts):
+        behind_another = i > 0 or not begins
+        pieces.append(
+            _encode_behind(encoder, text) if behind_another else encoder.encode_array(text)
+        )
     learned = np.repeat([0, *(is_learned for _, is_learned in parts)], [len(p) for p in pieces])
     return np.concatenate(pieces), learned
+
+
+def _encode_behind(encoder, text):
+    """ids of a text that stands behind another, where no tokenizer puts a space in front of it."""
+    if not encoder.space_in_front:
+        return encoder.encode_array(text)
+    ids, _ = encoder.encode_behind('a' if text.startswith('\n') else '\n', text)
+    return np.array(ids, np.uint32)
 
 
 def end_of(encoder):
