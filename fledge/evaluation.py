@@ -74,6 +74,41 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
     )
 
 
+@torch.no_grad()
+def evaluate_labels(model, data, machine, batch_size, n_batches, labels):
+    """Which label a model gives to the documents of a split, of which rows as in evaluate.
+
+    data: a documents.Documents. labels: the token ids of the labels, a list. Returns int64 (n, n):
+    how many documents of each label (row) were given each (column).
+    """
+    was_training = model.training
+    model.eval()
+    confusion = np.zeros((len(labels), len(labels)), np.int64)
+    labels = torch.tensor(labels, device=machine.device)
+    rows = data.evaluation_rows(n_batches * batch_size or None)
+    starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
+    for start in tqdm(starts, unit='batch', leave=False, disable=None if machine.main else True):
+        batch = machine.move(data.evaluation_batch(rows[start : start + batch_size]))
+        with machine.autocast():
+            own, logits = label_logits(model, batch, labels, machine.hidden(model))
+        given = logits.argmax(dim=1)
+        np.add.at(confusion, (own.cpu().numpy(), given.cpu().numpy()), 1)
+    model.train(was_training)
+    return sum(machine.gather(confusion))
+
+
+def label_logits(model, batch, labels, hidden):
+    """The logits of the labels where a document's label is predicted, and which one is its own.
+
+    labels: token ids, (n,). hidden: model's, or compiled. Returns own, int64 (documents,), which
+    of the n it is, and logits (documents, n), in the order of the batch.
+    """
+    is_label = torch.isin(batch['targets'], labels)  # (rows, block_size)
+    x = hidden(batch['inputs'], documents=batch['documents'])[is_label]
+    own = (batch['targets'][is_label][:, None] == labels).int().argmax(dim=1)
+    return own, model.logits(x)[:, labels]
+
+
 def next_token_sums(model, batch, hidden):
     """Nats of all targets and of those that are text, and how many were the likeliest token.
 

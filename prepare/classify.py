@@ -1,5 +1,7 @@
 """Texts with labels, in .jsonl, .json or .parquet: a text is followed by the word that is learned.
 
+The word is one token, as frequent words are in most vocabularies (--tokenizer=gpt2, or train).
+
 python prepare/classify.py --input=train.jsonl --val=dev.jsonl --name=films --labels=bad,good
 """
 
@@ -9,7 +11,8 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
 from fledge import UserError
-from fledge.corpus import RECORDS, Skip, configure, own_files, prepare, text_of
+from fledge.corpus import RECORDS, Skip, configure, labelled, own_files, prepare, text_of
+from fledge.labels import report_labels
 
 name = ''  # folder under data/
 input = ''  # a file or a folder; several, separated by commas
@@ -34,7 +37,9 @@ def classified(record):
         raise Skip(f'a label {str(value)[:20]!r} that is {known}')
     if not text:
         raise Skip('empty')
-    return [[(f'{text}\n\nLabel:', 0), (f' {value.strip()}', 1)]]
+    return [labelled(text, value.strip())]
 
 
-prepare(settings, input, own_files(settings, classified, extensions=RECORDS), masked=True)
+stages = own_files(settings, classified, extensions=RECORDS)
+prepare(settings, input, stages, masked=True)
+report_labels(settings)

@@ -8,7 +8,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge.corpus import Hub, Skip, Stage, configure, prepare, text_of
+from fledge.corpus import Hub, Skip, Stage, configure, labelled, prepare, text_of
+from fledge.labels import report_labels
 
 name = 'imdb'  # folder under data/
 repo = 'stanfordnlp/imdb'  # on huggingface.co
@@ -20,8 +21,9 @@ def review(row):
     if row.get('label') not in (0, 1):
         raise Skip('no label')
     text = text_of(row, 'text').replace('<br />', '\n').strip()
-    return [[(f'{text}\n\nSentiment:', 0), (' positive' if row['label'] else ' negative', 1)]]
+    return [labelled(text, 'positive' if row['label'] else 'negative')]
 
 
 stages = [Stage(Hub(repo, split='test'), review, 'test'), Stage(Hub(repo), review)]
 prepare(settings, repo, stages, masked=True)
+report_labels(settings)

@@ -516,7 +516,7 @@ def test_imdb_learns_the_label(hub, tmp_path):
     folder, _ = prepared(hub, tmp_path, 'imdb')
     for split in ('train', 'val', 'test'):
         for text, learned in learned_of(folder, split):
-            assert text == text.split('Sentiment:')[0] + 'Sentiment:' + learned and learned in (
+            assert text == text.split('Label:')[0] + 'Label:' + learned and learned in (
                 ' positive<|endoftext|>',
                 ' negative<|endoftext|>',
             )

@@ -6,7 +6,7 @@ A script there is its settings, `settings = configure(globals())`, and a call of
 from fledge import configurator
 from fledge.corpus import pipeline
 from fledge.corpus.pipeline import Stage, prepare
-from fledge.corpus.records import article, conversation, is_title, preference, text_of
+from fledge.corpus.records import article, conversation, is_title, labelled, preference, text_of
 from fledge.corpus.sources import (
     RECORDS,
     Files,
@@ -20,8 +20,8 @@ from fledge.corpus.sources import (
 )
 
 __all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'article']
-__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'preference', 'prepare']
-__all__ += ['own_files', 'text_of']
+__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'labelled', 'preference']
+__all__ += ['own_files', 'prepare', 'text_of']
 
 
 def configure(script):

@@ -25,6 +25,11 @@ def text_of(record, field):
     return record[field]
 
 
+def labelled(text, word):
+    """The document of a text with a label, of which the label is learned: pieces."""
+    return [(f'{text}\n\nLabel:', 0), (f' {word}', 1)]
+
+
 def exchange(question, answer):
     """A conversation of one question and its answer."""
     return _checked([dict(role='user', content=question), dict(role='assistant', content=answer)])
