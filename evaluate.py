@@ -69,7 +69,8 @@ if data.pairs:
         'in its metrics.jsonl'
     )
 if labels:
-    paths = sorted({*split_files(data_dir, 'train'), *data.paths})  # one of them may lack a label
+    # the model may give labels that this split lacks
+    paths = sorted({*split_files(data_dir, 'train'), *data.paths})
     words = find_labels(paths, tokenizer, data_dir)
     if len(words) < 2 or max(words) >= vocab_size:
         raise UserError(
@@ -99,7 +100,9 @@ print(
 )
 if labels:
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    picture = os.path.join(folder if os.path.isdir(folder) else '', 'confusion.png')
+    if not os.path.isdir(folder):  # a name on the hub
+        folder = '.'
+    picture = os.path.join(folder, 'confusion.png')
     draw_confusion(of_labels, picture)
     print(f'{label_tables(of_labels)}\n{picture} shows it')
     result |= of_labels
