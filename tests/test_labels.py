@@ -1,12 +1,14 @@
 """Classification: labels are found in data and learned, and evaluate.py --labels measures them."""
 
 import json
+import os
 import random
+import runpy
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, run, shared, write_tiny
+from conftest import ROOT, fails, run, shared, write_tiny
 
 from fledge import checkpoint
 from fledge.device import Machine
@@ -16,6 +18,7 @@ from fledge.labels import find_labels, label_scores, label_tables
 from fledge.tokenizer import load_tokenizer
 from fledge.tokens import read_bin
 
+SENTIMENT = os.path.join(ROOT, 'config', 'sentiment.py')
 # GPT-2's architecture, which a Hugging Face folder can hold as well as our checkpoints
 SMALL = ['--n_layer=1', '--n_head=2', '--n_kv_head=2', '--head_dim=8', '--n_embd=16']
 SMALL += ['--position=learned', '--norm=layernorm', '--activation=gelu_tanh', '--qk_norm=False']
@@ -115,6 +118,37 @@ def test_the_table_is_the_one_by_hand(films):
     assert 0 < part.sum() < 90
 
 
+def test_sentiments_loss_by_hand(films):
+    """Each token of a text predicts its label; the label and the end count as much as all of it."""
+    state = checkpoint.load(str(films / 'out/ckpt.pt'))
+    model = checkpoint.load_model(state, 'ckpt.pt').train()  # which has no dropout
+    data = Documents(str(films / 'data/films'), 'val', 64, model.config.vocab_size)
+    batch = data.evaluation_batch(data.evaluation_rows()[:3])
+    inputs, targets, documents = batch['inputs'], batch['targets'], batch['documents']
+    of_text, of_learned = [], []
+    for number in range(documents.max() + 1):
+        here = documents == number
+        ids = torch.from_numpy(inputs[here])
+        label, end = targets[here][-2:].tolist()
+        with torch.no_grad():
+            nats = -model(ids[None], ids[None])[0][0].log_softmax(dim=1)
+        of_text += nats[:-2, label].tolist()
+        of_learned += [nats[-2, label].item(), nats[-1, end].item()]
+    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    objective = runpy.run_path(SENTIMENT)['objective']
+    expected = np.mean(of_text) + np.mean(of_learned)
+    assert objective(model, tensors).item() == pytest.approx(expected, rel=1e-4)
+    found = objective(model.eval(), tensors).item()  # what is to be told is the label
+    assert found == pytest.approx(np.mean(of_learned), rel=1e-4)
+
+
+def test_sentiments_recipe_learns_classes(films):
+    small = ['--n_embd=32', '--block_size=64', '--device=cpu', '--dtype=float32']
+    flags = ['--dataset=films', '--target_epochs=12', '--dropout=0.1', '--out_dir=recipe']
+    run(films, 'train.py', SENTIMENT, *flags, *small)
+    assert figures(films, '--out_dir=recipe')['label_accuracy'] > 0.85
+
+
 def test_scores_by_hand():
     # of 4 a: 3 a, 1 b; of 6 b: 2 a, 4 b; of 2 c, which nobody was given: both b
     found = label_scores(np.array([[3, 1, 0], [2, 4, 0], [0, 2, 0]]), ['a', 'b', 'c'])
@@ -193,6 +227,8 @@ def tiny(films):
 def test_data_without_labels_is_refused(films, tiny):
     words = fails(films, 'evaluate.py', '--out_dir=out-tiny', '--labels')
     assert 'data/tiny has no labels: prepare/classify.py prepares texts with their labels' in words
+    words = fails(films, 'train.py', SENTIMENT, '--dataset=tiny', *SMALL, '--out_dir=never')
+    assert 'learns labels, which prepare/classify.py prepares' in words
     talk = [dict(prompt=f'How is film {i}?', completion='fun and fine') for i in range(40)]
     (films / 'talk.jsonl').write_text('\n'.join(map(json.dumps, talk)))
     flags = ['--input=talk.jsonl', '--name=talk', '--tokenizer=data/films', '--val_fraction=0.3']
