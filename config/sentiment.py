@@ -13,9 +13,9 @@ dataset = 'sst2'
 block_size = 256
 batch_size = 8  # rows, each of some ten whole documents
 n_layer = 1  # so little data teaches words, and hardly more than that
-n_head = 2
-n_kv_head = 2
-n_embd = 128
+n_head = 4
+n_kv_head = 4
+n_embd = 256
 target_epochs = 2
 max_minutes = 0.0
 # what keeps a model from learning the texts by heart
