@@ -29,7 +29,7 @@ from fledge import UserError, adapters, checkpoint, lock_folder, read_meta
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of
 from fledge.formats import families, gguf, huggingface, onnx, peft
-from fledge.tokenizer import IM_END, Tokenizer, find_tokenizer
+from fledge.tokenizer import IM_END, find_tokenizer
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
@@ -113,7 +113,7 @@ added = tokenizer.spec.get('added_tokens') or []
 beyond = [t['content'] for t in added if t.get('special') and t['id'] >= config.vocab_size]
 if beyond and max(tokenizer.begin, default=0) < config.vocab_size:  # such as a <pad>
     added = [t for t in added if t['content'] not in beyond]
-    tokenizer = Tokenizer(tokenizer.spec | dict(added_tokens=added))
+    tokenizer = tokenizer.changed(added_tokens=added)
 if tokenizer.vocab_size > config.vocab_size:
     raise UserError(
         f'the tokenizer has {tokenizer.vocab_size} tokens, and the model of {path} '
@@ -207,7 +207,7 @@ def write_modelfile(path):
     lines = [f'FROM ./{file}', f'PARAMETER num_ctx {min(config.block_size, 8192)}']
     lines += ['PARAMETER temperature 0.8', 'PARAMETER top_k 200']
     lines += [f'PARAMETER stop "{token}"' for token, i in tokenizer.special.items() if i in stops]
-    if 'masked' in meta:
+    if 'masked' in meta and not (meta['masked'] and tokenizer.template):
         chat = meta['masked'] and IM_END in tokenizer.special
         lines.append(f'TEMPLATE """{OLLAMA_CHAT if chat else "{{ .Prompt }}"}"""')
     with open(path, 'w', encoding='utf-8') as f:

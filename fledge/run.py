@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
-from fledge import UserError, lock_folder, optimizers, replacing
+from fledge import UserError, chat_template, lock_folder, optimizers, replacing
 from fledge.configurator import one_of
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
-RUN_FILES.append('tokenizer.json')
+RUN_FILES += ['tokenizer.json', *chat_template.FILES]
 # of each line of metrics.jsonl, null where one has no value; no objective's number is called so
 KEYS = ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm']
 KEYS += ['tokens_per_second', 'mfu', 'elapsed']

@@ -15,16 +15,25 @@ import shlex
 
 import numpy as np
 
-from fledge import UserError, read_meta, replacing
+from fledge import UserError, chat_template, read_meta, replacing
 from fledge.formats import hub
 
 END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # two of ChatML
-# encode_chat's form, as transformers and llama.cpp take it.
+END_OF_DOCUMENT = '<|end_of_document|>'  # where a chat template has the end of text for its turns
+# ChatML, as transformers and llama.cpp take it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
     " + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+OWN_TEMPLATES = (CHAT_TEMPLATE, '{{ bos_token }}' + CHAT_TEMPLATE)
+# A conversation that shows whether a chat template suits a tokenizer.
+TRIAL = [
+    dict(role='user', content='Où est\r\n the café?'),
+    dict(role='assistant', content='12 doors on.'),
+    dict(role='user', content='  And then?\n'),
+    dict(role='assistant', content='- left\n- right'),
+]
 # How text is split before merging. llama.cpp knows both by name, so a model that uses them exports
 # to GGUF.
 PATTERNS = {
@@ -62,18 +71,21 @@ def byte_to_unicode():
 class Tokenizer:
     """One interface over the backends.
 
-    spec: the parsed tokenizer.json. `vocab_size` counts every id, special tokens included;
+    spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None for ChatML
+    (and where it is that). `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
     document, or None; `begin` are the ids that stand in front of each document (Llama's
     <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id.
     """
 
-    def __init__(self, spec):
+    def __init__(self, spec, template=None):
+        self.template = template if template and template.text not in OWN_TEMPLATES else None
         # these two would cut a document, or fill it up
         self.spec = spec = spec | dict(truncation=None, padding=None)
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
-        ends = [t for t in (END_OF_TEXT, '<|end_of_text|>', '</s>') if t in self.special]
+        names = (END_OF_DOCUMENT, END_OF_TEXT, '<|end_of_text|>', '</s>')
+        ends = [t for t in names if t in self.special]
         self.end_of_text = self.special[ends[0]] if ends else None
         self.begin = _begin(spec)
         vocab = model.get('vocab')
@@ -120,11 +132,23 @@ class Tokenizer:
     @functools.cached_property
     def before_texts(self):
         """The special tokens behind which a text begins, and has that space: of some every one."""
-        found, start = {self.end_of_text, *self.begin}, self.special.get(IM_START)
-        if not self.space_in_front or start is None:
-            return found
-        behind = self.encode(f'{IM_START}a', allow_special=True)
-        return found | {start} if behind == [start, *self.encode('a')] else found
+        found = {self.end_of_text, *self.begin}
+        return found | {self.special[IM_START]} if self.puts_space_behind(IM_START) else found
+
+    def puts_space_behind(self, token):
+        """Whether a text has that space as well where it stands behind a special token."""
+        if not self.space_in_front or token not in self.special:
+            return False
+        behind = self.encode(f'{token}a', allow_special=True)
+        return behind == [self.special[token], *self.encode('a')]
+
+    @functools.cached_property
+    def special_pattern(self):
+        """Finds special tokens in a text, the longest where several begin; split() keeps them."""
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile(
+            f'({"|".join(map(re.escape, longest_first))})' if self.special else '(?!)'
+        )
 
     def _bytes_by_tokenizers(self, added):
         """token_bytes of a vocabulary that runs on `tokenizers`."""
@@ -147,10 +171,8 @@ class Tokenizer:
     def encode(self, text, allow_special=False):
         """The ids of text, a list. Special tokens spelled out are text unless allow_special."""
         if allow_special and self.special and not self.hf:
-            longest_first = sorted(self.special, key=len, reverse=True)
-            pieces = re.split(f'({"|".join(map(re.escape, longest_first))})', text)
             ids = []
-            for piece in pieces:
+            for piece in self.special_pattern.split(text):
                 ids += [self.special[piece]] if piece in self.special else self.encode(piece)
             return ids
         if self.bpe:
@@ -195,12 +217,18 @@ class Tokenizer:
         return start + ids or [self.end_of_text or 0]
 
     def encode_chat(self, messages):
-        """ids of a conversation in ChatML and, for each, whether it is learned: uint32 and uint8.
+        """ids of a conversation and, for each, whether it is learned: uint32 and uint8.
 
-        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. What the
-        assistant says is learned, with the <|im_end|> that ends it, unless a message has its own
-        'learned'. Special tokens spelled out are text.
+        messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. The form is
+        that of the chat template, or ChatML. What the assistant says is learned, with the token
+        that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
+        Raises UserError for messages that the template does not take.
         """
+        if self.template:
+            ids, learned = self._encode_by_template(messages)
+            if ids[: len(self.begin)] != self.begin:  # else the template itself has written it
+                ids, learned = self.begin + ids, [0] * len(self.begin) + learned
+            return np.array(ids, np.uint32), np.array(learned, np.uint8)
         ids, learned = [*self.begin], [0] * len(self.begin)
         start, end = self.special[IM_START], self.special[IM_END]
         newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
@@ -214,6 +242,71 @@ class Tokenizer:
             learned += [0, *(is_learned and n > len(role) for n in ends), is_learned]
             learned += [0] * len(newline)
         return np.array(ids, np.uint32), np.array(learned, np.uint8)
+
+    def _encode_by_template(self, messages):
+        """encode_chat's two lists by the chat template, which alone puts special tokens there."""
+        pieces, spans = chat_template.lay_out(self.template, messages, self.special_pattern)
+        parts = ['']  # plain text, a special token, plain text, a special token, ..., plain text
+        for piece, is_content in pieces:
+            text, *others = [piece] if is_content else self.special_pattern.split(piece)
+            parts[-1] += text  # tokens may hold the end of one piece and the beginning of the next
+            parts += others
+        ids, learned, at = [], [], 0
+        for i, part in enumerate(parts):
+            start, at = at, at + len(part)  # in the whole text
+            # where in this part begins what is learned; it always ends with a special token
+            inside = [max(first - start, 0) for first, end in spans if first < at and start < end]
+            first_learned = part[: inside[0]] if inside else part
+            if i % 2:
+                ids.append(self.special[part])
+                learned.append(len(first_learned) < len(part))
+            elif part:
+                behind = parts[i - 1] if i else None
+                found, ends = self._encode_part(part, behind)
+                n = len(first_learned if self.hf else first_learned.encode())
+                ids += found
+                learned += [end > n for end in ends]
+        return ids, learned
+
+    def _encode_part(self, text, behind):
+        """encode_behind for text that stands behind a special token of a whole text, or None."""
+        before = ''
+        if behind and self.space_in_front and not self.puts_space_behind(behind):
+            before = 'a' if text.startswith('\n') else '\n'
+        return self.encode_behind(before, text)
+
+    @functools.cached_property
+    def turn_end(self):
+        """The id that ends an answer by the chat template; None without one, or if it fails."""
+        try:
+            ids, learned = self.encode_chat(TRIAL) if self.template else ([], [])
+        except UserError:
+            return None
+        answers = [int(i) for i, is_learned in zip(ids, learned, strict=True) if is_learned]
+        return answers[-1] if answers else None
+
+    def for_chats(self):
+        """This tokenizer with what conversations need, and why they are in ChatML all the same.
+
+        The second is '' where they are in the chat template's form, or there is no template.
+        """
+        if not self.template:
+            return self.with_special(), ''
+        try:
+            for name, token in self.template.tokens.items():
+                if name in self.template.text and token not in self.special:
+                    raise UserError(f'the chat template has {token!r}, which is no special token')
+            ids, _ = self._encode_by_template(TRIAL)
+            whole = chat_template.render(self.template, TRIAL)
+            if self.encode(whole, allow_special=True) != ids:
+                raise UserError(
+                    'this tokenizer reads a conversation as other tokens than its parts'
+                )
+        except UserError as e:
+            return Tokenizer(self.spec).with_special(), f'conversations are in ChatML, since {e}'
+        # a document ends with a token that is nowhere else in it
+        ends_turns = self.end_of_text in ids
+        return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
 
     def encode_behind(self, before, text):
         """The ids of text where it stands behind `before`, and where in text each of them ends.
@@ -244,7 +337,11 @@ class Tokenizer:
                 'its ids have gaps, and `tokenizers` would give others'
             )
         added = self.spec.get('added_tokens') or []
-        return Tokenizer(self.spec | dict(added_tokens=added + _added(missing, self.vocab_size)))
+        return self.changed(added_tokens=added + _added(missing, self.vocab_size))
+
+    def changed(self, **entries):
+        """This tokenizer, with other entries of its tokenizer.json."""
+        return Tokenizer(self.spec | entries, self.template)
 
     def decode(self, ids):
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
@@ -280,7 +377,7 @@ class Tokenizer:
 
     def without_begin(self):
         """This tokenizer, with nothing in front of a document."""
-        return Tokenizer(self.spec | dict(post_processor=None)) if self.begin else self
+        return self.changed(post_processor=None) if self.begin else self
 
     def as_trained(self, checkpoint):
         """This tokenizer as the model of a checkpoint knows it: before, documents had no begin."""
@@ -293,9 +390,10 @@ class Tokenizer:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def save(self, path):
-        """Write tokenizer.json at path, whole or not at all."""
+        """Write tokenizer.json at path, whole or not at all, and the chat template beside it."""
         with replacing(path) as f:
             json.dump(self.spec, f, ensure_ascii=False)
+        chat_template.write(os.path.dirname(path), self.template)
 
 
 def _begin(spec):
@@ -459,12 +557,13 @@ class _NoCode(pickle.Unpickler):
 def load_tokenizer(source):
     """A tokenizer by name (gpt2, bytes), from a tokenizer.json, a folder or the Hugging Face hub.
 
-    A folder holds tokenizer.json or nanoGPT's meta.pkl; on the hub it is OWNER/NAME.
+    A folder holds tokenizer.json, a chat template beside it perhaps, or nanoGPT's meta.pkl; on the
+    hub it is OWNER/NAME.
     """
     if source in BUILT_IN:
         return gpt2_tokenizer() if source == 'gpt2' else byte_tokenizer()
     if '/' in source and hub.is_name(source):
-        source = hub.download(source, TOKENIZER_FILES)
+        source = hub.download(source, TOKENIZER_FILES + chat_template.FILES)
     path, nanogpts = source, os.path.join(source, 'meta.pkl')
     if os.path.isdir(source):
         path = os.path.join(source, 'tokenizer.json')
@@ -481,7 +580,8 @@ def load_tokenizer(source):
                 meta = _NoCode(f).load()
             return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
         with open(path, encoding='utf-8') as f:
-            return Tokenizer(json.load(f))
+            spec = json.load(f)
+        return Tokenizer(spec, chat_template.read(source) if os.path.isdir(source) else None)
     except FileNotFoundError:
         raise UserError(
             f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json, a folder that holds '

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge import UserError, lock_folder, read_meta
+from fledge import UserError, chat_template, lock_folder, read_meta
 from fledge.configurator import configure
 from fledge.corpus.encoding import SPLITS
 from fledge.corpus.writing import publish, report
@@ -43,10 +43,10 @@ if set(found) - set(slices):
 
 
 def made_with(path):
-    """What has to be the same for all slices: the tokenizer, its begin, the settings but some."""
+    """What has to be the same for all slices: tokenizer and template, begin, settings but some."""
     meta, own = read_meta(path), ('shard', 'num_proc', 'retries')
     with open(f'{path}/tokenizer.json', 'rb') as f:
-        tokenizer = f.read()
+        tokenizer = f.read(), chat_template.read(path)
     # a slice of an older version says nothing of begin
     settings = {k: v for k, v in meta['settings'].items() if k not in own}
     return tokenizer, meta.get('begin', []), settings
@@ -89,7 +89,7 @@ meta = metas[0] | dict(
     splits=splits,
     shards=n,
     in_several_shards=repeated,
-    instead=sum((meta.get('instead', []) for meta in metas), []),
+    instead=list(dict.fromkeys(sum((meta.get('instead', []) for meta in metas), []))),
     repaired=dict(count=sum(meta.get('repaired', {}).get('count', 0) for meta in metas)),
 )
 publish(folder, files, f'{slices[0]}/tokenizer.json', meta)

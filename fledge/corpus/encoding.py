@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -59,17 +58,20 @@ class Tokenized(NamedTuple):
 
 
 def choose_tokenizer(s, stages, masked):
-    """The tokenizer that the settings ask for; chars and train are made of the stages' own text."""
+    """The tokenizer that the settings ask for; chars and train are made of the stages' own text.
+
+    Also returns why conversations are not in the form of its chat template, if so, or ''.
+    """
     if s.tokenizer == 'chars':
         characters = set(itertools.chain.from_iterable(texts(s, stages, 0)))
         if not masked:
-            return char_tokenizer(sorted(characters))
+            return char_tokenizer(sorted(characters)), ''
         characters |= set('system\nuser\nassistant\n')
-        return char_tokenizer(sorted(characters), (END_OF_TEXT, IM_START, IM_END))
+        return char_tokenizer(sorted(characters), (END_OF_TEXT, IM_START, IM_END)), ''
     if s.tokenizer == 'train':
-        return train_bpe(texts(s, stages, s.train_bytes), s.vocab_size)
+        return train_bpe(texts(s, stages, s.train_bytes), s.vocab_size), ''
     encoder = load_tokenizer(s.tokenizer)
-    return encoder.with_special() if masked else encoder
+    return encoder.for_chats() if masked else (encoder, '')
 
 
 def texts(s, stages, budget):
@@ -97,11 +99,8 @@ def texts(s, stages, budget):
 
 def set_job(*job):
     """What tokenize() needs: the settings, the stages, the tokenizer, whether masks are written."""
-    global _job, _special
+    global _job
     _job = job
-    # one search finds any of a tokenizer's special tokens, of which some have hundreds
-    special = sorted(job[2].special, key=len, reverse=True)
-    _special = re.compile('|'.join(map(re.escape, special)) or '(?!)')
 
 
 def start_worker(parent, *job):
@@ -170,6 +169,8 @@ def _encode(s, stage, encoder, record, repaired):
         if not part or record.last:  # the end is learned where what it ends is
             end = end_of(encoder)
             end_learned = learned[-1:] if len(learned) else np.uint8(1)
+            if encoder.template and is_chat(document):  # which its own token has ended
+                end_learned = np.uint8(0)
             pieces.append((end, np.repeat(end_learned, len(end))))
     # a document's hash says whether it has come before, and with the seed which split it is in
     if part:
@@ -191,13 +192,13 @@ def _encode(s, stage, encoder, record, repaired):
         sum(len(text.encode()) for text in document_texts),
         record.last if part else len(documents),
     )
-    spelled = [token for text in document_texts for token in _special.findall(text)]
+    spelled = [token for text in document_texts for token in encoder.special_pattern.findall(text)]
     return example, pieces, spelled
 
 
 def _encode_document(encoder, document, begins):
     """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
-    if not isinstance(document, str) and isinstance(document[0], dict):
+    if is_chat(document):
         return encoder.encode_chat(document)
     parts = [(document, 1)] if isinstance(document, str) else document
     pieces = [np.array(encoder.begin if begins else [], np.uint32)]
@@ -216,6 +217,11 @@ def _encode_behind(encoder, text):
         return encoder.encode_array(text)
     ids, _ = encoder.encode_behind('a' if text.startswith('\n') else '\n', text)
     return np.array(ids, np.uint32)
+
+
+def is_chat(document):
+    """Whether a document is a conversation: a list of messages."""
+    return not isinstance(document, str) and isinstance(document[0], dict)
 
 
 def end_of(encoder):

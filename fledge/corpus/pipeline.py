@@ -202,7 +202,9 @@ class Run:
         if os.path.exists(f'{partial}/state.json'):
             self.encoder = load_tokenizer(partial)
         else:
-            self.encoder = encoding.choose_tokenizer(s, stages, masked)
+            self.encoder, why_chatml = encoding.choose_tokenizer(s, stages, masked)
+            if why_chatml:
+                state['replaced'][why_chatml] = dict(count=1, first=[])
             self.encoder.save(f'{partial}/tokenizer.json')
         state.update(vocab_size=self.encoder.vocab_size, begin=self.encoder.begin)
         self.writers = {}

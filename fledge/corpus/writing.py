@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from fledge import UserError, replacing
+from fledge import UserError, chat_template, replacing
 from fledge.corpus.encoding import SPLITS, end_of
 from fledge.corpus.sources import REPAIRED
 from fledge.tokenizer import load_tokenizer
@@ -194,7 +194,8 @@ def publish(folder, files, tokenizer, meta):
     """Move whole files to their final names in folder; done again after a kill, it ends the same.
 
     files: {split: the paths of its .bin files}, beside which .mask.bin files lie if meta['masked'];
-    tokenizer: the path of its tokenizer.json; meta: what meta.json says.
+    tokenizer: the path of its tokenizer.json, beside which its chat template may be; meta: what
+    meta.json says.
     """
     endings = ('.bin', '.mask.bin') if meta['masked'] else ('.bin',)
     moves = []
@@ -213,6 +214,7 @@ def publish(folder, files, tokenizer, meta):
                 os.remove(path)  # an older dataset's
     with open(tokenizer, encoding='utf-8') as old, replacing(f'{folder}/tokenizer.json') as new:
         shutil.copyfileobj(old, new)
+    chat_template.write(folder, chat_template.read(os.path.dirname(tokenizer)))
     with replacing(f'{folder}/meta.json') as f:
         json.dump(meta, f, indent=1)
     for path, target in reversed(moves):  # train's first file last of all: what looks prepared is

@@ -106,14 +106,19 @@ def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
     writer.add_token_list([token for token, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     begin = tokenizer.begin[0] if tokenizer.begin else end
+    if tokenizer.template:  # which names them
+        named = tokenizer.template.tokens
+        begin = tokenizer.special.get(named.get('bos_token'), begin)
+        end = tokenizer.special.get(named.get('eos_token'), end)
     if begin is not None:
         writer.add_bos_token_id(begin)
     if end is not None:
         writer.add_eos_token_id(end)
         writer.add_pad_token_id(end)
     writer.add_add_bos_token(bool(tokenizer.begin))
-    if IM_END in tokenizer.special:
-        writer.add_eot_token_id(tokenizer.special[IM_END])
+    turn_end = tokenizer.turn_end or tokenizer.special.get(IM_END)
+    if turn_end is not None:
+        writer.add_eot_token_id(turn_end)
     if chat_template:
         writer.add_chat_template(chat_template)
 

@@ -14,9 +14,17 @@ import sys
 import torch
 
 from fledge import UserError, adapters, checkpoint, read_json
+from fledge import chat_template as templates
 from fledge.configurator import given
 from fledge.formats import families, hub, peft
-from fledge.tokenizer import CHAT_TEMPLATE, IM_END, IM_START, PATTERNS, find_tokenizer
+from fledge.tokenizer import (
+    CHAT_TEMPLATE,
+    IM_END,
+    IM_START,
+    OWN_TEMPLATES,
+    PATTERNS,
+    find_tokenizer,
+)
 from model import GPTConfig
 
 WANTED = ['*config.json', 'model*.safetensors*', 'tokenizer.json', 'merges.txt', 'chat_*.jinja']
@@ -286,9 +294,10 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
 
 
 def ends(tokenizer):
-    """The ids at which generation stops: a text's end, and a turn's as in ChatML or Llama 3."""
+    """The ids at which generation stops: a text's end, and a turn's."""
     special = tokenizer.special
     found = [tokenizer.end_of_text, special.get(IM_END), special.get('<|eot_id|>')]
+    found = dict.fromkeys([*found, tokenizer.turn_end])  # each once
     return [i for i in found if i is not None]
 
 
@@ -299,17 +308,10 @@ def read_if_there(source, name):
 
 
 def chat_template(tokenizer, source=''):
-    """The template of the folder that a model came from, else ChatML's if its tokens are there."""
-    path = os.path.join(source, 'chat_template.jinja')
-    if source and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            return f.read()
-    template = read_if_there(source, 'tokenizer_config.json').get('chat_template')
-    if isinstance(template, list):  # of several, the one without a purpose of its own
-        named = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
-        template = named.get('default')
-    if isinstance(template, str):
-        return template
+    """The tokenizer's template or its folder's, else ChatML's if its tokens are there."""
+    found = tokenizer.template or (source and templates.read(source))
+    if found:
+        return found.text
     if not {IM_START, IM_END} <= tokenizer.special.keys():
         return None
     return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
@@ -320,8 +322,7 @@ def check_template(template, tokenizer):
 
     One of another's making is left alone: it would be code to run.
     """
-    ours = CHAT_TEMPLATE, '{{ bos_token }}' + CHAT_TEMPLATE
-    if template not in ours or tokenizer.chars:
+    if template not in OWN_TEMPLATES or tokenizer.chars:
         return
     import jinja2
 
@@ -345,6 +346,8 @@ def special_tokens(tokenizer, source):
     ids = dict(bos_token_id=begin, eos_token_id=stops if len(stops) > 1 else end, pad_token_id=end)
     text_of = {i: token for token, i in tokenizer.special.items()}
     texts = dict(bos_token=text_of.get(begin), eos_token=text_of.get(end))
+    if tokenizer.template:
+        texts |= tokenizer.template.tokens
     texts['pad_token'] = texts['eos_token']
     before = read_if_there(source, 'tokenizer_config.json')
     for key in texts:
@@ -404,10 +407,10 @@ def write(folder, model, tokenizer, dtype, card, source=''):
         'generation_config.json': generation,
         'tokenizer_config.json': tokenizer_config,
     }
+    tokenizer.save(f'{folder}/tokenizer.json')
     for name, content in files.items():
         with open(f'{folder}/{name}', 'w', encoding='utf-8') as f:
             json.dump(content, f, indent=2, ensure_ascii=False)
-    tokenizer.save(f'{folder}/tokenizer.json')
     with open(f'{folder}/README.md', 'w', encoding='utf-8') as f:
         f.write(card)
     tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, kind)}
