@@ -4,6 +4,7 @@ A template is data from elsewhere. What it may do is to put the texts of message
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -24,21 +25,16 @@ class ChatTemplate(NamedTuple):
 
 def read(folder):
     """The ChatTemplate of a Hugging Face folder, or None. UserError for a broken file."""
-    path, template = os.path.join(folder, TEMPLATE), None
-    config = os.path.join(folder, CONFIG)
+    path, config = (os.path.join(folder, name) for name in FILES)
     config = read_json(config) if os.path.exists(config) else {}
+    text = config.get('chat_template')
+    if isinstance(text, list):  # of several, the one without a purpose of its own
+        named = {t.get('name'): t.get('template') for t in text if isinstance(t, dict)}
+        text = named.get('default')
     if os.path.exists(path):
-        try:
-            with open(path, encoding='utf-8') as f:
-                template = f.read()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f'{path} cannot be read: {e}') from None
-    else:
-        template = config.get('chat_template')
-    if isinstance(template, list):  # of several, the one without a purpose of its own
-        named = {t.get('name'): t.get('template') for t in template if isinstance(t, dict)}
-        template = named.get('default')
-    if not isinstance(template, str):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            text = f.read()
+    if not isinstance(text, str):
         return None
     tokens = {}
     for key in ('bos_token', 'eos_token'):
@@ -46,7 +42,7 @@ def read(folder):
         token = token.get('content') if isinstance(token, dict) else token
         if isinstance(token, str):
             tokens[key] = token
-    return ChatTemplate(template, tokens)
+    return ChatTemplate(text, tokens)
 
 
 def write(folder, template):
@@ -98,49 +94,53 @@ def render(template, messages, add_generation_prompt=False):
         raise UserError(f'the chat template fails: {reason}') from None
 
 
-def lay_out(template, messages, special_pattern):
-    """A conversation as one text: its pieces, and the parts of it that are learned.
+def split_at_messages(template, messages):
+    """The text of messages in pieces [(text, number of the message that it is, or None), ...].
 
-    Returns [(text, whether it is a message's own), ...] and [(start, end), ...] in characters.
-    Learned is what follows the prompt for an answer, up to and including the special token (that
-    special_pattern finds) which ends it; not of an answer that the template writes otherwise once
-    more is said, as Qwen3's does. A message may lose the white space around it. UserError where a
-    prompt is not what the whole begins with, a message is not there literally, or no special token
-    ends an answer.
+    A message may lose the white space around it. UserError where one is not there literally.
     """
     text = render(template, messages)
     # where the messages are, and where the template's own text: with letters that mean nothing
     marks = [f'\ue000{i}\ue001' for i in range(len(messages))]
     marked = [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)]
-    found = re.split(f'({"|".join(marks)})', render(template, marked))
-    if sorted(found[1::2]) != sorted(marks):
+    first, *found = re.split(f'({"|".join(marks)})', render(template, marked))
+    if sorted(found[::2]) != sorted(marks):
         raise UserError('the chat template leaves out a message, or repeats it')
-    pieces, at = [(found[0], False)], len(found[0])
-    starts, turn_ends = {}, {}  # of each message in the text
-    for mark, following in zip(found[1::2], found[2::2], strict=True):
+    pieces, at = [(first, None)], len(first)
+    for mark, following in zip(found[::2], found[1::2], strict=True):
         i = marks.index(mark)
         content = messages[i]['content']
         if not text.startswith(content + following, at):
             content = content.strip()
-        starts[i] = at
-        pieces += [(content, True), (following, False)]
-        at += len(content)
-        end = special_pattern.search(following)
-        turn_ends[i] = at + end.end() if end else None
-        at += len(following)
+        pieces += [(content, i), (following, None)]
+        at += len(content + following)
     if ''.join(piece for piece, _ in pieces) != text:
         raise UserError('the chat template changes what a message says')
-    learned = []
-    for i, message in enumerate(messages):
-        if message['role'] != 'assistant':
+    return pieces
+
+
+def lay_out(template, messages, special_pattern):
+    """A conversation as pieces (see split_at_messages), and which parts of its text are learned.
+
+    The second is [(start, end), ...] in characters: all that follows the prompt for an answer, up
+    to and including the special token (which special_pattern finds) that ends it. An answer that
+    the template writes otherwise once more is said, as Qwen3's does, is not learned. UserError
+    where a prompt is not what the text begins with, or no special token ends an answer.
+    """
+    pieces, learned, at = split_at_messages(template, messages), [], 0
+    text = ''.join(piece for piece, _ in pieces)
+    for (piece, i), (following, _) in itertools.pairwise(pieces):  # the last is no message
+        start, at = at, at + len(piece)
+        if i is None or messages[i]['role'] != 'assistant':
             continue
         prompt = render(template, messages[:i], add_generation_prompt=True)
-        if not text.startswith(prompt) or len(prompt) > starts[i]:
+        if not text.startswith(prompt) or len(prompt) > start:
             raise UserError('the chat template prompts for an answer otherwise than it writes one')
-        if turn_ends[i] is None:
+        last_token = special_pattern.search(following)
+        if not last_token:
             raise UserError("no special token ends an answer in the chat template's form")
-        when_said = render(template, messages[: i + 1])
-        as_said = when_said[: turn_ends[i]] == text[: turn_ends[i]]
-        if as_said and message.get('learned', True):
-            learned.append((len(prompt), turn_ends[i]))
+        end = at + last_token.end()
+        as_said = render(template, messages[: i + 1]).startswith(text[:end])
+        if as_said and messages[i].get('learned', True):
+            learned.append((len(prompt), end))
     return pieces, learned

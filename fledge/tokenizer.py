@@ -146,9 +146,8 @@ class Tokenizer:
     def special_pattern(self):
         """Finds special tokens in a text, the longest where several begin; split() keeps them."""
         longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile(
-            f'({"|".join(map(re.escape, longest_first))})' if self.special else '(?!)'
-        )
+        any_of_them = '|'.join(map(re.escape, longest_first))
+        return re.compile(f'({any_of_them})' if any_of_them else '(?!)')
 
     def _bytes_by_tokenizers(self, added):
         """token_bytes of a vocabulary that runs on `tokenizers`."""
@@ -247,23 +246,23 @@ class Tokenizer:
         """encode_chat's two lists by the chat template, which alone puts special tokens there."""
         pieces, spans = chat_template.lay_out(self.template, messages, self.special_pattern)
         parts = ['']  # plain text, a special token, plain text, a special token, ..., plain text
-        for piece, is_content in pieces:
-            text, *others = [piece] if is_content else self.special_pattern.split(piece)
+        for piece, message in pieces:
+            own = message is None
+            text, *others = self.special_pattern.split(piece) if own else [piece]
             parts[-1] += text  # tokens may hold the end of one piece and the beginning of the next
             parts += others
         ids, learned, at = [], [], 0
         for i, part in enumerate(parts):
             start, at = at, at + len(part)  # in the whole text
-            # where in this part begins what is learned; it always ends with a special token
-            inside = [max(first - start, 0) for first, end in spans if first < at and start < end]
-            first_learned = part[: inside[0]] if inside else part
+            # a span ends with a special token: from somewhere on all of a part is learned, or none
+            firsts = [first for first, end in spans if first < at and start < end]
+            unlearned = part[: max(firsts[0] - start, 0)] if firsts else part
             if i % 2:
                 ids.append(self.special[part])
-                learned.append(len(first_learned) < len(part))
+                learned.append(unlearned != part)
             elif part:
-                behind = parts[i - 1] if i else None
-                found, ends = self._encode_part(part, behind)
-                n = len(first_learned if self.hf else first_learned.encode())
+                found, ends = self._encode_part(part, parts[i - 1] if i else None)
+                n = len(unlearned if self.hf else unlearned.encode())
                 ids += found
                 learned += [end > n for end in ends]
         return ids, learned

@@ -14,6 +14,7 @@ from hub import Hub
 
 from fledge import UserError, chat_template, read_meta
 from fledge.chat_template import ChatTemplate
+from fledge.documents import Documents
 from fledge.formats import huggingface
 from fledge.tokenizer import (
     CHAT_TEMPLATE,
@@ -233,6 +234,9 @@ def test_chatmls_own_template_is_encoded_as_ever(vocabulary):
 ANSWER = "{{ message['content'] + '<|eot_id|>' }}"
 LOOP = '{% for message in messages %}' + ANSWER + '{% endfor %}'
 
+ENDS_ONCE = LOOP.replace("'<|eot_id|>'", "'\n'")
+ENDS_ONCE += "{% if not add_generation_prompt %}{{ '<|eot_id|>' }}{% endif %}"
+
 
 @pytest.mark.parametrize(
     'template, why',
@@ -242,6 +246,7 @@ LOOP = '{% for message in messages %}' + ANSWER + '{% endfor %}'
         ("{{ raise_exception('no chats') }}", 'the chat template fails: no chats'),
         ('{{ 1 / 0 }}' + LOOP, 'the chat template fails: division by zero'),
         (LOOP.replace(" + '<|eot_id|>'", ''), 'no special token ends an answer'),
+        (ENDS_ONCE, 'no special token ends an answer'),
         (LOOP.replace("['content']", "['content'] | upper"), 'changes what a message says'),
         (LOOP.replace('in messages', 'in messages[1:]'), 'leaves out a message, or repeats it'),
         (LOOP + '{{ messages[0].content }}', 'leaves out a message, or repeats it'),
@@ -288,8 +293,8 @@ def test_a_template_is_read_from_either_file(tmp_path):
     assert chat_template.read(str(tmp_path)) == ChatTemplate('in config', dict(bos_token='<s>'))
     (tmp_path / 'chat_template.jinja').write_text('in file')
     assert chat_template.read(str(tmp_path)).text == 'in file'
-    (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
-    with pytest.raises(UserError, match='chat_template.jinja cannot be read'):
+    (tmp_path / 'tokenizer_config.json').write_text('[')
+    with pytest.raises(UserError, match='tokenizer_config.json is no valid JSON'):
         chat_template.read(str(tmp_path))
 
 
@@ -378,6 +383,26 @@ def test_what_a_template_does_not_take_is_left_out_and_chatml_is_said_once(vocab
     alone = ['--tokenizer=base/tokenizer.json']
     assert 'ChatML' not in prepare(tmp_path, 'talks', *alone)
     assert '<|im_start|>' in load_tokenizer(str(tmp_path / 'data/talks')).special
+
+
+def test_preferences_are_pairs_in_the_models_own_form(vocabulary, tmp_path):
+    (tmp_path / 'base').mkdir()
+    tokenizer_of(vocabulary, 'zephyr').save(str(tmp_path / 'base/tokenizer.json'))
+    with open(tmp_path / 'pairs.jsonl', 'w') as f:
+        for i in range(10):
+            pair = dict(prompt=f'Who is {i}?', chosen=f'{i} is one.', rejected='Nobody.')
+            f.write(json.dumps(pair) + '\n')
+    flags = ['--name=pairs', '--input=pairs.jsonl', '--tokenizer=base', '--val_fraction=0.3']
+    run(tmp_path, 'prepare/preferences.py', *flags)
+    folder = str(tmp_path / 'data/pairs')
+    tokenizer, ids = load_tokenizer(folder), read_bin(f'{folder}/train.bin')
+    chosen, rejected = np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text) + 1)[:2]
+    number = re.search(r'Who is (\d)', tokenizer.decode(chosen))[1]
+    asked = f'<|user|>\nWho is {number}?</s>\n<|assistant|>\n'
+    end = '</s>\n<|end_of_document|>'
+    assert tokenizer.decode(chosen) == f'{asked}{number} is one.{end}'
+    assert tokenizer.decode(rejected) == f'{asked}Nobody.{end}'
+    assert Documents(folder, 'train', 64, tokenizer.vocab_size).n_left_out == 0
 
 
 def test_a_name_on_the_hub_brings_its_template(vocabulary, tmp_path):
