@@ -2,6 +2,7 @@
 
 python sample.py --start="def main(" --num_samples=3 --top_p=0.9
 python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
+python sample.py --out_dir=out-sft --ask="What does os.path.join do?"
 """
 
 import json as json_
@@ -18,6 +19,7 @@ from fledge.quantize import is_quantized
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
 out_dir = 'out'  # a run's folder
 start = '\n'  # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
+ask = ''  # in place of start: what a user says to a model that was tuned on conversations
 num_samples = 10  # drawn together
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # 0 is greedy, below 1 is safer, above 1 wilder
@@ -55,6 +57,8 @@ elif machine.type == 'cpu':
     cpu.speed_up(model, packed=True)
 
 # ---- the prompt, and where a sample ends
+if ask:
+    start = tokenizer.chat_prompt([dict(role='user', content=ask)])
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
@@ -91,7 +95,7 @@ samples = []
 for row in rows:
     new = row[len(prompt) :]
     text = tokenizer.decode_behind(prompt, new[:-1] if new[-1] in ends else new)
-    samples.append(start + text)
+    samples.append(text if ask else start + text)  # what was asked need not be said again
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
 for sample in samples:
     print(sample)

@@ -307,6 +307,21 @@ class Tokenizer:
         ends_turns = self.end_of_text in ids
         return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
 
+    def chat_prompt(self, messages):
+        """The text that a model goes on with to answer messages (see encode_chat).
+
+        It is in the chat template's form, else in ChatML. UserError where there is neither.
+        """
+        if self.template:
+            return chat_template.render(self.template, messages, add_generation_prompt=True)
+        if not {IM_START, IM_END} <= self.special.keys():
+            raise UserError(
+                'this model has no form for conversations: it was never tuned for them; '
+                'a text that it can go on with is --start'
+            )
+        turns = [f'{IM_START}{m["role"]}\n{m["content"]}{IM_END}\n' for m in messages]
+        return ''.join(turns) + f'{IM_START}assistant\n'
+
     def encode_behind(self, before, text):
         """The ids of text where it stands behind `before`, and where in text each of them ends.
 

@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT, fails, metrics, run, shared
 from hub import Hub, parquet_bytes
 
-CONFIGS = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
+FINE_TUNING = ['sft.py', 'dpo.py', 'sentiment.py', 'qlora_distilgpt2.py']
+CONFIGS = {name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py')}
+CONFIGS = sorted(CONFIGS - set(FINE_TUNING))
 # a small model and a single step; tokenizer and vocabulary are the config's own
 STEP = [
     '--n_layer=1',
@@ -45,6 +47,8 @@ def hub():
             'HuggingFaceFW/fineweb-edu',
             {'README.md': card, 'sample/10BT/000_00000.parquet': parquet_bytes(rows)},
         )
+        rows = [dict(instruction=f'Say {i}.', input='', output=f'{i}, then.') for i in range(200)]
+        hub.add('yahma/alpaca-cleaned', {'alpaca_data_cleaned.json': json.dumps(rows)})
         openwebtext = {'data/train-00000-of-00001.parquet': parquet_bytes(rows)}
         hub.add('Skylion007/openwebtext', openwebtext, revision='refs/pr/18')
         hub.add('Skylion007/openwebtext', {'openwebtext.py': '# a loading script'})
@@ -77,3 +81,45 @@ def test_a_config_trains_on_what_its_error_names(hub, prepared, name):
     run(folder, 'train.py', config, *STEP, f'--out_dir=out-{name}')
     (end,) = [line for line in metrics(folder / f'out-{name}') if line['step'] == 1]
     assert end['val_loss'] > 0
+
+
+def test_what_is_tuned_from_the_default_run(tmp_path):
+    """Five commands of README: the base, conversations, preferences; each makes its data."""
+    shorter = [*STEP, '--target_epochs=0', '--block_size=256']
+    for config in ([], ['config/sft.py'], ['config/dpo.py']):
+        paths = [os.path.join(ROOT, name) for name in config]
+        run(tmp_path, 'train.py', *paths, *shorter)
+    (end,) = [line for line in metrics(tmp_path / 'out-dpo') if line['step'] == 1]
+    assert 0 <= end['val_preference_accuracy'] <= 1
+    question = '--ask=What does os.path.join do?'
+    flags = ['--out_dir=out-dpo', '--max_new_tokens=3', '--num_samples=2', '--json']
+    out = json.loads(run(tmp_path, 'sample.py', question, *flags).splitlines()[-1])
+    assert 'user\nWhat does os.path.join do?<|im_end|>\n<|im_start|>assistant' in out['start']
+    assert not any('os.path.join' in answer for answer in out['samples'])
+
+
+def test_sentiment_trains_on_labels(tmp_path):
+    config = os.path.join(ROOT, 'config', 'sentiment.py')
+    words = fails(tmp_path, 'train.py', config, *STEP)
+    assert 'data/sst2 has no train.bin' in words and 'labels by' in words and 'classify.py' in words
+    rows = [dict(text=text, label=i % 2) for i, text in enumerate(texts(200))]
+    (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    flags = ['--labels=negative,positive', '--tokenizer=train', '--vocab_size=600']
+    flags += ['--name=sst2', '--num_proc=1', '--val_fraction=0.1']
+    run(tmp_path, 'prepare/classify.py', '--input=train.jsonl', *flags)
+    run(tmp_path, 'train.py', config, *STEP, '--target_epochs=0', '--block_size=256')
+    out = run(tmp_path, 'evaluate.py', '--out_dir=out-sentiment', '--labels', '--device=cpu')
+    assert 'label_accuracy' in out
+
+
+def test_qlora_trains_on_alpaca(hub, tmp_path):
+    pytest.importorskip('bitsandbytes')
+    shared('tiktoken')
+    run(tmp_path, 'prepare/alpaca.py', '--num_proc=1', '--val_fraction=0.1', env=hub.env)
+    flags = [*STEP, '--head_dim=0', '--n_inner=0']
+    gpt2 = [os.path.join(ROOT, 'config', 'nanogpt.py'), '--dataset=alpaca', '--out_dir=base']
+    run(tmp_path, 'train.py', *gpt2, *flags)
+    config = os.path.join(ROOT, 'config', 'qlora_distilgpt2.py')
+    tuned = ['--init_from=base/ckpt.pt', '--lora_rank=4']
+    out = run(tmp_path, 'train.py', config, *STEP, *tuned)
+    assert 'optimizer=adamw: adapters learn' in out and 'done at step 1' in out
