@@ -172,7 +172,7 @@ except UserError as e:
     log.say(f'{e}: no samples, no bits per byte')
 train_data = open_split(data_dir, 'train', block_size, vocab_size, seed)
 val_data = open_split(data_dir, 'val', block_size, vocab_size)
-objectives.check_data(objective, train_data, data_dir)
+objectives.check_data(config['objective'], train_data, data_dir)
 data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
 opts = []

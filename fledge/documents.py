@@ -3,7 +3,8 @@
 Tokens reads a stream, whose rows begin and end anywhere. Here each document is whole in one row,
 the mask says which of its tokens are learned, and `documents` of a batch tells the model which
 positions belong together. The rows are packed when the data is loaded, so a prepared dataset
-serves any block_size. Which rows a step sees is a pure function of (data, seed, step), as there.
+serves any block_size; packing decides who shares a row, and each epoch takes the rows in another
+order. Which rows a step sees is a pure function of (data, seed, step), as there.
 """
 
 import bisect

@@ -2,7 +2,8 @@
 
 An objective is a function (model, batch) -> (loss, {name: number}): the loss to minimize, a float32
 scalar, and further numbers, which train.py logs and evaluates by name. batch: a tokens.Batch of
-tensors. A config file may define its own as `objective`, and may return the loss alone.
+tensors. A config file may define its own as `objective`, and may return the loss alone. It sees the
+settings as they were where its file was named: flags behind the file do not reach it.
 """
 
 import functools
@@ -80,30 +81,40 @@ def references(splits):
     return [torch.from_numpy(data.of_documents['reference']) for data in splits]
 
 
+# What the setting `objective` may name: (function, whether it learns from pairs, by dpo_beta).
+OBJECTIVES = {'next_token': (next_token, False), 'dpo': (dpo, True)}
+
+
+def choose(objective, dpo_beta):
+    """The function that a setting names, one of OBJECTIVES, or a config file's own, as it is."""
+    if callable(objective):
+        return objective
+    if objective.endswith('.py'):
+        raise UserError(
+            f'this run has an objective of its own, in {objective}: name that config file again'
+        )
+    if objective not in OBJECTIVES:
+        raise UserError(f'objective={objective!r} is none of {", ".join(OBJECTIVES)}')
+    function, of_pairs = OBJECTIVES[objective]
+    return functools.partial(function, beta=dpo_beta) if of_pairs else function
+
+
 def check_data(objective, data, folder):
-    """UserError where preferences meet an objective that is not theirs, or the other way round."""
-    if objective is next_token and data.pairs:
+    """UserError where preferences meet an objective that is not theirs, or the other way round.
+
+    objective: the setting; of a config file's own nothing is known.
+    """
+    _, of_pairs = OBJECTIVES.get(objective, (None, data.pairs))
+    if data.pairs and not of_pairs:
         raise UserError(
             f'{folder} has preferences, of which half would be learned by mistake: '
             'learn them with config/dpo.py'
         )
-    if isinstance(objective, functools.partial) and not data.pairs:
+    if of_pairs and not data.pairs:
         raise UserError(
-            f'{folder} has no pairs of chosen and rejected, which objective=dpo learns from: '
-            'prepare/preferences.py makes them'
+            f'{folder} has no pairs of chosen and rejected, which objective={objective} learns '
+            'from: prepare/preferences.py makes them'
         )
-
-
-def choose(objective, dpo_beta):
-    """The function that a setting names: next_token, dpo, or a config file's own, as it is."""
-    known = dict(next_token=next_token, dpo=functools.partial(dpo, beta=dpo_beta))
-    if not callable(objective) and objective.endswith('.py'):
-        raise UserError(
-            f'this run has an objective of its own, in {objective}: name that config file again'
-        )
-    if not callable(objective) and objective not in known:
-        raise UserError(f'objective={objective!r} is none of {", ".join(known)}')
-    return objective if callable(objective) else known[objective]
 
 
 def loss_and_numbers(objective, model, batch):

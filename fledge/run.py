@@ -489,7 +489,7 @@ def without_effect(settings, given):
             'the learning rate is 0 from lr_decay_iters on',
         ),
         (not s['lora_rank'], 'lora_alpha lora_dropout lora_targets', 'lora_rank=0'),
-        (s['objective'] != 'dpo', 'dpo_beta', f'objective={s["objective"]}'),
+        (s['objective'] == 'next_token', 'dpo_beta', 'objective=next_token'),
         (not s['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log=False'),
         (s['position'] != 'rope', 'rope_theta', f'position={s["position"]}'),
     ]

@@ -142,6 +142,9 @@ class Batch(dict):
     """Arrays by name: `inputs` and `targets`, int64 (rows, block_size).
 
     A target is -1 where nothing is to be predicted. `inputs, targets = batch` unpacks the two.
+    Where rows are packed documents, `documents` (rows, block_size) has the number of each
+    position's, 0, 1, 2, ... through the batch, and -1 for padding. Where those are pairs, chosen
+    ones are even, rejected ones odd, and `reference` (documents,) is float32: see objectives.dpo.
     """
 
     def __iter__(self):

@@ -2,7 +2,8 @@
 
 A record is {"messages": [{"role": "user", "content": ...}, ...]}, ShareGPT's {"conversations":
 [{"from": "human", "value": ...}, ...]}, Alpaca's instruction, input and output, prompt and
-completion, or question and answer; "system" beside them comes first. Which it is is found out.
+completion, or question and answer; "system" beside them comes first. Which it is, is found out by
+fledge/corpus/records.py, conversation().
 
 python prepare/chat.py --input=talks.jsonl --name=talks --tokenizer=data/stdlib
 """
