@@ -61,13 +61,13 @@ data_dir = os.path.join('data', dataset)
 data = open_split(data_dir, split, block_size, vocab_size)
 if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
     print(f'documents of {data_dir} do not begin with the tokens that they began with for {path}')
-if objective != 'next_token':
-    print(f'the run learned by {objective}; what is measured here is next-token loss')
 if data.pairs:
     raise UserError(
         f'{data_dir} has preferences: the run that learns from them measures them as it goes, '
         'in its metrics.jsonl'
     )
+if objective != 'next_token':
+    print(f'the run learned by {objective}; what is measured here is next-token loss')
 if labels:
     # the model may give labels that this split lacks
     paths = sorted({*split_files(data_dir, 'train'), *data.paths})

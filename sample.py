@@ -57,6 +57,8 @@ elif machine.type == 'cpu':
     cpu.speed_up(model, packed=True)
 
 # ---- the prompt, and where a sample ends
+if ask and 'start' in given:
+    print('without effect beside --ask: start', file=sys.stderr)
 if ask:
     start = tokenizer.chat_prompt([dict(role='user', content=ask)])
 if start.startswith('FILE:'):

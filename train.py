@@ -44,6 +44,7 @@ early_stopping_patience = 0  # stop after so many evaluations without a better v
 log_interval = 20  # steps between lines of progress
 sample_interval = 500  # steps between samples_step_*.txt; 0: none
 sample_start = '<|endoftext|>'  # what the samples begin with: here the start of a document
+sample_ask = ''  # in place of that: what a user says, in the form of the model's conversations
 sample_tokens = 200  # length of each of the three samples
 sample_repetition_penalty = 1.2  # keeps small models out of loops; 1 for characters
 dry_run = False  # say what the run will take, from two real steps, and write nothing
@@ -132,6 +133,7 @@ rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
 log = run.RunLog(machine.main, None if dry_run or eval_only else out_dir)
 optimizer, learning_rate, why = optimizers.choose(config, start)
+trained_by = optimizers.trained_by(start) if start else optimizer
 
 # ---- data and its tokenizer
 data_dir = os.path.join('data', dataset)
@@ -217,6 +219,10 @@ log.say(
 for name, data in (('train', train_data), ('val', val_data)):
     if data.summary():
         log.say(f'{name}: {data.summary()}')
+if quantize_base != 'none':
+    log.say(
+        f'in {quantize_base} for this run alone: whatever loads the adapters has the whole base'
+    )
 if resuming:
     changes = [f'; {k} was {v!r}, now {config[k]!r}' for k, v in changed.items() if v != config[k]]
     log.say(f'resuming at step {state.step}' + ''.join(changes))
@@ -345,6 +351,7 @@ def save_checkpoint(is_best):
         data=data_digest,
         tokenizer=tokenizer.digest() if tokenizer else '',
         begin=tokenizer.begin if tokenizer else [],
+        trained_by=trained_by,
         **state.in_checkpoint(),
     )
     if base:
@@ -411,8 +418,9 @@ while True:
                 log.draw()
         due = sample_interval and state.step > 0 and (state.step % sample_interval == 0 or done)
         if due and tokenizer and not stopping:
-            options = (sample_start, sample_tokens, sample_repetition_penalty, seed)
-            log.samples(state.step, samples(model, tokenizer, machine, 3, *options))
+            prompt = (sample_start, sample_ask)
+            options = (sample_tokens, sample_repetition_penalty, seed)
+            log.samples(state.step, samples(model, tokenizer, machine, 3, *prompt, *options))
     if done or stopping:
         break
 

@@ -15,4 +15,6 @@ learning_rate = 1e-5  # with more, or for longer, answers shrink to nothing; ada
 weight_decay = 0.0
 warmup_iters = 10
 eval_interval = 50
-sample_interval = 0
+sample_interval = 50  # look at them: a model that answers nothing can have the best of numbers
+sample_ask = 'What does os.path.join do?'
+sample_repetition_penalty = 1.0

@@ -17,4 +17,4 @@ weight_decay = 0.0
 eval_interval = 200
 eval_iters = 50
 sample_interval = 600
-sample_start = '<|im_start|>user\nName three primary colours.<|im_end|>\n<|im_start|>assistant\n'
+sample_ask = 'Name three primary colours.'

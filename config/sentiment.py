@@ -40,6 +40,8 @@ def objective(model, batch):
     is_label[:, 1:] &= ~learned[:, :-1]
     label = torch.zeros(int(documents.max()) + 1, dtype=targets.dtype, device=targets.device)
     label[documents[is_label]] = targets[is_label]
+    if learned.sum() > 2 * len(label):
+        raise UserError('config/sentiment.py learns one token of each document, and here are more')
     is_text = (documents >= 0) & ~learned
     everywhere = torch.where(is_text, label[documents.clamp(min=0)], targets)
     nats = model(inputs, everywhere, reduction='none', **loss_of)[1]

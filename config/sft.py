@@ -9,7 +9,6 @@ max_minutes = 0.0
 batch_size = 4  # rows, each of several whole conversations
 weight_decay = 0.0
 eval_interval = 200
-# what the samples begin with
-sample_start = '<|im_start|>user\nWhat does os.path.join do?<|im_end|>\n<|im_start|>assistant\n'
-sample_interval = 1000
+sample_ask = 'What does os.path.join do?'
+sample_interval = 200
 sample_repetition_penalty = 1.0

@@ -132,7 +132,7 @@ def base_of(start, settings, resuming):
         raise UserError(f'this run trains {trains}: begin another with --init_from and --out_dir')
     if start is None or not settings['lora_rank']:
         return None, {}
-    for name in ('lora_rank', 'lora_targets'):
+    for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
         before = start['config'].get(name, settings[name])
         if resuming and settings[name] != before:
             raise UserError(

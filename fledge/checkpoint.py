@@ -58,7 +58,7 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(
-            f'no checkpoint at {path}: train first, or name another with --out_dir'
+            f'no checkpoint at {path}: train it first, or name another (--init_from, --out_dir)'
         ) from None
     except IsADirectoryError:
         raise UserError(f'{path} is a folder; name the checkpoint file in it') from None
@@ -206,7 +206,8 @@ def fit_rows(checkpoint, block_size, path):
         args['block_size'] = max(context, block_size)
         return
     if block_size > context:
-        raise UserError(f'{path} has {context} learned positions; {block_size=} is more')
+        more = f'{block_size=} is more, and --block_size={context} the most'
+        raise UserError(f'{path} has {context} learned positions; {more}')
     name = 'transformer.wpe.weight'
     if block_size < context and name in checkpoint['model']:
         checkpoint['model'][name] = checkpoint['model'][name][:block_size].clone()

@@ -128,11 +128,13 @@ def next_token_sums(model, batch, hidden):
     return dict(nats=nats.sum().item(), text_nats=text_nats.item(), correct=correct.sum().item())
 
 
-def samples(model, tokenizer, machine, count, start, n_tokens, repetition_penalty, seed):
-    """So many continuations of a text, as texts."""
+def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_penalty, seed):
+    """So many continuations of a text or, where that is given, of what a user asks, as texts."""
     try:
+        if ask:
+            start = tokenizer.chat_prompt([dict(role='user', content=ask)])
         prompt = tokenizer.encode_prompt(start)
-    except UserError:  # a vocabulary of characters without one of these
+    except UserError:  # a vocabulary of characters, or one that has no form for conversations
         prompt = [0]
     was_training = model.training
     model.eval()

@@ -74,6 +74,11 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(parameters, directions.unbind(), alpha=-group['lr'] * scale)
 
 
+def trained_by(start):
+    """The optimizer that made the weights of a loaded checkpoint, before any fine-tuning."""
+    return start.get('trained_by') or start['config'].get('optimizer', 'adamw')
+
+
 def choose(settings, start):
     """Settle what the settings leave open ('auto'), in place: the optimizer and learning_rate.
 
@@ -86,8 +91,8 @@ def choose(settings, start):
     if optimizer == 'auto':
         optimizer, why = 'muon', 'the weights are new'
         if start:
-            optimizer = start['config'].get('optimizer', 'adamw')
-            why = f'{optimizer} trained these weights'
+            optimizer = trained_by(start)
+            why = f'{optimizer} trained these weights from scratch'
             if 'optimizer' not in start['config']:
                 why = 'these weights come from elsewhere'
         if lora_rank:

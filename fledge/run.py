@@ -108,7 +108,7 @@ class RunState:
             )
         if 'block_size' in changed:  # about as much of the data stays behind
             self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
-        evaluates = {'dataset', 'block_size', 'eval_iters'}
+        evaluates = {'dataset', 'block_size', 'eval_iters', 'dpo_beta', 'quantize_base'}
         evaluates |= {'batch_size'} if settings['eval_iters'] else set()
         if changed.keys() & evaluates or objective != settings['objective']:
             # evaluations come out differently now, and do not compare with those before
@@ -481,7 +481,8 @@ def without_effect(settings, given):
         (not s['decay_lr'], 'lr_schedule warmup_iters lr_decay_iters min_lr', 'decay_lr=False'),
         (s['target_tokens'], 'max_iters target_epochs', 'target_tokens'),
         (s['target_epochs'], 'max_iters', 'target_epochs'),
-        (not s['sample_interval'], 'sample_start sample_tokens', 'sample_interval=0'),
+        (not s['sample_interval'], 'sample_start sample_ask sample_tokens', 'sample_interval=0'),
+        (s['sample_ask'], 'sample_start', 'sample_ask'),
         (not s['sample_interval'], 'sample_repetition_penalty', 'sample_interval=0'),
         (
             s['decay_lr'] and not s['min_lr'] and 0 < s['lr_decay_iters'] < s['max_iters'],

@@ -159,7 +159,10 @@ def share(partial, files, state, val_fraction, source):
             moved += 1
     if moved < 2 or len(ids) - moved < 2:
         state['bytes'] = 0  # nothing worth keeping
-        raise UserError(f'{source} gives no {empty} text: it is too short for its val_fraction')
+        left_out = ', '.join(note(why, **n) for why, n in state['dropped'].items())
+        left_out = f'; left out: {left_out}' if left_out else ''
+        why = f'it is too short for its val_fraction{left_out}'
+        raise UserError(f'{source} gives no {empty} text: {why}')
     rest, begin = ids[:-moved], np.array([], ids.dtype)
     if moved < tokens:  # the document is cut, and ends in both
         text = ids[len(rest) : len(ids) - len(end)]

@@ -197,7 +197,9 @@ def load_base(source, folder, block_size=0):
     if not os.path.exists(source) and os.path.exists(beside):
         source = beside
     if source.endswith('.pt') and not os.path.exists(source):
-        raise UserError(f'the adapter in {folder} needs its base, and {source} is not there')
+        raise UserError(
+            f'the adapter in {folder} needs its base, and {source} is not there: put it back'
+        )
     try:
         base = load(source, block_size)
     except UserError as e:
