@@ -47,8 +47,8 @@ def hub():
             'HuggingFaceFW/fineweb-edu',
             {'README.md': card, 'sample/10BT/000_00000.parquet': parquet_bytes(rows)},
         )
-        rows = [dict(instruction=f'Say {i}.', input='', output=f'{i}, then.') for i in range(200)]
-        hub.add('yahma/alpaca-cleaned', {'alpaca_data_cleaned.json': json.dumps(rows)})
+        talks = [dict(instruction=f'Say {i}.', input='', output=f'{i}, then.') for i in range(200)]
+        hub.add('yahma/alpaca-cleaned', {'alpaca_data_cleaned.json': json.dumps(talks)})
         openwebtext = {'data/train-00000-of-00001.parquet': parquet_bytes(rows)}
         hub.add('Skylion007/openwebtext', openwebtext, revision='refs/pr/18')
         hub.add('Skylion007/openwebtext', {'openwebtext.py': '# a loading script'})

@@ -465,7 +465,7 @@ def test_a_grown_model_says_the_same_here_and_in_transformers(grown, out_dir):
     'flags, chosen, why',
     [
         (['--init_from=scratch'], 'muon', 'the weights are new'),
-        ([base('qwen3')], 'muon', 'muon trained these weights'),
+        ([base('qwen3')], 'muon', 'muon trained these weights from scratch'),
         (['--init_from=theirs', '--dataset=chats'], 'adamw', 'these weights come from elsewhere'),
         ([base('qwen3'), '--lora_rank=4'], 'adamw', 'adapters learn, the weights stay'),
         ([base('qwen3'), '--optimizer=adamw'], 'adamw', ''),
@@ -477,6 +477,28 @@ def test_one_line_says_which_optimizer_is_taken_and_why(elsewhere, flags, chosen
     lines = [line for line in said.splitlines() if line.startswith('optimizer=')]
     assert lines == ([f'optimizer={chosen}: {why}'] if why else [])
     assert f" optimizer='{chosen}'" in said
+
+
+def test_a_stage_between_does_not_change_who_trained_the_weights(room):
+    stage = [*PLAIN, '--lora_rank=4', '--max_iters=2', '--out_dir=between']
+    run(room, 'train.py', *stage, base('qwen3'))
+    flags = ['--init_from=between/ckpt.pt', '--out_dir=after', '--dry_run']
+    assert 'optimizer=muon: muon trained these' in run(room, 'train.py', *PLAIN, *flags)
+
+
+def test_samples_of_a_run_are_asked_in_the_form_of_its_conversations(room):
+    flags = ['--sample_ask=1?', '--sample_interval=1', '--max_iters=1', '--out_dir=asked']
+    run(room, 'train.py', *PLAIN, base('qwen3'), *flags)
+    text = (room / 'asked/samples_step_000001.txt').read_text()
+    assert text.startswith('<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n')
+
+
+def test_asking_needs_a_form_and_no_start(elsewhere):
+    flags = ['--ask=Hi', '--num_samples=1', '--max_new_tokens=2']
+    words = fails(elsewhere, 'sample.py', '--init_from=theirs', *flags)
+    assert 'this model has no form for conversations' in words
+    flags += ['--init_from=base-qwen3/ckpt.pt', '--start=x']
+    assert 'error' not in run(elsewhere, 'sample.py', *flags)
 
 
 # ---- what a user can get wrong
@@ -540,6 +562,7 @@ def test_adapters_do_not_go_on_without_their_rank_or_on_another_base(room):
     before = (room / 'lora/ckpt.pt').read_bytes()
     resume = ['train.py', '--init_from=resume', '--out_dir=lora', '--max_iters=2']
     assert 'this run trains adapters alone' in fails(room, *resume, '--lora_rank=0')
+    assert 'lora_alpha was 16.0, and a run keeps it' in fails(room, *resume, '--lora_alpha=8')
     saved = checkpoint.load(str(room / 'moved/ckpt.pt'))
     saved['model']['transformer.h.0.mlp.c_fc.weight'][0, 0] += 0.01
     checkpoint.save(str(room / 'moved/ckpt.pt'), saved)
