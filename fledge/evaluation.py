@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fledge import UserError
+from fledge.formats.huggingface import ends
 from fledge.objectives import loss_and_numbers, next_token
 
 LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch are gigabytes
@@ -140,7 +141,8 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
     model.eval()
     with machine.autocast():
         filters = dict(top_p=0.95, repetition_penalty=repetition_penalty)
-        rows = model.generate([prompt] * count, n_tokens, 0.8, seed=seed, **filters)
+        stop = ends(tokenizer) if ask else None  # an answer ends; a text goes on
+        rows = model.generate([prompt] * count, n_tokens, 0.8, stop=stop, seed=seed, **filters)
     model.train(was_training)
     return [tokenizer.decode(row) for row in rows]
 
