@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, fails, metrics, run, shared
 from hub import Hub, parquet_bytes
 
+# sft.py and dpo.py are trained by README's own commands
 FINE_TUNING = ['sft.py', 'dpo.py', 'sentiment.py', 'qlora_distilgpt2.py']
 CONFIGS = {name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py')}
 CONFIGS = sorted(CONFIGS - set(FINE_TUNING))
@@ -81,21 +82,6 @@ def test_a_config_trains_on_what_its_error_names(hub, prepared, name):
     run(folder, 'train.py', config, *STEP, f'--out_dir=out-{name}')
     (end,) = [line for line in metrics(folder / f'out-{name}') if line['step'] == 1]
     assert end['val_loss'] > 0
-
-
-def test_what_is_tuned_from_the_default_run(tmp_path):
-    """Five commands of README: the base, conversations, preferences; each makes its data."""
-    shorter = [*STEP, '--target_epochs=0', '--block_size=256']
-    for config in ([], ['config/sft.py'], ['config/dpo.py']):
-        paths = [os.path.join(ROOT, name) for name in config]
-        run(tmp_path, 'train.py', *paths, *shorter)
-    (end,) = [line for line in metrics(tmp_path / 'out-dpo') if line['step'] == 1]
-    assert 0 <= end['val_preference_accuracy'] <= 1
-    question = '--ask=What does os.path.join do?'
-    flags = ['--out_dir=out-dpo', '--max_new_tokens=3', '--num_samples=2', '--json']
-    out = json.loads(run(tmp_path, 'sample.py', question, *flags).splitlines()[-1])
-    assert 'user\nWhat does os.path.join do?<|im_end|>\n<|im_start|>assistant' in out['start']
-    assert not any('os.path.join' in answer for answer in out['samples'])
 
 
 def test_sentiment_trains_on_labels(tmp_path):
