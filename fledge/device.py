@@ -13,6 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from fledge import UserError, cpu
 
@@ -123,6 +124,13 @@ class Machine:
                 f'among {self.world_size} processes'
             )
         return n_rows // self.world_size
+
+    def batches(self, rows, batch_size, what=None):
+        """This process's share of a list of rows, by batch_size; what: a bar on a terminal says."""
+        starts = range(self.rank * batch_size, len(rows), self.world_size * batch_size)
+        hidden = None if self.main else True  # None: unless the output is a terminal
+        for start in tqdm(starts, what, unit='batch', leave=False, disable=hidden):
+            yield rows[start : start + batch_size]
 
     def gather(self, value):
         """The values of all processes, a list: numbers, or dicts of them."""

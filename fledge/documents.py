@@ -14,7 +14,16 @@ import numpy as np
 
 from fledge import UserError, read_meta
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import Batch, Tokens, check_ids, has_masks, read_bin, split_files
+from fledge.tokens import (
+    Batch,
+    Tokens,
+    check_ids,
+    has_masks,
+    mask_path,
+    read_bin,
+    split_files,
+    spread,
+)
 
 TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
 
@@ -25,17 +34,13 @@ def open_split(folder, split, block_size, vocab_size, seed=None):
     UserError where train has masks and this split has none.
     """
     paths = split_files(folder, split)
-    if any(os.path.exists(_mask_path(path)) for path in paths):
+    if any(os.path.exists(mask_path(path)) for path in paths):
         return Documents(folder, split, block_size, vocab_size, seed)
     if paths and has_masks(folder):
         raise UserError(
             f'{folder} has masks beside train and none beside {paths[0]}: prepare it again'
         )
     return Tokens(folder, split, block_size, vocab_size, seed)
-
-
-def _mask_path(path):
-    return path.removesuffix('.bin') + '.mask.bin'
 
 
 class Documents:
@@ -82,7 +87,7 @@ class Documents:
         self.shards = [read_bin(path, headerless) for path in self.paths]
         self.masks = []
         for path, ids in zip(self.paths, self.shards, strict=True):
-            path = _mask_path(path)
+            path = mask_path(path)
             if not os.path.exists(path):
                 raise UserError(f'{path} is missing: prepare {folder} again')
             size = os.path.getsize(path)
@@ -209,12 +214,6 @@ class Documents:
         """What a mean over these rows of training is over: their learned targets, or pairs."""
         return int(self.weight_per_row[self._training_rows(first, count)].sum())
 
-    def weight_of(self, batch):
-        """The same of a Batch."""
-        if self.pairs:
-            return (int(batch['documents'].max()) + 1) // 2
-        return int((batch['targets'] >= 0).sum())
-
     def _training_rows(self, first, count):
         places = np.arange(first, first + count)
         rows = np.empty(count, np.int64)
@@ -228,9 +227,7 @@ class Documents:
 
     def evaluation_rows(self, limit=None):
         """The numbers of `limit` rows spread evenly, or of all."""
-        if limit is None or limit >= self.n_rows:
-            return list(range(self.n_rows))
-        return [i * self.n_rows // limit for i in range(limit)]
+        return spread(range(self.n_rows), limit)
 
     def documents_of(self, rows):
         """The numbers of the documents in these rows, int64, in the order of their batch.
@@ -250,10 +247,8 @@ class Documents:
         lengths = self.lengths[chosen]
         # where in the data each position's input is; its target is the next token
         places = np.repeat(self.starts[chosen], lengths) + _count_within(lengths)
-        next_ids, is_learned = (
-            self._read(self.shards, places + 1),
-            self._read(self.masks, places + 1),
-        )
+        next_ids = self._read(self.shards, places + 1)
+        is_learned = self._read(self.masks, places + 1)
         held = np.arange(self.block_size) < self.used_per_row[rows][:, None]  # (rows, block_size)
         inputs = np.zeros(held.shape, np.int64)
         targets, documents = np.full((2, *held.shape), -1, np.int64)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fledge import UserError
 from fledge.formats.huggingface import ends
@@ -33,11 +32,9 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
         text_bytes = tokenizer.text_bytes(len(text_bytes))
         added, before_texts = tokenizer.space_in_front, list(tokenizer.before_texts - {None})
     rows = data.evaluation_rows(n_batches * batch_size or None)
-    starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
     sums = {}
-    # a bar on a terminal, and that of the first process alone
-    for start in tqdm(starts, unit='batch', leave=False, disable=None if machine.main else True):
-        batch = data.evaluation_batch(rows[start : start + batch_size])
+    for here in machine.batches(rows, batch_size):
+        batch = data.evaluation_batch(here)
         learned = batch['targets'] >= 0
         n_learned = int(learned.sum())
         with machine.autocast():
@@ -49,7 +46,10 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
                 numbers['bytes'] = sizes.sum() - n_texts * added
             else:
                 loss, means = loss_and_numbers(objective, model, machine.move(batch))
-                means, weight = means | {'loss': loss}, data.weight_of(batch)
+                means = means | {'loss': loss}
+                weight = n_learned  # what a mean over the batch is over
+                if data.pairs:
+                    weight = (int(batch['documents'].max()) + 1) // 2
                 numbers = {name: float(mean) * weight for name, mean in means.items()}
                 numbers['weight'] = weight
         numbers['tokens'] = n_learned
@@ -87,9 +87,8 @@ def evaluate_labels(model, data, machine, batch_size, n_batches, labels):
     confusion = np.zeros((len(labels), len(labels)), np.int64)
     labels = torch.tensor(labels, device=machine.device)
     rows = data.evaluation_rows(n_batches * batch_size or None)
-    starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
-    for start in tqdm(starts, unit='batch', leave=False, disable=None if machine.main else True):
-        batch = machine.move(data.evaluation_batch(rows[start : start + batch_size]))
+    for here in machine.batches(rows, batch_size):
+        batch = machine.move(data.evaluation_batch(here))
         with machine.autocast():
             own, logits = label_logits(model, batch, labels, machine.hidden(model))
         given = logits.argmax(dim=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fledge import UserError, replacing
 from fledge.tokenizer import load_tokenizer
-from fledge.tokens import read_bin, split_files
+from fledge.tokens import mask_path, read_bin, split_files
 
 
 def find_labels(paths, tokenizer, folder):
@@ -20,9 +20,8 @@ def find_labels(paths, tokenizer, folder):
     """
     learned = []
     for path in paths:
-        mask_path = path.removesuffix('.bin') + '.mask.bin'
-        if os.path.exists(mask_path):
-            mask = np.memmap(mask_path, np.uint8, mode='r')
+        if os.path.exists(mask_path(path)):
+            mask = np.memmap(mask_path(path), np.uint8, mode='r')
             learned.append(read_bin(path)[np.flatnonzero(mask)])
     learned = np.concatenate(learned) if learned else np.array([], np.int64)
     ends = np.flatnonzero(learned == tokenizer.end_of_text)

@@ -11,7 +11,6 @@ import functools
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fledge import UserError
 from fledge.run import KEYS
@@ -66,10 +65,7 @@ def add_reference(model, data, machine, batch_size, saved=None):
     was_training = model.training
     model.eval()
     reference, rows = np.zeros(data.n_documents, np.float32), data.evaluation_rows()
-    starts = range(machine.rank * batch_size, len(rows), machine.world_size * batch_size)
-    hidden = None if machine.main else True  # None: unless the output is a terminal
-    for start in tqdm(starts, 'reference', unit='batch', leave=False, disable=hidden):
-        here = rows[start : start + batch_size]
+    for here in machine.batches(rows, batch_size, 'reference'):
         with machine.autocast():
             sums = sums_of_logs(model, machine.move(data.evaluation_batch(here)))
         reference[data.documents_of(here)] = sums.cpu().numpy()

@@ -94,9 +94,21 @@ def split_files(folder, split):
     return []
 
 
+def mask_path(path):
+    """Where the mask of the tokens at path lies, if there is one: a uint8 each, 1 where learned."""
+    return path.removesuffix('.bin') + '.mask.bin'
+
+
+def spread(items, limit):
+    """`limit` of a sequence, evenly over it and always the same ones; all of it for None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
 def digest(paths):
     """A text that changes with the .bin files at paths and their masks: by sizes and samples."""
-    paths = [p for path in paths for p in (path, f'{path[:-4]}.mask.bin') if os.path.exists(p)]
+    paths = [p for path in paths for p in (path, mask_path(path)) if os.path.exists(p)]
     pieces = 1 + 256 // len(paths)  # of a file, spread over it: terabytes are not read
     hasher = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -169,6 +181,8 @@ class Tokens:
     (UserError beyond it). seed: of the order of training's rows; None: for evaluation alone.
     """
 
+    pairs = False  # as those of documents.Documents may be
+
     def __init__(self, folder, split, block_size, vocab_size, seed=None):
         self.paths = split_files(folder, split)
         if not self.paths:
@@ -220,15 +234,9 @@ class Tokens:
                 self._read(shard, start, self.block_size + 1)  # names the place
         return Batch(inputs=out[:, :-1], targets=out[:, 1:])
 
-    pairs = False  # as documents.Documents may be
-
     def weight(self, first, count):
         """What a mean over these rows of training is over: their targets, all of them learned."""
         return count * self.block_size
-
-    def weight_of(self, batch):
-        """The same of a Batch."""
-        return int((batch['targets'] >= 0).sum())
 
     def summary(self):
         """What is in the rows, in one line for the log; of a stream there is nothing to say."""
@@ -251,9 +259,7 @@ class Tokens:
         starts = []
         for shard, ids in enumerate(self.shards):
             starts += [(shard, start) for start in range(0, len(ids) - 1, self.block_size)]
-        if limit is None or limit >= len(starts):
-            return starts
-        return [starts[i * len(starts) // limit] for i in range(limit)]
+        return spread(starts, limit)
 
     def evaluation_batch(self, rows):
         """Some of evaluation_rows as a Batch; the last row of a shard may be short."""

@@ -21,7 +21,7 @@ from fledge import UserError, read_meta
 from fledge.configurator import configure, one_of
 from fledge.corpus.quality import assess, chunks, show_quality
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import read_bin, split_files
+from fledge.tokens import mask_path, read_bin, split_files
 
 split = 'train'  # whose documents are shown: train, val or test
 document = 1  # the number of the first one shown
@@ -49,7 +49,7 @@ class Split:
             self.shards.append(ids)
             self.ends.append(ends)
             self.lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
-            path = path.removesuffix('.bin') + '.mask.bin'
+            path = mask_path(path)
             mask = np.fromfile(path, np.uint8) if os.path.exists(path) else None
             if mask is not None and len(mask) != len(ids):
                 raise UserError(f'{path} has {len(mask):,} bytes for {len(ids):,} tokens')

@@ -14,7 +14,15 @@ from fledge import UserError, chat_template, replacing
 from fledge.corpus.encoding import SPLITS, end_of
 from fledge.corpus.sources import REPAIRED
 from fledge.tokenizer import load_tokenizer
-from fledge.tokens import HEADER_BYTES, format_of, read_bin, split_files, write_bin, write_header
+from fledge.tokens import (
+    HEADER_BYTES,
+    format_of,
+    mask_path,
+    read_bin,
+    split_files,
+    write_bin,
+    write_header,
+)
 
 
 class SplitWriter:
@@ -144,8 +152,7 @@ def share(partial, files, state, val_fraction, source):
         return
     full, empty = sides[0], 'val' if sides[0] == 'train' else 'train'
     *earlier, path = files[full]
-    mask_path = path[:-4] + '.mask.bin'
-    masked = os.path.exists(mask_path)
+    masked = os.path.exists(mask_path(path))
     ids, encoder = read_bin(path), load_tokenizer(partial)
     end = end_of(encoder)
     tokens, size, documents = splits[full]['last']
@@ -176,7 +183,7 @@ def share(partial, files, state, val_fraction, source):
     write_bin(files[full][-1], rest, encoder.vocab_size)
     learned = moved
     if masked:
-        mask = np.fromfile(mask_path, np.uint8)
+        mask = np.fromfile(mask_path(path), np.uint8)
         mask[:-moved].tofile(f'{partial}/{full}.mask.bin')
         mask[-moved:].tofile(f'{partial}/{empty}.mask.bin')
         learned = int(mask[-moved:].sum())
