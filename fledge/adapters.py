@@ -132,14 +132,14 @@ def base_of(start, settings, resuming):
         raise UserError(f'this run trains {trains}: begin another with --init_from and --out_dir')
     if start is None or not settings['lora_rank']:
         return None, {}
+    if not resuming:
+        return dict(source=settings['init_from'], digest=digest(start)), {}
     for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
         before = start['config'].get(name, settings[name])
-        if resuming and settings[name] != before:
+        if settings[name] != before:
             raise UserError(
                 f'{name} was {before!r}, and a run keeps it: begin another (--init_from)'
             )
-    if not resuming:
-        return dict(source=settings['init_from'], digest=digest(start)), {}
     start['model'], saved = split(start['model'])
     return start['base'], saved
 
@@ -202,6 +202,11 @@ def merge(state, alpha, path):
         if tied:
             merged[f'{HEAD}.weight'] = merged[f'{base}.weight']
     return merged
+
+
+def merged(checkpoint, path):
+    """The tensors of a loaded checkpoint, its adapters merged (see merge)."""
+    return merge(checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path)
 
 
 def digest(checkpoint):

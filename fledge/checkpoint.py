@@ -104,9 +104,8 @@ def load_model(checkpoint, path, dropout=None):
     args = dict(checkpoint['model_args'])
     if dropout is not None:
         args['dropout'] = dropout
-    alpha = checkpoint.get('config', {}).get('lora_alpha')
     try:
-        state = adapters.merge(checkpoint['model'], alpha, path)
+        state = adapters.merged(checkpoint, path)
         model = empty_model(GPTConfig(**args))
         quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
         if quantized:
@@ -226,8 +225,8 @@ def fit_tokenizer(checkpoint, theirs, tokenizer, say):
     if not tokenizer or tokenizer.vocab_size <= n_known:
         return 0
     vocab_size = max(vocab_size, tokenizer.vocab_size)
-    alpha = checkpoint['config'].get('lora_alpha')  # adapters' rows would not be the last any more
-    checkpoint['model'] = adapters.merge(checkpoint['model'], alpha, 'the checkpoint')
+    # the rows of adapters would not be the last any more
+    checkpoint['model'] = adapters.merged(checkpoint, 'the checkpoint')
     grow_vocabulary(checkpoint, n_known, vocab_size)
     new = [token for token, i in tokenizer.special.items() if i >= n_known]
     say(f'new tokens, which begin as the mean of those known: {", ".join(new)}')

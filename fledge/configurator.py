@@ -84,6 +84,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     # kept for a second call, which finds the settings overridden already
     defaults = settings.setdefault('_defaults', plain)
     values, functions = {}, {}  # that argv gives
+    hooks = [name for name in HOOKS if name in defaults]
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments:
         arg = arguments.pop(0)
@@ -103,7 +104,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
                 values[name] = check(name, value, defaults[name], f'{arg}: ')
         elif arg.endswith('.py'):
             for name, value in run_config(arg, defaults | values).items():
-                if name in HOOKS and name in defaults and callable(value):
+                if name in hooks and callable(value):
                     values[name], functions[name] = arg, value
                 elif name in defaults:
                     values[name] = check(name, value, defaults[name], f'{arg}: ')
@@ -111,8 +112,8 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
                     continue
                 elif not callable(value):
                     check_name(name, defaults, arg)
-                elif difflib.get_close_matches(name, HOOKS) and HOOKS[0] in defaults:
-                    check_name(name, dict.fromkeys(HOOKS), arg)
+                elif difflib.get_close_matches(name, hooks):
+                    check_name(name, dict.fromkeys(hooks), arg)
         elif others is None:
             refuse(arg, defaults)
         else:
@@ -180,13 +181,18 @@ def check_name(name, defaults, where):
         )
 
 
+def takes_bool(name, default):
+    """Whether a setting may be True or False; of a name in BOUNDS 'auto' stands for a number."""
+    return isinstance(default, bool) or (default == 'auto' and name not in BOUNDS)
+
+
 def text_behind(name, default, arguments, others):
     """The text of a flag without =: the next of the arguments, or True where it may stand alone."""
-    is_text = isinstance(default, str) and (default != 'auto' or name in BOUNDS)
+    is_text = isinstance(default, str) and not takes_bool(name, default)
     following = arguments[0] if arguments else '--'
     is_config = following.endswith(('.py', '.json')) and not is_text
     is_value = not following.startswith('--') and not is_config
-    if isinstance(default, bool) or (default == 'auto' and name not in BOUNDS):
+    if takes_bool(name, default):
         if not is_value or (others is not None and following not in ('True', 'False', 'auto')):
             return 'True'
     elif not is_value:
@@ -196,10 +202,9 @@ def text_behind(name, default, arguments, others):
 
 def parse(name, text, default):
     """The value that a flag's text spells, for a setting with this default."""
-    is_text = isinstance(default, str)
-    if default == 'auto':
-        is_text = text not in ('True', 'False') and name not in BOUNDS
-    if is_text:
+    is_number = default == 'auto' and name in BOUNDS
+    is_bool = takes_bool(name, default) and text in ('True', 'False')
+    if isinstance(default, str) and not is_number and not is_bool:
         return text
     try:
         return ast.literal_eval(text)

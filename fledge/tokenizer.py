@@ -269,10 +269,9 @@ class Tokenizer:
 
     def _encode_part(self, text, behind):
         """encode_behind for text that stands behind a special token of a whole text, or None."""
-        before = ''
-        if behind and self.space_in_front and not self.puts_space_behind(behind):
-            before = 'a' if text.startswith('\n') else '\n'
-        return self.encode_behind(before, text)
+        if behind and not self.puts_space_behind(behind):
+            return self.encode_inside(text)
+        return self.encode_behind('', text)
 
     @functools.cached_property
     def turn_end(self):
@@ -337,6 +336,12 @@ class Tokenizer:
             ids = self.encode(before + text)
             ends = list(itertools.accumulate(len(self.token_bytes[i]) for i in ids))
         return ids[skipped:], [end - len(before) for end in ends[skipped:]]
+
+    def encode_inside(self, text):
+        """encode_behind for text that stands behind anything: no space is put in front of it."""
+        if not self.space_in_front:
+            return self.encode_behind('', text)
+        return self.encode_behind('a' if text.startswith('\n') else '\n', text)
 
     def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
         """This tokenizer, with those special tokens that it lacks added after its last id."""

@@ -224,15 +224,20 @@ def tiny(films):
     run(films, 'train.py', '--dataset=tiny', *SMALL, '--max_iters=1', '--out_dir=out-tiny')
 
 
+def prepare(folder, script, name, records):
+    """Make data/NAME of records by a script of prepare/, in the tokens of data/films."""
+    (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    flags = [f'--input={name}.jsonl', f'--name={name}', '--tokenizer=data/films']
+    run(folder, f'prepare/{script}.py', *flags, '--val_fraction=0.3')
+
+
 def test_data_without_labels_is_refused(films, tiny):
     words = fails(films, 'evaluate.py', '--out_dir=out-tiny', '--labels')
     assert 'data/tiny has no labels: prepare/classify.py prepares texts with their labels' in words
     words = fails(films, 'train.py', SENTIMENT, '--dataset=tiny', *SMALL, '--out_dir=never')
     assert 'learns labels, which prepare/classify.py prepares' in words
     talk = [dict(prompt=f'How is film {i}?', completion='fun and fine') for i in range(40)]
-    (films / 'talk.jsonl').write_text('\n'.join(map(json.dumps, talk)))
-    flags = ['--input=talk.jsonl', '--name=talk', '--tokenizer=data/films', '--val_fraction=0.3']
-    run(films, 'prepare/chat.py', *flags)
+    prepare(films, 'chat', 'talk', talk)
     words = fails(films, 'evaluate.py', '--dataset=talk', '--labels')
     assert 'data/talk has no labels' in words
 
@@ -241,18 +246,14 @@ def test_pairs_are_refused(films):
     pairs = []
     for i in range(40):
         pairs.append(dict(prompt=f'How is film {i}?', chosen='fun', rejected='dull'))
-    (films / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
-    flags = ['--input=pairs.jsonl', '--name=pairs', '--tokenizer=data/films', '--val_fraction=0.3']
-    run(films, 'prepare/preferences.py', *flags)
+    prepare(films, 'preferences', 'pairs', pairs)
     words = fails(films, 'evaluate.py', '--dataset=pairs', '--labels')
     assert 'data/pairs has preferences' in words
 
 
 def test_a_single_label_is_refused(films):
-    rows = [json.dumps(dict(text=f'film {i}', label='good')) for i in range(40)]
-    (films / 'one.jsonl').write_text('\n'.join(rows))
-    flags = ['--input=one.jsonl', '--name=one', '--tokenizer=data/films', '--val_fraction=0.3']
-    run(films, 'prepare/classify.py', *flags)
+    rows = [dict(text=f'film {i}', label='good') for i in range(40)]
+    prepare(films, 'classify', 'one', rows)
     words = fails(films, 'evaluate.py', '--dataset=one', '--labels')
     assert 'data/one has the labels good: a classifier needs two at least' in words
 

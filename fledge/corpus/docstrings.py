@@ -29,15 +29,16 @@ def modules():
 
 
 def summary_of(node):
-    """The first paragraph of a docstring on one line, or ''."""
+    """The first paragraph of a docstring on one line, or '' where it hardly says anything."""
     paragraph = (ast.get_docstring(node) or '').strip().partition('\n\n')[0]
-    return ' '.join(paragraph.split())
+    summary = ' '.join(paragraph.split())
+    return summary if len(summary) >= 15 else ''
 
 
 def talks_about(dotted, node):
     """The conversations about a function, a class or a module; [] where nothing is known of it."""
     answer = summary_of(node)
-    if len(answer) < 15:
+    if not answer:
         return []
     if isinstance(node, ast.Module):
         return [exchange(f'What is the module {dotted} for?', answer)]
@@ -56,7 +57,7 @@ def talks_about(dotted, node):
 def pair_about(dotted, node):
     """A brief answer about a function, and the one that says more than was asked; [] as above."""
     answer = summary_of(node)
-    if len(answer) < 15 or not isinstance(node, ast.FunctionDef):
+    if not answer or not isinstance(node, ast.FunctionDef):
         return []
     more = f'{answer} {call_of(dotted, node)}'
     return preference(dict(prompt=f'What does {dotted} do?', chosen=answer, rejected=more))

@@ -215,7 +215,7 @@ def _encode_behind(encoder, text):
     """ids of a text that stands behind another, where no tokenizer puts a space in front of it."""
     if not encoder.space_in_front:
         return encoder.encode_array(text)
-    ids, _ = encoder.encode_behind('a' if text.startswith('\n') else '\n', text)
+    ids, _ = encoder.encode_inside(text)
     return np.array(ids, np.uint32)
 
 

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from fledge import UserError, adapters, checkpoint, read_json
 from fledge import chat_template as templates
 from fledge.configurator import given
-from fledge.formats import families, hub, peft
+from fledge.formats import families, hub, peft, save_tensors
 from fledge.tokenizer import (
     CHAT_TEMPLATE,
     IM_END,
@@ -229,7 +228,7 @@ def with_base(loaded, path):
             f'{path} was trained on another {source} than the one that is there: '
             'put the old one back, or train the adapter again'
         )
-    base['model'] = adapters.merge(base['model'], base['config'].get('lora_alpha'), source)
+    base['model'] = adapters.merged(base, source)
     n_new_tokens = len(loaded['model'].get('transformer.wte.lora_rows', ()))
     if n_new_tokens:
         checkpoint.grow_vocabulary(base, vocab_size - n_new_tokens, vocab_size)
@@ -242,7 +241,7 @@ def load_peft(folder, block_size):
     saved = peft.read_config(folder)
     source = saved['base_model_name_or_path']
     base = load_base(source, folder, block_size)
-    state = adapters.merge(base['model'], base['config'].get('lora_alpha'), source)
+    state = adapters.merged(base, source)
     try:
         config = GPTConfig(**base['model_args'])
     except (TypeError, ValueError) as e:
@@ -326,10 +325,8 @@ def check_template(template, tokenizer):
     """
     if template not in OWN_TEMPLATES or tokenizer.chars:
         return
-    import jinja2
-
     begin = tokenizer.decode(tokenizer.begin)
-    text = jinja2.Template(template).render(messages=TALK, bos_token=begin)
+    text = templates.render(templates.ChatTemplate(template, dict(bos_token=begin)), TALK)
     if tokenizer.encode(text, allow_special=True) != tokenizer.encode_chat(TALK)[0].tolist():
         raise UserError(
             'this tokenizer reads a whole conversation as other tokens than message by message, '
@@ -375,9 +372,6 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     template and generation settings stay. Raises UserError for a model of no family, or one whose
     tokenizer transformers would not read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     config = families.config_of(model.config)
     kind = config['model_type']
     splits = (tokenizer.spec.get('pre_tokenizer') or {}).get('pretokenizers', [{}])
@@ -416,12 +410,7 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     with open(f'{folder}/README.md', 'w', encoding='utf-8') as f:
         f.write(card)
     tensors = {name: t.to(dtype).contiguous() for name, t in their_tensors(model, kind)}
-    try:
-        save_file(tensors, f'{folder}/model.safetensors', {'format': 'pt'})
-    except SafetensorError as e:  # a full disk
-        raise UserError(f'cannot write model.safetensors: {e}') from None
-    # safetensors keeps its files from everybody else
-    shutil.copymode(f'{folder}/config.json', f'{folder}/model.safetensors')
+    save_tensors(tensors, f'{folder}/model.safetensors', f'{folder}/config.json')
 
 
 def read(folder, ids, text, tokenizer):

@@ -8,12 +8,11 @@ A one below the other, with B block by block.
 import json
 import math
 import os
-import shutil
 
 import torch
 
 from fledge import UserError, adapters, checkpoint, read_json
-from fledge.formats import families
+from fledge.formats import families, save_tensors
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -40,9 +39,6 @@ def write(folder, tensors, config, settings, base):
     settings: its run's, of which lora_alpha and lora_dropout count. base: the folder or name of the
     base that transformers loads. UserError for rows of new tokens, and for a model of no family.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     kind = families.config_of(config)['model_type']
     written, targets, ranks = {}, set(), set()
     for name, a in tensors.items():
@@ -76,12 +72,7 @@ def write(folder, tensors, config, settings, base):
     )
     with open(f'{folder}/{CONFIG}', 'w', encoding='utf-8') as f:
         json.dump(content, f, indent=2)
-    try:
-        save_file(written, f'{folder}/{WEIGHTS}', {'format': 'pt'})
-    except SafetensorError as e:  # a full disk
-        raise UserError(f'cannot write {WEIGHTS}: {e}') from None
-    # safetensors keeps its files from everybody else
-    shutil.copymode(f'{folder}/{CONFIG}', f'{folder}/{WEIGHTS}')
+    save_tensors(written, f'{folder}/{WEIGHTS}', f'{folder}/{CONFIG}')
 
 
 def read_config(folder):
