@@ -4,6 +4,7 @@ GPTConfig's defaults are GPT-2's (Radford et al. 2019, Language Models are Unsup
 Learners), its switches span Llama, Qwen2 and Qwen3, and the parameter names are nanoGPT's.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -287,14 +288,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None, **filters
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        stop=None,
+        seed=None,
+        repetition_penalty=1.0,
+        **filters,
     ):
         """Continue prompts by up to max_new_tokens tokens each; call it in eval mode.
 
         idx: (B, T) int64, and (B, T + n) comes back, rows that stopped early filled up with their
         stop token; or B lists of token ids, of any lengths, and such a list comes back.
-        temperature, top_k and filters (top_p, min_p, repetition_penalty): see sample_token. stop: a
-        token id or several, kept as a row's last. seed: of the draws; None goes on with torch's.
+        temperature, top_k and filters (top_p, min_p): see sample_token; repetition_penalty: see
+        penalize. stop: a token id or several, kept as a row's last. seed: of the draws; None goes
+        on with torch's.
         Once a row fills the context, its last block_size tokens are read again for each new one, as
         a plain forward would: exact, at the price of a forward pass a token.
         Raises ValueError for an empty prompt, and for logits that are not finite.
@@ -319,7 +329,9 @@ class GPT(nn.Module):
             else:
                 cache, logits = self.prefill([row[-limit:] for row in rows], cache_length)
                 n_cached = min(max(map(len, rows)), limit)
-            token = sample_token(logits.float(), seen, generator, temperature, top_k, **filters)
+            logits = penalize(logits.float(), seen, repetition_penalty)
+            draws = torch.rand(len(rows), 1, generator=generator, device=device)
+            token = sample_token(logits, draws, temperature, top_k, **filters)
             seen.scatter_(1, token[:, None], True)
             for i, new in enumerate(token.tolist()):
                 if not stopped[i]:  # a row that has stopped runs on unheard beside the others
@@ -402,6 +414,15 @@ class KVCache:
         self.values = [values[rows] for values in self.values]
         self.lengths = self.lengths[rows]
 
+    def rows(self, first, last):
+        """A KVCache of the rows first .. last - 1, which stay in this one's memory."""
+        part = copy.copy(self)
+        part.keys = [keys[first:last] for keys in self.keys]
+        part.values = [values[first:last] for values in self.values]
+        part.lengths = self.lengths[first:last]
+        part.empty = not part.lengths.any()
+        return part
+
 
 def place_documents(documents):
     """Each token's position in its document, (B, T), and which keys it sees, (B, 1, T, T) bool."""
@@ -412,22 +433,26 @@ def place_documents(documents):
     return place - first, mask
 
 
-def sample_token(
-    logits, seen, generator, temperature, top_k, top_p=None, min_p=None, repetition_penalty=1.0
-):
+def penalize(logits, seen, repetition_penalty):
+    """Logits of which those of the tokens in seen, bool, of the same shape, are made smaller.
+
+    Positive ones are divided by repetition_penalty (Keskar et al. 2019, arXiv:1909.05858).
+    """
+    if repetition_penalty == 1.0:
+        return logits
+    smaller = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    return torch.where(seen, smaller, logits)
+
+
+def sample_token(logits, draws, temperature, top_k=None, top_p=None, min_p=None):
     """The next token of each row, (B,) int64, drawn from logits (B, vocab_size) float32.
 
-    temperature: 0 takes the likeliest. top_k: only the k likeliest. top_p: the fewest that together
-    have that probability (Holtzman et al. 2019, arXiv:1904.09751). min_p: those with at least that
-    share of the likeliest's probability (Nguyen et al. 2024, arXiv:2407.01082). None: no limit.
-    repetition_penalty divides the logits of the tokens in seen (B, vocab_size) bool, those so far
-    (Keskar et al. 2019, arXiv:1909.05858). ValueError for logits that are not finite.
+    draws: (B, 1), a uniform random number from [0, 1) for each row. temperature: 0 takes the
+    likeliest. top_k: only the k likeliest. top_p: the fewest that together have that probability
+    (Holtzman et al. 2019, arXiv:1904.09751). min_p: those with at least that share of the
+    likeliest's probability (Nguyen et al. 2024, arXiv:2407.01082). None: no limit. ValueError for
+    logits that are not finite.
     """
-    if repetition_penalty != 1.0:
-        penalized = torch.where(
-            logits > 0, logits / repetition_penalty, logits * repetition_penalty
-        )
-        logits = torch.where(seen, penalized, logits)
     logits = logits - logits.max(dim=-1, keepdim=True).values
     if logits.isnan().any():
         raise ValueError('the logits are not finite: no token can be chosen by them')
@@ -445,10 +470,10 @@ def sample_token(
         p = p.masked_fill(beyond, 0)
     if min_p is not None:
         p = p.masked_fill(p < min_p * p.max(dim=-1, keepdim=True).values, 0)
-    # one uniform draw a row, looked up in the cumulative probabilities (multinomial: one a token)
+    # one draw a row, looked up in the cumulative probabilities (multinomial takes one a token)
     cumulative = p.cumsum(dim=-1)
-    draw = torch.rand(len(p), 1, generator=generator, device=p.device) * cumulative[:, -1:]
-    column = torch.searchsorted(cumulative, draw, right=True).clamp(max=p.shape[-1] - 1)
+    column = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    column = column.clamp(max=p.shape[-1] - 1)
     return (column if ids is None else ids.gather(1, column))[:, 0]
 
 

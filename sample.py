@@ -1,34 +1,48 @@
-"""Continue a prompt with a trained model.
+"""Continue a prompt with a trained model, answer a file of prompts, or talk in the terminal.
 
 python sample.py --start="def main(" --num_samples=3 --top_p=0.9
 python sample.py --out_dir=out-shakespeare --start=FILE:prompt.txt
+cat prompt.txt | python sample.py --start=- --num_samples=1 > continued.txt
 python sample.py --out_dir=out-sft --ask="What does os.path.join do?"
+python sample.py --out_dir=out-sft --chat
+python sample.py --prompts=prompts.txt --output=results.jsonl
+python sample.py --start="def main(" --attention=attention.png
 """
 
 import json as json_
 import sys
+import time
+from contextlib import suppress
+from dataclasses import fields, replace
 
-from fledge import UserError, checkpoint, cpu
+from fledge import UserError
 from fledge.configurator import configure, given, one_of
 from fledge.device import Machine
 from fledge.formats import huggingface
-from fledge.quantize import apply as quantize_weights
-from fledge.quantize import is_quantized
+from fledge.generation import Reply, Sampling, generate, load
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
 out_dir = 'out'  # a run's folder
-start = '\n'  # the prompt, or FILE:prompt.txt; special tokens such as <|endoftext|> count as such
+start = '\n'  # the prompt, FILE:prompt.txt, or - for standard input; special tokens count as such
 ask = ''  # in place of start: what a user says to a model that was tuned on conversations
-num_samples = 10  # drawn together
+chat = False  # in place of start: a conversation in the terminal
+system = ''  # what such a model is told before all that a user says
+prompts = ''  # in place of start: a file with a prompt a line, or .jsonl with prompt or messages
+output = ''  # for prompts: the file of the answers, .jsonl, .json or .txt
+batch_size = 32  # samples drawn together
+attention = ''  # a PNG: what each token of the prompt looks at, in place of samples
+num_samples = 10  # of each prompt; of prompts 1 unless it is given
 max_new_tokens = 500  # in each sample
 temperature = 0.8  # 0 is greedy, below 1 is safer, above 1 wilder
 top_k = 200  # only the k likeliest tokens; 0: all
 top_p = 1.0  # only the fewest tokens that have this probability together
 min_p = 0.0  # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0  # above 1, tokens seen before become less likely
-stop = 'auto'  # the special token that ends a sample; auto: of a text or of a turn; '': none
-seed = 1337  # of the draws
+presence_penalty = 0.0  # above 0, tokens that a sample has already become less likely
+frequency_penalty = 0.0  # the same, by how often it has them
+stop = 'auto'  # a sample ends before this text, or a JSON list of them; auto: with its document
+seed = 1337  # of the first sample's draws; the next sample's is one more
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 quantize = 'none'  # int8: 8-bit weights, faster on a CPU
@@ -37,71 +51,121 @@ json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
 one_of(globals(), quantize=('none', 'int8'))
-idle = given & {'top_k', 'top_p', 'min_p', 'seed'}
-if temperature == 0 and idle:
-    print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)
 
-# ---- the model and its tokenizer
-machine = Machine(device, dtype)
-state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
-model = checkpoint.load_model(state, path).to(machine.device, machine.dtype).eval()
-if quantize == 'int8' and is_quantized(model):
-    print(f'without effect: {path} has 8-bit weights already', file=sys.stderr)
-elif quantize == 'int8':
-    quantize_weights(model)
-if compile and is_quantized(model):
-    raise UserError('8-bit weights run on kernels of their own: leave out --compile')
-if compile:
-    model.compile()
-elif machine.type == 'cpu':
-    cpu.speed_up(model, packed=True)
 
-# ---- the prompt, and where a sample ends
-if ask and 'start' in given:
-    print('without effect beside --ask: start', file=sys.stderr)
-if ask:
-    start = tokenizer.chat_prompt([dict(role='user', content=ask)])
-if start.startswith('FILE:'):
+def text_of(start):
+    """The text of a prompt that may be in a file, or come by standard input."""
     try:
-        with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
-    except (OSError, UnicodeDecodeError) as e:
+        if start == '-':
+            start = sys.stdin.buffer.read().decode()
+        elif start.startswith('FILE:'):
+            with open(start[5:], encoding='utf-8') as f:
+                start = f.read()
+        start.encode()  # which bytes of the command line that are no UTF-8 fail at
+    except (OSError, UnicodeError) as e:
         raise UserError(f'cannot read the prompt: {e}') from None
-try:
-    start.encode()
-except UnicodeEncodeError:
-    raise UserError('--start is no valid UTF-8') from None
-prompt = tokenizer.encode_prompt(start)
-if max(prompt) >= model.config.vocab_size:
-    raise UserError(
-        f'the tokenizer gives token {max(prompt)}, and the model of {path} has '
-        f'{model.config.vocab_size}: it was trained with another tokenizer'
-    )
-if stop == 'auto':
-    ends = huggingface.ends(tokenizer)
-elif stop in tokenizer.special or not stop:
-    ends = [tokenizer.special[stop]] if stop else []
-else:
-    known = ', '.join(tokenizer.special) or 'there are none'
-    raise UserError(f'--stop={stop} is no special token of this tokenizer: {known}')
+    return start
 
-# ---- the samples
-filters = dict(top_p=top_p, min_p=min_p or None, repetition_penalty=repetition_penalty)
+
+def ends_of(stop, tokenizer):
+    """Where a sample ends: the ids of end tokens, and texts."""
+    if not stop:
+        return (), ()
+    ends = tuple(huggingface.ends(tokenizer))
+    if stop == 'auto':
+        return ends, ()
+    if stop in tokenizer.special:
+        return (tokenizer.special[stop],), ()
+    texts = [stop]
+    if stop.startswith('['):
+        with suppress(ValueError):  # a text that begins so
+            texts = json_.loads(stop)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f'--stop={stop} is no list of texts')
+    return ends, tuple(texts)
+
+
+# ---- which of the ways to use a model is asked for
+ways = [name for name in ('start', 'ask', 'chat', 'prompts') if name in given and globals()[name]]
+if len(ways) > 1:
+    raise UserError(f'one at a time: {", ".join("--" + name for name in ways)}')
+if bool(prompts) != bool(output):
+    raise UserError('--prompts=FILE and --output=FILE go together')
+idle = given & {'top_k', 'top_p', 'min_p', 'seed'} if temperature == 0 else set()
+if idle:
+    print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)
+if system and not (ask or chat):
+    print('without effect without --ask or --chat: system', file=sys.stderr)
+
+# ---- the model, and how its tokens are drawn
+machine = Machine(device, dtype)
+model, path, tokenizer = load(machine, init_from, out_dir, quantize, compile)
+ends, stops = ends_of(stop, tokenizer)
+known = {field.name for field in fields(Sampling)} & globals().keys()
+settings = {name: globals()[name] for name in known - {'stop', 'ends'}}
+sampling = Sampling(**settings, stop=stops, ends=ends)
+if prompts and 'num_samples' not in given:
+    num_samples = 1
+samplings = [replace(sampling, seed=seed + i) for i in range(num_samples)]
+sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
+
+if chat:
+    from fledge.conversation import Conversation
+    from fledge.terminal import talk
+
+    talk(Conversation(model, tokenizer, sampling, system), path)
+    raise SystemExit
+
+if prompts:
+    from fledge.prompts import answer_all, read_prompts
+
+    recorded = dict(settings, model=path, stop=stop, num_samples=num_samples, dtype=dtype)
+    n = answer_all(model, tokenizer, read_prompts(prompts), samplings, batch_size, output, recorded)
+    print(f'{output}: {n} prompts answered')
+    raise SystemExit
+
+# ---- the prompt
+if ask:
+    start = ''  # what was asked need not be said again
+    system = [dict(role='system', content=system)] if system else []
+    prompt = tokenizer.encode_chat_prompt([*system, dict(role='user', content=ask)])
+else:
+    start = text_of(start)
+    prompt = tokenizer.encode_prompt(start)
+if attention:
+    from fledge.attention import draw_attention
+
+    draw_attention(model, tokenizer, prompt, attention)
+    print(f'{attention} shows what each token of the prompt looks at')
+    raise SystemExit
+
+# ---- the samples, drawn together; they are shown one after the other, each as it comes
+replies = [Reply(tokenizer, prompt, sampling) for sampling in samplings]
+number, began, read_seconds = 0, time.monotonic(), None
+print(start, end='', flush=True)
 try:
-    rows = model.generate(
-        [prompt] * num_samples, max_new_tokens, temperature, top_k or None, ends, seed, **filters
-    )
+    for _ in generate(model, replies, batch_size):
+        if read_seconds is None:
+            read_seconds = time.monotonic() - began
+        while number < num_samples:
+            print(replies[number].take(), end='', flush=True)
+            if not replies[number].finish_reason:
+                break
+            print('\n---------------')
+            number += 1
+            if number < num_samples:
+                print(start, end='')
 except ValueError as e:
     raise UserError(f'{path}: {e}') from None
-samples = []
-for row in rows:
-    new = row[len(prompt) :]
-    text = tokenizer.decode_behind(prompt, new[:-1] if new[-1] in ends else new)
-    samples.append(text if ask else start + text)  # what was asked need not be said again
-sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
-for sample in samples:
-    print(sample)
-    print('---------------')
+counts = [len(reply.ids) for reply in replies]
+seconds = time.monotonic() - began - read_seconds
+print(
+    f'prompt: {len(prompt):,} tokens, {len(prompt) / read_seconds:,.0f} tokens/s; '
+    f'generated: {sum(counts):,} tokens, {sum(counts) / max(seconds, 1e-9):,.0f} tokens/s',
+    file=sys.stderr,
+)
 if json:
-    counts = [len(row) - len(prompt) for row in rows]
-    print(json_.dumps({'start': start, 'samples': samples, 'tokens': counts}))
+    samples = [start + reply.text for reply in replies]
+    reasons = [reply.finish_reason for reply in replies]
+    result = dict(start=start or ask, samples=samples, tokens=counts, finish_reasons=reasons)
+    print(json_.dumps(result))

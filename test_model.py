@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from fledge import checkpoint, cpu
-from model import GPT, GPTConfig, sample_token
+from model import GPT, GPTConfig, penalize, sample_token
 
 QWEN3 = dict(
     position='rope',
@@ -316,9 +316,10 @@ def draws(logits, seen=(), **settings):
     rows = torch.tensor([logits]).expand(500, -1)
     mask = torch.zeros(500, len(logits), dtype=torch.bool)
     mask[:, list(seen)] = True
-    options = dict(temperature=1.0, top_k=None) | settings
-    generator = torch.Generator().manual_seed(0)
-    return set(sample_token(rows, mask, generator, **options).tolist())
+    options = dict(temperature=1.0) | settings
+    rows = penalize(rows, mask, options.pop('repetition_penalty', 1.0))
+    random = torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(0))
+    return set(sample_token(rows, random, **options).tolist())
 
 
 def test_each_filter_keeps_the_tokens_it_should():

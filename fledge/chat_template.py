@@ -94,16 +94,17 @@ def render(template, messages, add_generation_prompt=False):
         raise UserError(f'the chat template fails: {reason}') from None
 
 
-def split_at_messages(template, messages):
+def split_at_messages(template, messages, to_answer=False):
     """The text of messages in pieces [(text, number of the message that it is, or None), ...].
 
-    A message may lose the white space around it. UserError where one is not there literally.
+    to_answer: with what comes before an answer to them. A message may lose the white space around
+    it. UserError where one is not there literally.
     """
-    text = render(template, messages)
+    text = render(template, messages, to_answer)
     # where the messages are, and where the template's own text: with letters that mean nothing
     marks = [f'\ue000{i}\ue001' for i in range(len(messages))]
     marked = [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)]
-    first, *found = re.split(f'({"|".join(marks)})', render(template, marked))
+    first, *found = re.split(f'({"|".join(marks)})', render(template, marked, to_answer))
     if sorted(found[::2]) != sorted(marks):
         raise UserError('the chat template leaves out a message, or repeats it')
     pieces, at = [(first, None)], len(first)

@@ -55,6 +55,7 @@ for least, most, names in (
     (1e-6, 1, 'top_p'),
     (0, 1, 'min_p'),
     (0.01, 100, 'repetition_penalty sample_repetition_penalty'),
+    (-100, 100, 'presence_penalty frequency_penalty'),
     (1e-9, 0.999, 'val_fraction'),
     (2, 2**31 - 1, 'shard_tokens'),
     (0, 99_999, 'shard'),

@@ -187,6 +187,12 @@ class KVCache(plain.KVCache):
             self.longest = int(self.lengths.max())
             self.even = int(self.lengths.min()) == self.longest
 
+    def rows(self, first, last):
+        part = super().rows(first, last)
+        part.longest = int(part.lengths.max())
+        part.even = int(part.lengths.min()) == part.longest
+        return part
+
     def rewind(self, T):
         """Forget the last T tokens of each row."""
         self.lengths -= T

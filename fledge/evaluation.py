@@ -132,8 +132,9 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
     """So many continuations of a text or, where that is given, of what a user asks, as texts."""
     try:
         if ask:
-            start = tokenizer.chat_prompt([dict(role='user', content=ask)])
-        prompt = tokenizer.encode_prompt(start)
+            prompt = tokenizer.encode_chat_prompt([dict(role='user', content=ask)])
+        else:
+            prompt = tokenizer.encode_prompt(start)
     except UserError:  # a vocabulary of characters, or one that has no form for conversations
         prompt = [0]
     was_training = model.training

@@ -4,6 +4,7 @@ Byte-level BPE of any origin (GPT-2's, one trained here, Qwen's) runs on tiktoke
 dictionary, anything else on the `tokenizers` package.
 """
 
+import codecs
 import functools
 import hashlib
 import itertools
@@ -224,27 +225,53 @@ class Tokenizer:
         Raises UserError for messages that the template does not take.
         """
         if self.template:
-            ids, learned = self._encode_by_template(messages)
+            spans = chat_template.lay_out(self.template, messages, self.special_pattern)
+            ids, learned = self._encode_pieces(*spans)
             if ids[: len(self.begin)] != self.begin:  # else the template itself has written it
                 ids, learned = self.begin + ids, [0] * len(self.begin) + learned
             return np.array(ids, np.uint32), np.array(learned, np.uint8)
         ids, learned = [*self.begin], [0] * len(self.begin)
         start, end = self.special[IM_START], self.special[IM_END]
         newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
-        before = '\n' if self.space_in_front and start not in self.before_texts else ''
         for message in messages:
             role = f'{message["role"]}\n'
             # one text, as of a template: a token may hold the end of one and the other's beginning
-            said, ends = self.encode_behind(before, role + message['content'])
+            said, ends = self._encode_part(role + message['content'], IM_START)
             ids += [start, *said, end, *newline]
             is_learned = message.get('learned', message['role'] == 'assistant')
             learned += [0, *(is_learned and n > len(role) for n in ends), is_learned]
             learned += [0] * len(newline)
         return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
-    def _encode_by_template(self, messages):
-        """encode_chat's two lists by the chat template, which alone puts special tokens there."""
-        pieces, spans = chat_template.lay_out(self.template, messages, self.special_pattern)
+    def encode_chat_prompt(self, messages):
+        """The ids that a model goes on with to answer messages (see encode_chat).
+
+        Special tokens spelled out in what they say are text. UserError where the model has no form
+        for conversations, or the template does not take these.
+        """
+        if self.template:
+            try:
+                pieces = chat_template.split_at_messages(self.template, messages, to_answer=True)
+            except UserError:  # it changes a message, as Qwen3's leaves out what was thought
+                text = chat_template.render(self.template, messages, add_generation_prompt=True)
+                return self.encode_prompt(text)
+            ids, _ = self._encode_pieces(pieces, [])
+            return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
+        if not self.has_chat_form:
+            raise UserError(
+                'this model has no form for conversations: it was never tuned for them; '
+                'a text that it can go on with is --start'
+            )
+        role, _ = self._encode_part('assistant\n', IM_START)
+        return [*self.encode_chat(messages)[0].tolist(), self.special[IM_START], *role]
+
+    @property
+    def has_chat_form(self):
+        """Whether conversations have a form: a chat template, or ChatML's tokens."""
+        return bool(self.template) or {IM_START, IM_END} <= self.special.keys()
+
+    def _encode_pieces(self, pieces, spans):
+        """encode_chat's two lists of what lay_out gives: no message has special tokens."""
         parts = ['']  # plain text, a special token, plain text, a special token, ..., plain text
         for piece, message in pieces:
             own = message is None
@@ -294,7 +321,8 @@ class Tokenizer:
             for name, token in self.template.tokens.items():
                 if name in self.template.text and token not in self.special:
                     raise UserError(f'the chat template has {token!r}, which is no special token')
-            ids, _ = self._encode_by_template(TRIAL)
+            pieces, _ = chat_template.lay_out(self.template, TRIAL, self.special_pattern)
+            ids, _ = self._encode_pieces(pieces, [])
             whole = chat_template.render(self.template, TRIAL)
             if self.encode(whole, allow_special=True) != ids:
                 raise UserError(
@@ -305,21 +333,6 @@ class Tokenizer:
         # a document ends with a token that is nowhere else in it
         ends_turns = self.end_of_text in ids
         return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
-
-    def chat_prompt(self, messages):
-        """The text that a model goes on with to answer messages (see encode_chat).
-
-        It is in the chat template's form, else in ChatML. UserError where there is neither.
-        """
-        if self.template:
-            return chat_template.render(self.template, messages, add_generation_prompt=True)
-        if not {IM_START, IM_END} <= self.special.keys():
-            raise UserError(
-                'this model has no form for conversations: it was never tuned for them; '
-                'a text that it can go on with is --start'
-            )
-        turns = [f'{IM_START}{m["role"]}\n{m["content"]}{IM_END}\n' for m in messages]
-        return ''.join(turns) + f'{IM_START}assistant\n'
 
     def encode_behind(self, before, text):
         """The ids of text where it stands behind `before`, and where in text each of them ends.
@@ -364,22 +377,12 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
-        if self.hf:
-            known = [i for i in ids if i < self.vocab_size]
-            return self.hf.decode(known, skip_special_tokens=False)
-        text = b''.join(self.token_bytes.get(int(i), b'\xff') for i in ids)
-        return text.decode('utf-8', errors='replace')
+        return self.decode_behind([], ids)
 
     def decode_behind(self, prompt, ids):
-        """The text that ids add to the text of prompt, ids as well.
-
-        Decoded alone, SentencePiece's kind of token would lose the space in front of it, which is
-        right at the beginning of a text alone.
-        """
-        if not self.hf or prompt[-1] in self.special.values():
-            return self.decode(ids)
-        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
-        return whole[len(os.path.commonprefix([before, whole])) :]
+        """The text that ids add to the text of prompt, ids as well."""
+        stream = TextStream(self, prompt)
+        return ''.join(map(stream.add, map(int, ids))) + stream.end()
 
     def text_bytes(self, vocab_size):
         """How many bytes of text each id stands for, int64 (vocab_size,); special ones for none."""
@@ -413,6 +416,31 @@ class Tokenizer:
         with replacing(path) as f:
             json.dump(self.spec, f, ensure_ascii=False)
         chat_template.write(os.path.dirname(path), self.template)
+
+
+class TextStream:
+    """The text of tokens as they come, in whole characters.
+
+    prompt: the ids that come before. Without any, or behind a special token, SentencePiece's kind
+    of token loses the space in front of it.
+    """
+
+    def __init__(self, tokenizer, prompt=()):
+        self.tokenizer = tokenizer
+        self.at_start = not len(prompt) or prompt[-1] in tokenizer.special.values()
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+    def add(self, token):
+        """The text that is sure to follow once this token id has come; it may be ''."""
+        piece = self.tokenizer.token_bytes.get(token, b'\xff')
+        if self.at_start and self.tokenizer.hf and len(piece) > 1:
+            piece = self.tokenizer.hf.decode([token], skip_special_tokens=False).encode()
+        self.at_start = False
+        return self.decoder.decode(piece)
+
+    def end(self):
+        """The rest of the text: U+FFFD where it breaks off within a character."""
+        return self.decoder.decode(b'', final=True)
 
 
 def _begin(spec):

@@ -118,10 +118,10 @@ def test_nothing_is_chosen_by_logits_that_are_not_finite(temperature, trained):
 
 @pytest.mark.parametrize('temperature', [0, 1e-50, 1.0])
 def test_a_masked_token_is_not_chosen_and_an_infinite_one_is_refused(temperature):
-    infinity, seen = float('inf'), torch.zeros(1, 3, dtype=torch.bool)
+    infinity, draws = float('inf'), torch.full((1, 1), 0.5)
 
     def choose(*logits):
-        return sample_token(torch.tensor([logits]), seen, None, temperature, None).item()
+        return sample_token(torch.tensor([logits]), draws, temperature).item()
 
     assert choose(-infinity, 2.0, -infinity) == 1
     for logits in ([0.0, infinity, 1.0], [-infinity] * 3, [0.0, float('nan'), 1.0]):

@@ -1,0 +1,314 @@
+"""Many replies decoded together: rows of different lengths that share one KV cache.
+
+A reply joins while others go on and leaves when it ends. What a row has read stays in the cache, so
+that a prompt which begins like an earlier one, as each turn of a conversation does, costs its new
+tokens alone.
+"""
+
+import os
+import sys
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from fledge import UserError, checkpoint, cpu, quantize
+from fledge.formats import huggingface
+from fledge.tokenizer import TextStream
+from model import penalize, sample_token
+
+
+def load(machine, init_from, out_dir, kind='none', compile=False):
+    """A model that generates, the path of its weights, its tokenizer; fastest on this machine.
+
+    kind: none, or int8 for 8-bit weights. compile: by torch.compile, on a GPU. UserError for what
+    cannot be loaded, and for the two together.
+    """
+    state, path, tokenizer = huggingface.load_with_tokenizer(init_from, out_dir)
+    model = checkpoint.load_model(state, path).to(machine.device, machine.dtype).eval()
+    if kind == 'int8' and quantize.is_quantized(model):
+        print(f'without effect: {path} has 8-bit weights already', file=sys.stderr)
+    elif kind == 'int8':
+        quantize.apply(model)
+    if compile and quantize.is_quantized(model):
+        raise UserError('8-bit weights run on kernels of their own: leave out --compile')
+    if compile:
+        model.compile()
+    elif machine.type == 'cpu':
+        cpu.speed_up(model, packed=True)
+    return model, path, tokenizer
+
+
+@dataclass
+class Sampling:
+    """How the tokens of a reply are drawn, and where it ends."""
+
+    max_new_tokens: int = 500
+    temperature: float = 0.8  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of the tokens in the prompt and the reply
+    presence_penalty: float = 0.0  # off the logits of the tokens in the reply
+    frequency_penalty: float = 0.0  # the same, times how often each is there
+    stop: tuple = ()  # texts in front of which a reply ends
+    ends: tuple = ()  # token ids with which it ends
+    seed: int | None = None  # of the draws; None: another each time
+    n_logprobs: int | None = None  # keep the log probabilities of each token and of so many more
+
+    def __post_init__(self):
+        self.penalizes = self.repetition_penalty != 1 or bool(
+            self.presence_penalty or self.frequency_penalty
+        )
+        # what sample_token takes: replies that have the same are drawn together
+        limits = self.top_k or None, self.top_p, self.min_p or None
+        self.filters = self.temperature, *limits
+
+
+class Reply:
+    """A prompt and what a model says behind it, as far as it has come.
+
+    prompt: token ids. ids: those of the reply, its end token included. text: all of it that no
+    later token changes, without the end token and the stop text. finish_reason: None, 'stop' or
+    'length'. logprobs: where asked for, (id, log probability, [(id, log probability), ...]) of each
+    token and of the likeliest in its place, before any penalty or temperature.
+    """
+
+    def __init__(self, tokenizer, prompt, sampling):
+        self.prompt, self.sampling = list(prompt), sampling
+        self.ids, self.logprobs = [], []
+        self.text, self.finish_reason = '', None
+        self.n_read = 0  # tokens of the prompt that were not in the cache
+        self.n_taken = 0  # characters
+        self.unsure = ''  # text that may be the beginning of a stop text
+        self.stream = TextStream(tokenizer, prompt)
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+        self.seen = self.counts = None  # (vocab_size,) of the tokens so far, if they are penalized
+
+    def take(self):
+        """The text that is new since the last call."""
+        new = self.text[self.n_taken :]
+        self.n_taken = len(self.text)
+        return new
+
+    def draw(self):
+        """A random number from [0, 1), (1, 1)."""
+        return torch.rand(1, 1, generator=self.generator)
+
+    def penalized(self, logits):
+        """The logits (vocab_size,) of its next token, after its penalties."""
+        s = self.sampling
+        if self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            self.seen[self.prompt] = True
+            self.counts = torch.zeros_like(logits)
+        if self.ids:
+            self.seen[self.ids[-1]] = True
+            self.counts[self.ids[-1]] += 1
+        logits = penalize(logits, self.seen, s.repetition_penalty)
+        return logits - s.presence_penalty * (self.counts > 0) - s.frequency_penalty * self.counts
+
+    def receive(self, token):
+        """Go on by a token id."""
+        s = self.sampling
+        self.ids.append(token)
+        if token in s.ends:
+            self.finish('stop')
+            return
+        self.settle(self.stream.add(token))
+        if self.finish_reason is None and len(self.ids) >= s.max_new_tokens:
+            self.finish('length')
+
+    def settle(self, new):
+        """Add new to the text, up to a stop text or to what may become one."""
+        self.unsure += new
+        stops = self.sampling.stop
+        places = [self.unsure.find(stop) for stop in stops if stop in self.unsure]
+        if places:
+            self.text += self.unsure[: min(places)]
+            self.unsure, self.finish_reason = '', 'stop'
+            return
+        n = max(map(len, stops), default=1) - 1  # the longest beginning of a stop text
+        n = min(n, len(self.unsure))
+        while n and not any(stop.startswith(self.unsure[-n:]) for stop in stops):
+            n -= 1
+        sure = len(self.unsure) - n
+        self.text += self.unsure[:sure]
+        self.unsure = self.unsure[sure:]
+
+    def finish(self, reason):
+        """End here: what was not sure is text."""
+        self.settle(self.stream.end())
+        self.text += self.unsure
+        self.unsure = ''
+        self.finish_reason = self.finish_reason or reason
+
+
+class Batch:
+    """At most `size` replies that go on together, a token each at every step.
+
+    length: tokens of a row of the cache, at most the model's context. A reply that has filled its
+    row goes on by reading its last block_size tokens anew for each token, as GPT.generate does.
+    A thread at a time may use it. A reply gets the tokens that it gets alone, to rounding.
+    """
+
+    def __init__(self, model, size, length=None):
+        self.model, self.size = model, size
+        self.length = min(length or model.config.block_size, model.config.block_size)
+        self.cache = model.make_cache(size, self.length)
+        self.held = [[] for _ in range(size)]  # the token ids that each row of the cache holds
+        self.cached = []  # replies; the row of each is its place here
+        self.sliding = []  # replies that have no room in a row any more
+        self.rows_in_use = None  # the KVCache of the rows of those in `cached`
+
+    @property
+    def replies(self):
+        return self.cached + self.sliding
+
+    @property
+    def room(self):
+        return self.size - len(self.cached) - len(self.sliding)
+
+    @torch.no_grad()
+    def add(self, reply):
+        """Read the prompt of a reply, and draw its first token.
+
+        ValueError for a prompt that is empty, or of another tokenizer.
+        """
+        if not reply.prompt:
+            raise ValueError('a prompt is empty: it needs one token at least')
+        vocab_size = self.model.config.vocab_size
+        if max(reply.prompt) >= vocab_size:
+            raise ValueError(
+                f'the prompt has token {max(reply.prompt)}, and the model has {vocab_size}: '
+                'it was trained with another tokenizer'
+            )
+        if len(reply.prompt) >= self.length:
+            self.sliding.append(reply)
+            self.choose([reply], self.slide([reply]))
+            return
+        row = len(self.cached)
+        n_held = self.take_row(row, reply.prompt)
+        reply.n_read = len(reply.prompt) - n_held
+        new = torch.tensor([reply.prompt[n_held:]], device=self.cache.lengths.device)
+        logits = self.model(new, cache=self.cache.rows(row, row + 1))[0][:, -1]
+        self.held[row] = list(reply.prompt)
+        self.cached.append(reply)
+        self.rows_in_use = None
+        self.choose([reply], logits)
+
+    @torch.no_grad()
+    def step(self):
+        """Draw one more token for each reply; those that end leave."""
+        for row in reversed(range(len(self.cached))):
+            if len(self.held[row]) == self.length:
+                self.sliding.append(self.cached[row])
+                self.leave_row(row)
+        logits = []
+        if self.cached:
+            if self.rows_in_use is None:
+                self.rows_in_use = self.cache.rows(0, len(self.cached))
+            last = [reply.ids[-1] for reply in self.cached]
+            for held, token in zip(self.held, last, strict=False):
+                held.append(token)
+            last = torch.tensor(last, device=self.cache.lengths.device)
+            logits.append(self.model(last[:, None], cache=self.rows_in_use)[0][:, -1])
+        if self.sliding:
+            logits.append(self.slide(self.sliding))
+        if logits:
+            self.choose(self.replies, torch.cat(logits))
+
+    def slide(self, replies):
+        """The logits (B, vocab_size) behind the last tokens of each, as many as the context has."""
+        window = self.model.config.block_size
+        ids = [(reply.prompt + reply.ids)[-window:] for reply in replies]
+        device = self.cache.lengths.device
+        return torch.cat([self.model(torch.tensor([row], device=device))[0][:, -1] for row in ids])
+
+    def choose(self, replies, logits):
+        """Draw the next token of each reply from its row of logits (B, vocab_size)."""
+        logits = logits.float()
+        asked = [reply.sampling.n_logprobs is not None for reply in replies]
+        logprobs = logits.log_softmax(dim=-1) if any(asked) else None
+        groups = {}
+        for row, reply in enumerate(replies):
+            if reply.sampling.penalizes:
+                logits[row] = reply.penalized(logits[row])
+            groups.setdefault(reply.sampling.filters, []).append(row)
+        tokens = [0] * len(replies)
+        for filters, rows in groups.items():
+            draws = torch.cat([replies[row].draw() for row in rows]).to(logits.device)
+            chosen = sample_token(logits[rows], draws, *filters).tolist()
+            for row, token in zip(rows, chosen, strict=True):
+                tokens[row] = token
+        for row, reply in enumerate(replies):
+            if asked[row]:
+                likeliest = logprobs[row].topk(reply.sampling.n_logprobs)
+                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                own = logprobs[row, tokens[row]].item()
+                reply.logprobs.append((tokens[row], own, list(pairs)))
+            reply.receive(tokens[row])
+            if reply.finish_reason:
+                self.remove(reply)
+
+    def remove(self, reply):
+        """Take a reply out, ended or not."""
+        if reply in self.sliding:
+            self.sliding.remove(reply)
+        elif reply in self.cached:
+            self.leave_row(self.cached.index(reply))
+
+    def leave_row(self, row):
+        """Free a row: the last one in use takes its place, so that those in use are the first."""
+        last = len(self.cached) - 1
+        self.swap_rows(row, last)
+        self.cached[row] = self.cached[last]
+        self.cached.pop()
+
+    def take_row(self, row, prompt):
+        """Make the first free row one that holds the beginning of a prompt; how much, in tokens.
+
+        A free row that the prompt goes on from is taken as it is; else the longest beginning that
+        any row holds is copied into the row that has been free for longest.
+        """
+        # the last token is read in any case: its logits are wanted
+        shared = [len(os.path.commonprefix([held, prompt[:-1]])) for held in self.held]
+        n = max(shared)
+        source, oldest = shared.index(n), self.size - 1
+        if source < row or 2 * n < len(self.held[source]):
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor[oldest, :, :n] = tensor[source, :, :n]
+            source = oldest
+        self.held[source] = prompt[:n]
+        self.swap_rows(row, source)
+        self.cache.lengths[row] = n
+        return n
+
+    def swap_rows(self, a, b):
+        """Exchange two rows of the cache, as far as they hold anything."""
+        self.rows_in_use = None
+        if a == b:
+            return
+        n = max(len(self.held[a]), len(self.held[b]))
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor[[a, b], :, :n] = tensor[[b, a], :, :n]
+        self.cache.lengths[[a, b]] = self.cache.lengths[[b, a]]
+        self.held[a], self.held[b] = self.held[b], self.held[a]
+
+
+def generate(model, replies, size):
+    """Go on with all replies, at most `size` at once, until each has ended; yields at each step."""
+    replies = list(replies)
+    longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in replies), default=1)
+    batch, waiting = Batch(model, size, longest), deque(replies)
+    while True:
+        while waiting and batch.room:
+            batch.add(waiting.popleft())
+        yield
+        if not (waiting or batch.replies):
+            return
+        batch.step()

@@ -1,0 +1,152 @@
+"""A file of prompts, and a file of what a model says to them that survives an interruption."""
+
+import json
+import os
+
+from tqdm import tqdm
+
+from fledge import UserError, replacing
+from fledge.generation import Reply, generate
+
+FORMATS = ('.jsonl', '.json', '.txt')
+
+
+def read_prompts(path):
+    """The prompts of a file, a list: each is a text, or a list of messages (role, content).
+
+    A .jsonl has an object a line, with `prompt`, `text` or `messages`; of any other file each line
+    is a prompt. Empty lines are none. UserError for a file that cannot be read or holds none.
+    """
+    prompts = []
+    try:
+        with open(path, encoding='utf-8') as f:
+            lines = f.read().splitlines()
+    except OSError as e:
+        raise UserError(f'cannot read the prompts: {path}: {e.strerror}') from None
+    except UnicodeDecodeError:
+        raise UserError(f'cannot read the prompts: {path} is no UTF-8 text') from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompts.append(prompt_of(line, f'{path}, line {number}') if is_jsonl(path) else line)
+    if not prompts:
+        raise UserError(f'{path} holds no prompts')
+    return prompts
+
+
+def is_jsonl(path):
+    return path.endswith('.jsonl')
+
+
+def prompt_of(line, where):
+    """The prompt in a line of JSON; UserError, which names where it is, for another line."""
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise UserError(f'{where} is no valid JSON: {e}') from None
+    record = record if isinstance(record, dict) else {}
+    for key in ('prompt', 'text'):
+        if isinstance(record.get(key), str) and record[key]:
+            return record[key]
+    messages = record.get('messages')
+    try:
+        if messages:
+            return [dict(role=str(m['role']), content=m['content'] + '') for m in messages]
+    except (KeyError, TypeError):
+        pass
+    raise UserError(f'{where} has no prompt: a text as `prompt` or `text`, or `messages`')
+
+
+def encode(prompt, tokenizer):
+    """The ids of a prompt of read_prompts()."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt)
+    return tokenizer.encode_chat_prompt(prompt)
+
+
+def answer_all(model, tokenizer, prompts, samplings, batch_size, output, settings):
+    """Write what a model says to prompts to a file; returns how many prompts were left to do.
+
+    samplings: a generation.Sampling for each answer to a prompt. output: a name in one of FORMATS.
+    settings: a dict, written beside it. What is done is kept in output + '.part' as it comes, and
+    a second call with the same settings and prompts goes on from there. UserError where output is
+    there already, for a .part of other settings, and for a full disk.
+    """
+    if not output.endswith(FORMATS):
+        raise UserError(f'output={output!r} ends in none of {", ".join(FORMATS)}')
+    if os.path.exists(output):
+        raise UserError(f'{output} is there already: remove it, or name another --output')
+    header, part = dict(settings=settings, prompts=prompts), output + '.part'
+    done = read_part(part, header) if os.path.exists(part) else {}
+    replies = {}  # of each prompt that is left
+    for i, prompt in enumerate(prompts):
+        if i not in done:
+            ids = encode(prompt, tokenizer)
+            replies[i] = [Reply(tokenizer, ids, sampling) for sampling in samplings]
+    # of like lengths together; and the longest first, so that none is left to run alone at the end
+    by_length = sorted(replies, key=lambda i: -len(replies[i][0].prompt))
+    in_order = [reply for i in by_length for reply in replies[i]]
+    going = dict(replies)
+    try:
+        with open(part, 'a' if done else 'w', encoding='utf-8') as f:
+            if not done:
+                f.write(json.dumps(header) + '\n')
+            bar = tqdm(total=len(prompts), initial=len(done), unit='prompt', disable=None)
+            for _ in generate(model, in_order, batch_size):
+                ended = [i for i, of_prompt in going.items() if all_ended(of_prompt)]
+                for i in ended:
+                    done[i] = result(prompts[i], going.pop(i))
+                    f.write(json.dumps([i, done[i]]) + '\n')
+                    f.flush()
+                    bar.update()
+            bar.close()
+        results = [done[i] for i in range(len(prompts))]
+        with replacing(output + '.settings.json') as f:
+            json.dump(settings, f, indent=1)
+        with replacing(output) as f:
+            f.write(as_text(results, os.path.splitext(output)[1]))
+        os.remove(part)
+    except OSError as e:
+        raise UserError(f'cannot write {output}: {e.strerror}; what is done is kept') from None
+    return len(replies)
+
+
+def read_part(path, header):
+    """{number of a prompt: its result} of an unfinished file; UserError if it is of another run."""
+    with open(path, encoding='utf-8') as f:
+        lines = f.read().splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.endswith('\n')]
+    if whole and whole[0] != header:
+        raise UserError(
+            f'{path} was begun with other settings or prompts: remove it, or name another --output'
+        )
+    if whole and not lines[-1].endswith('\n'):  # a run ended within a line: it is written anew
+        with replacing(path) as f:
+            f.write(''.join(lines[:-1]))
+    return dict(whole[1:])
+
+
+def all_ended(replies):
+    return all(reply.finish_reason for reply in replies)
+
+
+def result(prompt, replies):
+    return dict(
+        prompt=prompt,
+        samples=[reply.text for reply in replies],
+        tokens=[len(reply.ids) for reply in replies],
+        finish_reasons=[reply.finish_reason for reply in replies],
+    )
+
+
+def as_text(results, ending):
+    """Results as the text of a file with this ending."""
+    if ending == '.json':
+        return json.dumps(results, ensure_ascii=False, indent=1) + '\n'
+    if ending == '.jsonl':
+        return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in results)
+    texts = []
+    for r in results:
+        start = r['prompt'] if isinstance(r['prompt'], str) else ''
+        texts += [f'{start}{sample}\n---------------\n' for sample in r['samples']]
+    return ''.join(texts)
