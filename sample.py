@@ -85,10 +85,11 @@ def ends_of(stop, tokenizer):
     return ends, tuple(texts)
 
 
-# ---- which of the ways to use a model is asked for
-ways = [name for name in ('start', 'ask', 'chat', 'prompts') if name in given and globals()[name]]
-if len(ways) > 1:
-    raise UserError(f'one at a time: {", ".join("--" + name for name in ways)}')
+# ---- what is asked for
+ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
+beside = [name for name in ways[1:] if name in given]
+if beside:
+    print(f'without effect beside --{ways[0]}: {", ".join(beside)}', file=sys.stderr)
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
 idle = given & {'top_k', 'top_p', 'min_p', 'seed'} if temperature == 0 else set()

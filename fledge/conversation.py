@@ -14,8 +14,8 @@ class Conversation:
     sampling: a generation.Sampling. messages: [{'role': 'user' or 'assistant', 'content': text}].
     system: what the model is told before all of them. is_chat: whether the model has a form for
     conversations; one without goes on with the text of all that was said. reply: the
-    generation.Reply at hand. n_trimmed: how many of the oldest messages the last prompt left out,
-    for the context was full.
+    generation.Reply at hand. n_trimmed: how many of the oldest messages the prompts leave out,
+    because the context was full.
     """
 
     def __init__(self, model, tokenizer, sampling, system=''):
@@ -36,21 +36,27 @@ class Conversation:
     def prompt(self):
         """encode() of the messages, without the oldest ones where they do not fit.
 
-        A quarter of the context, or max_new_tokens, is left for the reply. UserError where the last
-        message alone is too long.
+        A quarter of the context, or max_new_tokens, is left for the reply. Where that is not to be
+        had, the oldest turns are left out until half of the context is free: so the turns that
+        follow find their beginning in the cache. UserError where the last message is too long.
         """
         context = self.model.config.block_size
         most = context - min(self.sampling.max_new_tokens, context // 4)
-        starts = [i for i, message in enumerate(self.messages) if message['role'] == 'user']
-        for start in starts:
-            ids = self.encode(self.messages[start:])
-            if len(ids) <= most:
-                self.n_trimmed = start
-                return ids
-        raise UserError(
-            f'the message is too long: with what goes before it, it is {len(ids):,} tokens of at '
-            f'most {most:,} ({context:,} are the context)'
-        )
+        ids = self.encode(self.messages[self.n_trimmed :])
+        if len(ids) <= most:
+            return ids
+        for start, message in enumerate(self.messages):
+            if start > self.n_trimmed and message['role'] == 'user':
+                ids = self.encode(self.messages[start:])
+                if len(ids) <= context // 2:
+                    break
+        if len(ids) > most:
+            raise UserError(
+                f'the message is too long: with what goes before it, it is {len(ids):,} tokens of '
+                f'at most {most:,} ({context:,} are the context)'
+            )
+        self.n_trimmed = start
+        return ids
 
     def say(self, text):
         """Answer a message of the user's: a generator of the pieces of the answer's text.
@@ -89,7 +95,7 @@ class Conversation:
                 self.messages.append(dict(role='assistant', content=self.reply.text))
 
     def reset(self):
-        self.messages = []
+        self.messages, self.n_trimmed = [], 0
 
     def save(self, path):
         """Write the conversation to path as JSON, {'messages': [...]}, the system's first."""
@@ -111,4 +117,5 @@ class Conversation:
                 raise UserError(f'{path}: a message has a role ({", ".join(ROLES)}) and a content')
         system = [m['content'] for m in messages if m['role'] == 'system']
         self.system = '\n'.join(system)
+        self.reset()
         self.messages = [m for m in messages if m['role'] != 'system']

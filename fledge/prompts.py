@@ -77,7 +77,7 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     if os.path.exists(output):
         raise UserError(f'{output} is there already: remove it, or name another --output')
     header, part = dict(settings=settings, prompts=prompts), output + '.part'
-    done = read_part(part, header) if os.path.exists(part) else {}
+    done = read_part(part, header) if os.path.isfile(part) else {}
     replies = {}  # of each prompt that is left
     for i, prompt in enumerate(prompts):
         if i not in done:

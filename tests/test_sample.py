@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, fails, run, start, write_tiny
+from conftest import ROOT, TINY, fails, run, start, write_tiny
 
 from fledge import checkpoint
 from model import sample_token
@@ -73,14 +75,126 @@ def test_a_run_samples_without_its_data(trained, tmp_path):
 
 
 def test_what_does_nothing_is_said(trained):
-    words = 'is no special token of this tokenizer'
-    assert words in fails(trained, 'sample.py', '--stop=###', '--num_samples=1')
     run(trained, 'sample.py', '--stop=', '--start=0', '--num_samples=1', '--max_new_tokens=3')
     flags = ['--init_from=out/ckpt.pt', '--out_dir=nowhere', '--temperature=0', '--top_k=3']
     process = start(trained, 'sample.py', '--start=0', '--num_samples=1', *flags)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0 and 'without effect at temperature=0: top_k' in err
     assert 'without effect beside --init_from: out_dir' in err
+    process = start(trained, 'sample.py', '--prompts=p.txt', '--start=0', '--output=p.json')
+    assert 'without effect beside --prompts: start' in process.communicate(timeout=120)[1]
+
+
+def greedy(trained, *flags):
+    """The continuation of 012 by some tokens, and the last line of output."""
+    flags = ('--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--json', *flags)
+    last = json.loads(run(trained, 'sample.py', *flags).splitlines()[-1])
+    return last['samples'][0], last
+
+
+def test_a_prompt_comes_by_a_flag_a_file_or_standard_input(trained):
+    text, _ = greedy(trained, '--start=012')
+    (trained / 'prompt.txt').write_text('012')
+    assert greedy(trained, '--start=FILE:prompt.txt')[0] == text
+    process = subprocess.run(
+        [sys.executable, f'{ROOT}/sample.py', '--start=-', '--temperature=0', '--num_samples=1']
+        + ['--max_new_tokens=20'],
+        input=b'012',
+        cwd=trained,
+        capture_output=True,
+    )
+    assert process.stdout.decode() == f'{text}\n---------------\n'
+    speed = r'prompt: 3 tokens, [\d,]+ tokens/s; generated: 20 tokens, [\d,]+ tokens/s\n'
+    assert re.fullmatch(speed, process.stderr.decode())
+
+
+def test_stop_texts(trained):
+    text, free = greedy(trained, '--start=012')
+    assert free['finish_reasons'] == ['length'] and free['tokens'] == [20]
+    stop = text[10:12]
+    before = '012' + text[3:].partition(stop)[0]
+    for flag in (f'--stop={stop}', f'--stop={json.dumps(["never", stop])}'):
+        cut, last = greedy(trained, '--start=012', flag)
+        assert cut == before and last['finish_reasons'] == ['stop']
+    assert 'is no list of texts' in fails(trained, 'sample.py', '--stop=[1]')
+
+
+def test_penalties(trained):
+    text, _ = greedy(trained, '--start=012')
+    assert greedy(trained, '--start=012', '--frequency_penalty=0.0')[0] == text
+    changed, _ = greedy(trained, '--start=012', '--presence_penalty=50')
+    new = changed[3:]
+    assert len(set(new)) == len(new) == 20  # none twice
+
+
+def write_prompts(trained):
+    lines = ['012', '34', '', '5', '67890123', '0', '1']
+    (trained / 'prompts.txt').write_text('\n'.join(lines))
+    return [line for line in lines if line]
+
+
+def test_a_file_of_prompts(trained):
+    lines = write_prompts(trained)
+    flags = ['--prompts=prompts.txt', '--max_new_tokens=9', '--temperature=0', '--dtype=float32']
+    assert 'go together' in fails(trained, 'sample.py', *flags)
+    for name in ('a.jsonl', 'a.json', 'a.txt'):
+        out = run(trained, 'sample.py', *flags, f'--output={name}', '--batch_size=3')
+        assert out == f'{name}: 6 prompts answered\n'
+        settings = json.loads((trained / f'{name}.settings.json').read_text())
+        assert settings['temperature'] == 0 and settings['model'] == 'out/ckpt.pt'
+    results = json.loads((trained / 'a.json').read_text())
+    by_line = [json.loads(line) for line in (trained / 'a.jsonl').read_text().splitlines()]
+    assert results == by_line and [r['prompt'] for r in results] == lines
+    texts = (trained / 'a.txt').read_text().split('\n---------------\n')[:-1]
+    for line, text, result in zip(lines, texts, results, strict=True):
+        alone = run(trained, 'sample.py', f'--start={line}', '--num_samples=1', *flags[1:])
+        assert alone == f'{text}\n---------------\n' and text == line + result['samples'][0]
+    assert 'is there already' in fails(trained, 'sample.py', *flags, '--output=a.json')
+    assert not list(trained.glob('*.part')) and not list(trained.glob('*.tmp'))
+
+
+def test_an_interrupted_file_of_prompts_goes_on(trained):
+    write_prompts(trained)
+    flags = ['--prompts=prompts.txt', '--max_new_tokens=9', '--num_samples=2']
+    run(trained, 'sample.py', *flags, '--output=whole.json')
+    whole = json.loads((trained / 'whole.json').read_text())
+    assert len(set(whole[0]['samples'])) == 2
+    # as a run leaves it that was killed within a line
+    settings = json.loads((trained / 'whole.json.settings.json').read_text())
+    prompts = [result['prompt'] for result in whole]
+    lines = [
+        dict(settings=settings, prompts=prompts),
+        [4, whole[4]],
+        [1, whole[1] | {'samples': 2}],
+    ]
+    part = trained / 'rest.json.part'
+    part.write_text(''.join(json.dumps(line) + '\n' for line in lines) + '[2, {"prom')
+    others = fails(trained, 'sample.py', *flags, '--output=rest.json', '--seed=2')
+    assert 'was begun with other settings or prompts' in others and part.exists()
+    out = run(trained, 'sample.py', *flags, '--output=rest.json')
+    assert out == 'rest.json: 4 prompts answered\n'
+    rest = json.loads((trained / 'rest.json').read_text())
+    assert rest[1]['samples'] == 2 and rest[:1] + rest[2:] == whole[:1] + whole[2:]
+
+
+def test_bad_files_of_prompts(trained):
+    (trained / 'empty.txt').write_text('\n\n')
+    (trained / 'broken.jsonl').write_text('{"prompt": "0"}\n{"prompt": 1}\n')
+    (trained / 'binary.txt').write_bytes(b'\xff\xfe\x80')
+    for flags, words in (
+        (['--prompts=nowhere.txt', '--output=b.txt'], 'cannot read the prompts: nowhere.txt'),
+        (['--prompts=empty.txt', '--output=b.txt'], 'holds no prompts'),
+        (['--prompts=broken.jsonl', '--output=b.txt'], 'broken.jsonl, line 2 has no prompt'),
+        (['--prompts=binary.txt', '--output=b.txt'], 'is no UTF-8 text'),
+        (['--prompts=prompts.txt', '--output=b.csv'], 'ends in none of .jsonl, .json, .txt'),
+        (['--prompts=prompts.txt', '--output=nowhere/b.txt'], 'cannot write nowhere/b.txt'),
+        (['--prompts=prompts.txt', '--output=full.txt'], 'No space left on device'),
+    ):
+        write_prompts(trained)
+        if 'full' in flags[1] and not (trained / 'full.txt.part').is_symlink():
+            (trained / 'full.txt.part').symlink_to('/dev/full')
+        assert words in fails(trained, 'sample.py', *flags, '--max_new_tokens=3')
+    assert not (trained / 'b.txt').exists()
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
