@@ -77,8 +77,8 @@ def answer(conversation, text):
         return conversation.say(text[1:])
     if not text.startswith('/'):
         return conversation.say(text)
-    command, _, rest = text.strip().partition(' ')
-    rest = rest.strip()
+    command, *rest = text.split(maxsplit=1)
+    rest = ''.join(rest).strip()
     if command in ('/save', '/load') and not rest:
         raise UserError(f'{command} needs the name of a file')
     path = os.path.expanduser(rest)
@@ -191,4 +191,8 @@ def line_editor():
     def clear(event):
         buffer.reset()
 
-    return lambda: session.prompt('> ', prompt_continuation='. ')
+    def edit():
+        text = session.prompt('> ', prompt_continuation='. ')
+        return text.encode(errors='replace').decode()  # bytes that are no UTF-8 are surrogates
+
+    return edit

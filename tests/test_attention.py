@@ -19,7 +19,7 @@ def small_model(**switches):
     model = GPT(GPTConfig(**sizes, **switches)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(5)  # so that attention is far from even
+            p.mul_(3)  # so that attention is far from even
     return model
 
 
@@ -75,7 +75,7 @@ def test_rows_sum_to_one_see_no_later_token_and_leave_the_model_as_it_was(change
     for layer, close in zip(layers, reference, strict=True):
         torch.testing.assert_close(layer.sum(dim=-1), torch.ones(4, 20))
         assert not layer.triu(1).any() and layer.max() > 0.5 and layer.std(dim=0).max() > 0.1
-        torch.testing.assert_close(layer, close, rtol=0, atol=0.1)
+        assert (layer - close).abs().mean() < 0.01
     with torch.no_grad():
         assert torch.equal(model(idx)[0], before)
     assert not any('attend' in vars(module) for module in model.modules())

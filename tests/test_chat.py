@@ -85,7 +85,7 @@ class Terminal:
     def type(self, keys):
         """Type at the prompt."""
         self.wait(PROMPT)
-        os.write(self.number, keys.encode())
+        os.write(self.number, keys.encode(errors='surrogateescape'))
 
     def interrupt(self):
         os.write(self.number, b'\x03')
@@ -139,6 +139,7 @@ def test_lines_are_edited_pasted_and_remembered(folder):
     terminal = Terminal(folder, '--max_new_tokens=5')
     terminal.type('a line\\\ranother lime\x7f\x7fne\r')
     terminal.type('\x1b[200~pasted\nlines\x1b[201~\r')
+    terminal.type('no UTF-8: \udcff\r')
     terminal.type('not to be sent\x03sent\r')
     terminal.type('/save talk.json\r')
     terminal.type('\x03')
@@ -146,7 +147,7 @@ def test_lines_are_edited_pasted_and_remembered(folder):
     terminal.type('\x03')
     assert terminal.exit_code() == 0
     users = [text for role, text in contents(folder / 'talk.json') if role == 'user']
-    assert users == ['a line\nanother line', 'pasted\nlines', 'sent']
+    assert users == ['a line\nanother line', 'pasted\nlines', 'no UTF-8: ?', 'sent']
     later = Terminal(folder, '--max_new_tokens=5')
     later.type('\x1b[A\x1b[A\r')  # up, twice: before /save
     later.type('/save later.json\r')
