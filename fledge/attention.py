@@ -1,0 +1,131 @@
+"""What each head of a model looks at: the attention of a text, and a picture of it."""
+
+import math
+import sys
+
+import numpy as np
+import torch
+
+from fledge import UserError, replacing
+from model import CausalSelfAttention
+
+MOST_TOKENS = 64  # in a picture
+MOST_INCHES = 30  # of a picture's longer side
+TOKEN_INCHES = 0.16  # of each token, where there is room
+LABEL_INCHES = 0.1  # of its label, which is left out where tokens are closer
+LABEL_CHARACTERS = 12
+FONT = 'DejaVu Sans Mono'  # matplotlib's own, at hand everywhere
+
+
+@torch.no_grad()
+def attention_of(model, idx):
+    """The attention probabilities of a text: n_layer tensors (n_head, T, T), on idx's device.
+
+    idx: (1, T) int64. Entry [h, i, j] is how much of token j the head h reads at token i; each row
+    sums to 1. They are those of the forward pass itself, by whatever attention model.py has. Call
+    it in eval mode. ValueError for T beyond block_size.
+    """
+    layers = []
+
+    def keep_probabilities(attention):
+        attend = attention.attend
+
+        def attend_and_keep(q, k, v, mask):
+            # attention gives probabilities @ values: of an identity matrix the probabilities
+            identity = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
+            probabilities = CausalSelfAttention.attend(attention, q, k, identity, mask)
+            layers.append(probabilities[0])
+            return attend(q, k, v, mask)
+
+        attention.attend = attend_and_keep  # this one's, in front of its class's
+
+    attentions = [block.attn for block in model.transformer.h]
+    for attention in attentions:
+        keep_probabilities(attention)
+    try:
+        model.hidden(idx)
+    finally:
+        for attention in attentions:
+            del attention.attend
+    return layers
+
+
+def draw_attention(model, tokenizer, ids, path):
+    """Write the attention of token ids, a list, as a PNG at path: see attention_of and draw.
+
+    A long text's first MOST_TOKENS are drawn, which it says in one line: they see no later ones.
+    UserError where path cannot be written.
+    """
+    shown = ids[: min(MOST_TOKENS, model.config.block_size)]
+    if len(shown) < len(ids):
+        print(f'{path}: the first {len(shown)} of {len(ids)} tokens', file=sys.stderr)
+    device = model.transformer.wte.weight.device
+    layers = attention_of(model, torch.tensor([shown], device=device))
+    tokens = [tokenizer.token_bytes.get(i, b'') for i in shown]
+    draw(layers, tokens, tokens, path)
+
+
+def draw(layers, queries, keys, path):
+    """Write attention as a PNG at path: a row of heat maps a layer, and in it one a head.
+
+    layers: tensors (n_head, len(queries), len(keys)) of probabilities. queries, keys: the bytes of
+    the tokens that read and of those that are read. UserError where path cannot be written.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
+
+    n_layer, n_head = len(layers), len(layers[0])
+    rows, columns = len(queries) + 1, len(keys) + 1  # of a heat map and the gap behind it
+    picture = np.full((n_layer * rows, n_head * columns), np.nan)
+    for layer, heads in enumerate(layers):
+        for head, probabilities in enumerate(heads.float().cpu().numpy()):
+            top, left = layer * rows, head * columns
+            picture[top : top + len(queries), left : left + len(keys)] = probabilities
+    picture = picture[:-1, :-1]  # nothing is behind the last gaps
+
+    token_inches = min(TOKEN_INCHES, MOST_INCHES / max(picture.shape))
+    height, width = (token_inches * n for n in picture.shape)
+    figure = Figure((width, height))
+    axes = figure.add_axes((0, 0, 1, 1), facecolor='silver')  # the colour of the gaps
+    # most probabilities are small, and their square roots differ more
+    norm = PowerNorm(0.5, vmin=0, vmax=1)
+    image = axes.imshow(picture, norm=norm, cmap='Blues', aspect='auto')
+    axes.set(xlabel='token that is read', ylabel='token that reads')
+    step = math.ceil(LABEL_INCHES / token_inches)  # from a token with a label to the next
+    name_tokens(axes.xaxis, keys, n_head, step, rotation=90)
+    name_tokens(axes.yaxis, queries, n_layer, step)
+    heads, layers = axes.secondary_xaxis('top'), axes.secondary_yaxis('right')
+    heads.set_xticks((np.arange(n_head) + 0.5) * columns - 1, range(n_head))
+    layers.set_yticks((np.arange(n_layer) + 0.5) * rows - 1, range(n_layer))
+    heads.set_xlabel('head')
+    layers.set_ylabel('layer')
+    bar = axes.inset_axes((1 + 0.8 / width, 0, 0.15 / width, 1))
+    figure.colorbar(image, cax=bar, label='probability')
+    try:
+        with replacing(path, 'wb') as f:
+            figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
+    except OSError as e:
+        raise UserError(f'{path} cannot be written: {e.strerror}') from None
+
+
+def name_tokens(axis, tokens, n_maps, step, **look):
+    """Put the label of every step-th token at an axis, along each of its n_maps heat maps."""
+    shown = range(0, len(tokens), step)
+    places = [
+        start + i for start in range(0, n_maps * (len(tokens) + 1), len(tokens) + 1) for i in shown
+    ]
+    labels = [label(tokens[i]) for i in shown]
+    # a $ is no formula
+    axis.set_ticks(places, labels * n_maps, fontsize=7, family=FONT, parse_math=False, **look)
+
+
+def label(token):
+    """A token's bytes as a short text: escapes stand for what the font lacks, a space is seen."""
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    text = ''
+    for character in token.decode(errors='backslashreplace').replace(' ', '␣'):
+        is_known = ord(character) in known
+        text += character if is_known else character.encode('unicode_escape').decode()
+    return text if len(text) <= LABEL_CHARACTERS else text[: LABEL_CHARACTERS - 1] + '…'
