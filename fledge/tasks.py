@@ -107,9 +107,9 @@ def parts_of(record):
         elif all(isinstance(choice, dict) for choice in answers):
             labels = [choice['label'] for choice in answers]
             answers = [choice['text'] for choice in answers]
-        answer = next(record[k] for k in ('answer', 'answerKey', 'label', 'gold') if k in record)
+        field = next((name for name in ('answerKey', 'label') if name in record), 'answer')
         context = f'Question: {record["question"]}\nAnswer:'
-        return context, answers, number_of(answer, answers, labels)
+        return context, answers, number_of(record[field], answers, labels)
     *before, last = record['text'].split(' ')
     return ' '.join(before), [last], 0
 
