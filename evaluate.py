@@ -5,6 +5,7 @@ python evaluate.py --init_from=out/int8.pt                                what 8
 python evaluate.py --init_from=HuggingFaceTB/SmolLM2-135M --dataset=stories     anybody's model
 python evaluate.py --out_dir=out-sentiment --labels                             a classifier
 python evaluate.py --out_dir=out-a,out-b --tasks=blimp.jsonl,lambada.jsonl      two models
+python evaluate.py --out_dir=out-a,out-b --prompts --speed                      what they say
 
 loss is in nats a token, perplexity its exponential, accuracy the share of tokens that were the
 likeliest, accuracy_top5 of those among the five likeliest, calibration_error how far a model's
@@ -13,7 +14,10 @@ alone. Each token is predicted once, from at most block_size tokens before it in
 --stride=N windows of block_size tokens move on by N, as in transformers' documentation.
 
 --tasks asks which answer is likeliest, scored as lm-evaluation-harness does (fledge/tasks.py has
-the forms of a line). Without --dataset and --split the data is then left alone.
+the forms of a line). --prompts shows what the models go on with, how varied that is and how often
+it repeats itself; --answers, in gsm8k's form, how often the number at the end of a greedy answer is
+right; --speed how fast a model reads and writes. With these the data is left alone, unless
+--dataset or --split asks for it.
 
 --labels adds how often a document was given the right label (label_accuracy), precision, recall and
 F1 of each label, and the table of which is taken for which, drawn in confusion.png beside the
@@ -26,13 +30,22 @@ import os
 import sys
 import time
 
-from fledge import UserError, checkpoint
+from fledge import UserError, checkpoint, cpu
 from fledge.configurator import configure, given
 from fledge.device import Machine
 from fledge.documents import open_split
 from fledge.evaluation import Windows, evaluate, evaluate_labels, in_words
 from fledge.formats import huggingface
+from fledge.generation import Sampling
 from fledge.labels import draw_confusion, find_labels, label_scores, label_tables
+from fledge.replies import (
+    PROMPTS,
+    measure_answers,
+    measure_prompts,
+    measure_speed,
+    read_prompts,
+    read_questions,
+)
 from fledge.report import draw_positions, draw_tasks, folder_of_pictures, table
 from fledge.tasks import read_task, run_task
 from fledge.tokenizer import common_tokenizer
@@ -49,13 +62,22 @@ block_size = 0  # tokens in a row; 0: the run's, of another model its context, a
 stride = 0  # tokens by which a window moves on; 0: rows follow one another
 labels = False  # how well the labels of prepare/classify.py are told apart
 tasks = ''  # .jsonl files of questions with answers, with commas between them
+prompts = 'auto'  # a file of texts to go on with; --prompts alone: three of our own; auto: none
+answers = ''  # a .jsonl file of questions whose answers end with a number, as gsm8k's
+speed = False  # how fast a prompt is read and an answer written
+max_new_tokens = 200  # of a prompt or an answer
+temperature = 0.8  # of what is drawn behind prompts; 0 is greedy
+seed = 1337  # of the draws
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
 examples = {path: read_task(path) for path in tasks.split(',') if path}
-measures_split = not examples or labels or bool(given & {'dataset', 'split'})
+texts = [] if prompts in ('auto', False) else PROMPTS if prompts is True else read_prompts(prompts)
+questions = read_questions(answers) if answers else []
+measures_split = labels or bool(given & {'dataset', 'split'})
+measures_split = measures_split or not (examples or texts or questions or speed)
 idle = given & {'eval_iters', 'stride'}
 if idle and not measures_split:
     print(
@@ -121,7 +143,7 @@ for source, folder in sources:
         began = time.monotonic()
         rows = Windows(data, stride) if stride else data
         measured = evaluate(model, rows, machine, batch_size, eval_iters, tokenizer, detailed=True)
-        speed = measured['tokens'] / (time.monotonic() - began)
+        tokens_per_second = measured['tokens'] / (time.monotonic() - began)
         computed_in = str(machine.dtype)[6:]
         if not math.isfinite(measured['loss']):
             raise UserError(
@@ -135,7 +157,7 @@ for source, folder in sources:
                 f'{named}{split} of {dataset}: {in_words(measured)}, accuracy '
                 f'{measured["accuracy"]:.2%}; {measured["tokens"]:,} tokens, '
                 f'{measured["bytes"]:,} bytes, in rows of {row_length}, {computed_in}, '
-                f'{speed:,.0f} tokens/s'
+                f'{tokens_per_second:,.0f} tokens/s'
             )
         if labels:
             confusion = evaluate_labels(model, data, machine, batch_size, eval_iters, list(words))
@@ -145,7 +167,9 @@ for source, folder in sources:
                 picture = os.path.join(folder_of_pictures(path), 'confusion.png')
                 draw_confusion(of_labels, picture)
                 print(f'{label_tables(of_labels)}\n{picture} shows it')
-        result |= dict(block_size=row_length, dtype=computed_in, tokens_per_second=speed)
+        result |= dict(
+            block_size=row_length, dtype=computed_in, tokens_per_second=tokens_per_second
+        )
 
     # ---- tasks
     for name, of_task in examples.items():
@@ -153,10 +177,28 @@ for source, folder in sources:
         measured = run_task(model, tokenizer, model_folder, of_task, machine, n_tokens)
         result.setdefault('tasks', {})[name] = measured
 
+    # ---- what it says, and how fast
+    if texts or questions or speed:
+        model.to(machine.dtype)
+        if machine.type == 'cpu':
+            cpu.speed_up(model, packed=True)
+    if texts:
+        sampling = Sampling(max_new_tokens, temperature, seed=seed)
+        n_tokens = batch_size * row_length
+        result['prompts'] = measure_prompts(model, tokenizer, texts, sampling, machine, n_tokens)
+    if questions:
+        result['answers'] = measure_answers(model, tokenizer, questions, max_new_tokens)
+    if speed:
+        result['speed'] = measure_speed(model, tokenizer)
+
 # ---- all of them, for people and for programs
 if not machine.main:  # under torchrun one process speaks
     machine.leave()
     raise SystemExit
+for i, text in enumerate(texts):
+    print(f'---------------\n{text}')
+    for path, result in results.items():
+        print(f'[{path}] {result["prompts"]["generations"][i]["text"]}')
 print(table(results))
 pictures = folder_of_pictures(next(iter(results)))
 if measures_split:

@@ -213,7 +213,10 @@ def run_task(model, tokenizer, folder, examples, machine, n_tokens):
     prefix, rows = prefix_token(tokenizer, folder), []
     for example in examples:
         for answer in example.answers:
-            ids, n = encode_answer(tokenizer, prefix, example.context, answer)
+            try:
+                ids, n = encode_answer(tokenizer, prefix, example.context, answer)
+            except UserError as e:  # a character that a vocabulary of characters has not
+                raise UserError(f'{example.where}: {e}') from None
             if not 0 < n <= model.config.block_size:
                 raise UserError(
                     f'{example.where}: an answer is {n} tokens, and the context of the model is '
