@@ -83,6 +83,7 @@ def draw_tasks(results, path):
         places = [i + number * height for i in range(len(bars))]
         axes.barh(places, shares, height, xerr=[below, above], label=model, capsize=2)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel='accuracy, with its 95% interval')
     axes.grid(axis='x', alpha=0.3)

@@ -252,8 +252,9 @@ def score_example(example, nats, greedy):
 def measures(scores):
     """The means of what score_example() returned, with 95% intervals, a dict.
 
-    accuracy; accuracy_norm, where the answer with the fewest nats a character is chosen;
-    bits_per_byte of the right answer, the number that tells small models apart (arXiv:2508.13144).
+    accuracy; accuracy_norm, where the answer with the fewest nats a character is chosen (of a
+    single answer the same); bits_per_byte of the right answer, without the space in front of it,
+    the number that tells small models apart (arXiv:2508.13144).
     """
     right, right_norm, bits_per_byte = np.array(scores, np.float64).T
     n, mean = len(scores), float(bits_per_byte.mean())
