@@ -38,14 +38,8 @@ from fledge.evaluation import Windows, evaluate, evaluate_labels, in_words
 from fledge.formats import huggingface
 from fledge.generation import Sampling
 from fledge.labels import draw_confusion, find_labels, label_scores, label_tables
-from fledge.replies import (
-    PROMPTS,
-    measure_answers,
-    measure_prompts,
-    measure_speed,
-    read_prompts,
-    read_questions,
-)
+from fledge.prompts import read_prompts
+from fledge.replies import PROMPTS, measure_answers, measure_prompts, measure_speed, read_questions
 from fledge.report import draw_positions, draw_tasks, folder_of_pictures, table
 from fledge.tasks import read_task, run_task
 from fledge.tokenizer import common_tokenizer
@@ -74,7 +68,9 @@ json = False  # the last line of output is one JSON object
 configure(globals())
 # -----------------------------------------------------------------------------
 examples = {path: read_task(path) for path in tasks.split(',') if path}
-texts = [] if prompts in ('auto', False) else PROMPTS if prompts is True else read_prompts(prompts)
+texts = PROMPTS if prompts is True else []
+if prompts not in ('auto', True, False):
+    texts = read_prompts(prompts)
 questions = read_questions(answers) if answers else []
 measures_split = labels or bool(given & {'dataset', 'split'})
 measures_split = measures_split or not (examples or texts or questions or speed)
@@ -196,7 +192,7 @@ if not machine.main:  # under torchrun one process speaks
     machine.leave()
     raise SystemExit
 for i, text in enumerate(texts):
-    print(f'---------------\n{text}')
+    print(f'---------------\n{text if isinstance(text, str) else text[-1]["content"]}')
     for path, result in results.items():
         print(f'[{path}] {result["prompts"]["generations"][i]["text"]}')
 print(table(results))

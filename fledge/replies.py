@@ -14,31 +14,12 @@ import torch
 from fledge import UserError
 from fledge.formats.huggingface import ends
 from fledge.generation import Batch, Reply, Sampling, generate
+from fledge.prompts import encode
 from fledge.tasks import read_records, score_ends, share_interval
 
 PROMPTS = ['Once upon a time,', 'Solve: (3x + 5 = 11)', 'Write a function add(a, b) {']
 AT_ONCE = 16  # replies
 NUMBER = re.compile(r'(?<![\d.])-?\d[\d,]*(?:\.\d+)?')
-
-
-def read_prompts(path):
-    """The prompts of a text file, one a line, or of a .jsonl (`prompt` or `text`), a list."""
-    if path.endswith('.jsonl'):
-        prompts = []
-        for where, record in read_records(path):
-            prompt = record.get('prompt', record.get('text'))
-            if not isinstance(prompt, str):
-                raise UserError(f'{where} has neither a prompt nor a text')
-            prompts.append(prompt)
-        return prompts
-    try:
-        with open(path, encoding='utf-8') as f:
-            prompts = [line.rstrip('\n') for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'cannot read the prompts: {path}: {e}') from None
-    if not prompts:
-        raise UserError(f'{path} is empty: a line is a prompt')
-    return prompts
 
 
 def read_questions(path):
@@ -67,26 +48,33 @@ def final_number(text):
 def reply_to(model, tokenizer, prompts, sampling):
     """The replies to prompts, lists of token ids, all of them ended: a list of generation.Reply.
 
-    None goes beyond the context: of a long prompt the beginning is left out.
+    None goes beyond the context: of a long prompt the beginning is left out. UserError for a token
+    that the model does not have, and for logits that are not finite.
     """
+    beyond = max(map(max, prompts))
+    if beyond >= model.config.vocab_size:
+        raise UserError(f'token {beyond} of a prompt is beyond the vocabulary of the model')
     context = model.config.block_size
     n_new = min(sampling.max_new_tokens, context - 1)
     sampling = replace(sampling, max_new_tokens=n_new)
     replies = [Reply(tokenizer, prompt[n_new - context :], sampling) for prompt in prompts]
-    for _ in generate(model, replies, AT_ONCE):
-        pass
+    try:
+        for _ in generate(model, replies, AT_ONCE):
+            pass
+    except ValueError as e:
+        raise UserError(f'{e}: the weights of the model are broken') from None
     return replies
 
 
 def measure_prompts(model, tokenizer, prompts, sampling, machine, n_tokens):
     """What a model goes on with behind prompts, and what that is like: a dict.
 
-    distinct_1, _2, _3: the share of different ones among all n-grams of words (Li et al. 2016,
-    arXiv:1510.03055). repetition: the mean over the replies of 1 - different 4-grams of tokens /
+    prompts: as of prompts.read_prompts. distinct_1, _2, _3: the share of different ones among all
+    n-grams of words (Li et al. 2016, arXiv:1510.03055). repetition: the mean over the replies of 1 - different 4-grams of tokens /
     all of them (seq-rep-4, Welleck et al. 2019, arXiv:1908.04319). mean_length in tokens. ended:
     the share that did so by themselves. perplexity: under the model itself, without temperature.
     """
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    ids = [encode(prompt, tokenizer) for prompt in prompts]
     replies = reply_to(model, tokenizer, ids, replace(sampling, ends=tuple(ends(tokenizer))))
     words = [reply.text.split() for reply in replies]
     repeated = [1 - distinct_share([reply.ids], 4) for reply in replies]

@@ -226,6 +226,8 @@ def run_task(model, tokenizer, folder, examples, machine, n_tokens):
                 raise UserError(f'{example.where}: token {max(ids)} is beyond the vocabulary')
             rows.append((ids, n))
     nats, greedy = score_ends(model, machine, rows, n_tokens)
+    if not np.isfinite(nats).all():
+        raise UserError('the weights of the model are broken, or need --dtype=float32: loss is NaN')
     scores, first = [], 0
     for example in examples:
         here = slice(first, first + len(example.answers))

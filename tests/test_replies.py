@@ -182,10 +182,10 @@ def test_mistakes_are_one_line(stories):
     ):
         (stories / name).write_bytes(content)
     for flag, words in (
-        ('--prompts=empty.txt', 'empty.txt is empty'),
+        ('--prompts=empty.txt', 'empty.txt holds no prompts'),
         ('--prompts=gone.txt', 'cannot read the prompts: '),
         ('--prompts=latin.txt', 'cannot read the prompts: latin.txt'),
-        ('--prompts=words.jsonl', 'words.jsonl, line 2 has neither a prompt nor a text'),
+        ('--prompts=words.jsonl', 'words.jsonl, line 2 has no prompt'),
         ('--answers=plain.jsonl', 'plain.jsonl, line 1: its answer has no number'),
         ('--answers=words.jsonl', 'words.jsonl, line 1 has no question and answer'),
         ('--answers=list.jsonl', 'list.jsonl, line 2 is no JSON object'),

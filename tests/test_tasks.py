@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -262,6 +263,17 @@ def test_an_answer_beyond_the_context(models, tmp_path):
     path = list(models)[1]
     with pytest.raises(UserError, match='task.jsonl, line 1: an answer is .* context .* is 64'):
         ours(path, tmp_path, dict(good='a ' * 200, bad='b'))
+
+
+def test_broken_weights_have_no_choices(models, tmp_path):
+    state = huggingface.load(next(iter(models)))
+    state['model']['transformer.ln_f.weight'][0] = float('nan')
+    torch.save(state | dict(folder=None), tmp_path / 'broken.pt')
+    shutil.copyfile(f'{next(iter(models))}/tokenizer.json', tmp_path / 'tokenizer.json')
+    write(tmp_path / 'pair.jsonl', dict(good='a', bad='b'))
+    for flag in ('--tasks=pair.jsonl', '--prompts'):
+        words = fails(tmp_path, 'evaluate.py', '--init_from=broken.pt', '--device=cpu', flag)
+        assert 'the weights of the model are broken' in words
 
 
 def test_rows_of_any_lengths_score_as_each_alone(models):
