@@ -70,9 +70,10 @@ def measure_prompts(model, tokenizer, prompts, sampling, machine, n_tokens):
     """What a model goes on with behind prompts, and what that is like: a dict.
 
     prompts: as of prompts.read_prompts. distinct_1, _2, _3: the share of different ones among all
-    n-grams of words (Li et al. 2016, arXiv:1510.03055). repetition: the mean over the replies of 1 - different 4-grams of tokens /
-    all of them (seq-rep-4, Welleck et al. 2019, arXiv:1908.04319). mean_length in tokens. ended:
-    the share that did so by themselves. perplexity: under the model itself, without temperature.
+    n-grams of words (Li et al. 2016, arXiv:1510.03055). repetition: the mean over the replies of
+    1 - different 4-grams of tokens / all of them (seq-rep-4, Welleck et al. 2019,
+    arXiv:1908.04319). mean_length in tokens. ended: the share that did so by themselves.
+    perplexity: under the model itself, without temperature.
     """
     ids = [encode(prompt, tokenizer) for prompt in prompts]
     replies = reply_to(model, tokenizer, ids, replace(sampling, ends=tuple(ends(tokenizer))))
