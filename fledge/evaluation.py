@@ -1,4 +1,4 @@
-"""The one evaluation that train.py and evaluate.py call."""
+"""The one evaluation that train.py and evaluate.py call, and the windows that it can slide."""
 
 import math
 
@@ -9,21 +9,28 @@ from torch.nn import functional as F
 from fledge import UserError
 from fledge.formats.huggingface import ends
 from fledge.objectives import loss_and_numbers, next_token
+from fledge.tokens import Batch, check_ids, spread
+from model import place_documents
 
 LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch are gigabytes
+BINS = 15  # of calibration
 
 
 @torch.no_grad()
-def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=next_token):
+def evaluate(
+    model, data, machine, batch_size, n_batches, tokenizer, objective=next_token, detailed=False
+):
     """Measure a model on rows spread evenly over a split, the same ones each time.
 
-    data: a tokens.Tokens or documents.Documents. n_batches: of batch_size rows; 0: the whole split.
+    data: a tokens.Tokens, documents.Documents or Windows. n_batches: of batch_size rows; 0: the
+    whole split.
     tokenizer: of the tokens, or None. The processes of machine share the rows.
     Returns a dict: loss (nats a token) and tokens, and for next_token perplexity, accuracy,
     bits_per_byte (None where no bytes are known) and bytes, else the objective's own numbers.
     bits_per_byte compares across tokenizers: it is the bits that the tokens of text cost, over the
     bytes of the text. Special tokens are in neither, nor are spaces that a tokenizer adds. (Of one
     that changes a text, by folding spaces for example, it is the changed text's.)
+    detailed: measure for next_token what details() returns as well.
     """
     was_training = model.training
     model.eval()
@@ -42,7 +49,8 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
                 sizes = text_bytes[batch['targets']] * learned
                 batch['is_text'] = sizes > 0
                 n_texts = (batch['is_text'] & np.isin(batch['inputs'], before_texts)).sum()
-                numbers = next_token_sums(model, machine.move(batch), machine.hidden(model))
+                moved, hidden = machine.move(batch), machine.hidden(model)
+                numbers = next_token_sums(model, moved, hidden, detailed)
                 numbers['bytes'] = sizes.sum() - n_texts * added
             else:
                 loss, means = loss_and_numbers(objective, model, machine.move(batch))
@@ -65,7 +73,7 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
         weight = totals.pop('weight')
         return {name: total / weight for name, total in totals.items()} | {'tokens': n_tokens}
     loss, n_bytes = totals['nats'] / n_tokens, int(totals['bytes'])
-    return dict(
+    result = dict(
         loss=loss,
         perplexity=math.exp(min(loss, 700)),
         bits_per_byte=totals['text_nats'] / math.log(2) / n_bytes if n_bytes else None,
@@ -73,6 +81,7 @@ def evaluate(model, data, machine, batch_size, n_batches, tokenizer, objective=n
         tokens=n_tokens,
         bytes=n_bytes,
     )
+    return result | details(totals, n_tokens) if detailed else result
 
 
 @torch.no_grad()
@@ -109,23 +118,122 @@ def label_logits(model, batch, labels, hidden):
     return own, model.logits(x)[:, labels]
 
 
-def next_token_sums(model, batch, hidden):
+def next_token_sums(model, batch, hidden, detailed=False):
     """Nats of all targets and of those that are text, and how many were the likeliest token.
 
-    batch has `is_text` beside its targets. hidden: model's, or compiled.
+    batch has `is_text` beside its targets. hidden: model's, or compiled. detailed: the sums that
+    details() needs as well.
+    """
+    learned = batch['targets'] >= 0
+    scores = score_targets(model, batch, hidden, detailed)
+    text_nats = scores['nats'][batch['is_text'][learned]].sum()
+    sums = dict(
+        nats=scores['nats'].sum().item(),
+        text_nats=text_nats.item(),
+        correct=scores['correct'].sum().item(),
+    )
+    if not detailed:
+        return sums
+    positions = torch.arange(learned.shape[1], device=learned.device).expand(learned.shape)
+    if 'documents' in batch:
+        positions, _ = place_documents(batch['documents'])
+    read = positions[learned].cpu().numpy() + 1  # tokens from which each target is predicted
+    scores = {name: score.cpu().numpy() for name, score in scores.items()}
+    buckets = np.ceil(np.log2(read)).astype(np.int64)  # 1, 2, 3 to 4, 5 to 8, 9 to 16, ...
+    n_buckets = learned.shape[1].bit_length() + 1
+    bins = np.nan_to_num(scores['confidence'] * BINS).astype(np.int64)  # broken weights give NaN
+    bins = np.minimum(bins, BINS - 1)
+    return sums | dict(
+        top5=scores['top5'].sum(),
+        bucket_tokens=np.bincount(buckets, minlength=n_buckets),
+        bucket_nats=np.bincount(buckets, scores['nats'], n_buckets),
+        bin_correct=np.bincount(bins, scores['correct'], BINS),
+        bin_confidence=np.bincount(bins, scores['confidence'], BINS),
+    )
+
+
+def score_targets(model, batch, hidden, detailed=False):
+    """How each target of a batch that is learned is predicted: {name: float32 (n_learned,)}.
+
+    nats: what it costs. correct: 1 where it was the likeliest token. detailed adds top5, 1 where at
+    most four tokens were likelier, and confidence, the probability of the likeliest token.
+    hidden: model's, or compiled.
     """
     learned = batch['targets'] >= 0
     x = hidden(batch['inputs'], documents=batch.get('documents'))[learned]
     targets = batch['targets'][learned]
-    nats, correct = torch.empty((2, len(targets)), device=x.device)
+    nats, correct, top5, confidence = torch.empty((4, len(targets)), device=x.device)
     n = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(targets), n):
         here = slice(start, start + n)
         logits = model.logits(x[here]).float()
         nats[here] = F.cross_entropy(logits, targets[here], reduction='none')
         correct[here] = (logits.argmax(dim=-1) == targets[here]).float()
-    text_nats = nats[batch['is_text'][learned]].sum()
-    return dict(nats=nats.sum().item(), text_nats=text_nats.item(), correct=correct.sum().item())
+        if detailed:
+            own = logits.gather(1, targets[here, None])
+            top5[here] = ((logits > own).sum(dim=1) < 5).float()
+            confidence[here] = logits.softmax(dim=-1).max(dim=-1).values
+    scores = dict(nats=nats, correct=correct)
+    return scores | dict(top5=top5, confidence=confidence) if detailed else scores
+
+
+def details(totals, n_tokens):
+    """What the sums of next_token_sums say beyond the loss, a dict.
+
+    accuracy_top5: how often the right token was among the five likeliest. calibration_error: by how
+    much the likeliest token's probability is off from how often it is right (expected calibration
+    error in 15 bins of equal width, Guo et al. 2017, arXiv:1706.04599). loss_by_position: a list
+    of {first, last, loss, tokens}, the nats a token of those predicted from first to last tokens.
+    """
+    nats, tokens = totals['bucket_nats'].tolist(), totals['bucket_tokens'].tolist()
+    by_position = []
+    for i in np.flatnonzero(tokens).tolist():
+        first = 2 ** (i - 1) + 1 if i else 1
+        by_position.append(dict(first=first, last=2**i, loss=nats[i] / tokens[i], tokens=tokens[i]))
+    gaps = np.abs(totals['bin_confidence'] - totals['bin_correct'])
+    return dict(
+        accuracy_top5=float(totals['top5'] / n_tokens),
+        calibration_error=float(gaps.sum() / n_tokens),
+        loss_by_position=by_position,
+    )
+
+
+class Windows:
+    """The tokens of a split as windows that overlap, each read anew, for evaluate().
+
+    Each has block_size tokens and starts `stride` after the one before; in all but the first the
+    last `stride` tokens alone are predicted, so that each is predicted once and from much of the
+    context. That is how transformers' documentation computes perplexity ("Perplexity of
+    fixed-length models"). data: a tokens.Tokens.
+    """
+
+    pairs = False
+
+    def __init__(self, data, stride):
+        self.data, self.stride = data, stride
+
+    def evaluation_rows(self, limit=None):
+        """(shard, start, first token to predict) of `limit` windows spread evenly, or of all."""
+        windows = []
+        for shard, ids in enumerate(self.data.shards):
+            predicted = 1  # tokens of the shard so far; nothing stands before the first one
+            for start in range(0, len(ids) - 1, self.stride):
+                if predicted < len(ids):
+                    windows.append((shard, start, predicted))
+                predicted = start + self.data.block_size
+        return spread(windows, limit)
+
+    def evaluation_batch(self, windows):
+        """Some of evaluation_rows as a Batch of rows of block_size - 1."""
+        inputs = np.zeros((len(windows), self.data.block_size - 1), np.int64)
+        targets = np.full(inputs.shape, -1, np.int64)
+        for row, (shard, start, predicted) in enumerate(windows):
+            ids = self.data.shards[shard][start : start + self.data.block_size]
+            check_ids(ids, self.data.vocab_size, self.data.paths[shard], start)
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            first = predicted - start - 1  # column in which the first of them is the target
+            targets[row, first : len(ids) - 1] = ids[first + 1 :]
+        return Batch(inputs=inputs, targets=targets)
 
 
 def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_penalty, seed):

@@ -4,13 +4,20 @@ it refuses."""
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fails, metrics, run, start, write_tiny
+from conftest import ROOT, TINY, fails, metrics, run, shared, start, write_tiny
 
 from fledge import checkpoint
+from fledge.device import Machine
+from fledge.documents import open_split
+from fledge.evaluation import evaluate
+from fledge.formats import huggingface
 from fledge.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import read_bin, write_bin
 from model import GPT, GPTConfig
@@ -50,6 +57,9 @@ def test_the_trainers_own_loss(trained):
         'accuracy',
         'tokens',
         'bytes',
+        'accuracy_top5',
+        'calibration_error',
+        'loss_by_position',
         'block_size',
         'dtype',
         'tokens_per_second',
@@ -283,3 +293,166 @@ def test_what_is_refused(trained):
     broken['model']['transformer.ln_f.weight'][0] = float('nan')
     torch.save(broken, trained / 'out/broken.pt')
     assert 'its weights are broken' in fails(trained, 'evaluate.py', '--init_from=out/broken.pt')
+
+
+def test_positions_are_those_in_a_document(tmp_path):
+    """Of packed documents: three of 5 tokens in a row of 16."""
+    byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
+    tokens = [*b'abcd', byte_tokenizer().end_of_text] * 30
+    model = GPT(GPTConfig(block_size=16, vocab_size=300, n_layer=1, n_head=1, n_embd=8)).eval()
+    write_bin(str(tmp_path / 'val.bin'), tokens, 300)
+    np.ones(len(tokens), np.uint8).tofile(tmp_path / 'val.mask.bin')
+    data, machine = open_split(str(tmp_path), 'val', 16, 300), Machine('cpu', 'float32')
+    found = evaluate(model, data, machine, 4, 0, None, detailed=True)
+    assert [(p['last'], p['tokens']) for p in found['loss_by_position']] == [
+        (1, 30),
+        (2, 30),
+        (4, 60),
+    ]
+    plain = evaluate(model, data, machine, 4, 0, None)
+    assert plain == {name: found[name] for name in plain} and 'accuracy_top5' not in plain
+
+
+@pytest.fixture(scope='module')
+def stories(tmp_path_factory):
+    """A folder with a real model, and data/tales in its tokens."""
+    folder = tmp_path_factory.mktemp('stories')
+    shutil.copytree(shared('stories260k'), folder / 'hf', copy_function=shutil.copyfile)
+    os.chmod(folder / 'hf', 0o755)
+    (folder / 'data/tales').mkdir(parents=True)
+    tokenizer = load_tokenizer(str(folder / 'hf'))
+    with open(shared('wikitext-2', 'test.txt'), encoding='utf-8') as f:
+        ids = tokenizer.begin + tokenizer.encode(f.read()[:6000])
+    write_bin(str(folder / 'data/tales/val.bin'), ids, 512)
+    tokenizer.save(str(folder / 'data/tales/tokenizer.json'))
+    return folder, ids
+
+
+def test_details_by_hand(stories):
+    folder, ids = stories
+    model, logs, read = checkpoint.load_model(huggingface.load(str(folder / 'hf')), 'hf'), [], []
+    targets = torch.tensor(ids[1:])
+    for first in range(0, len(ids) - 1, 96):
+        row = torch.tensor([ids[:-1][first : first + 96]])
+        with torch.no_grad():
+            logs.append(model.eval()(row, row)[0][0].log_softmax(dim=-1))
+        read += range(1, row.shape[1] + 1)
+    logs, read = torch.cat(logs), torch.tensor(read)
+    found = figures(
+        folder, '--init_from=hf', '--dataset=tales', '--dtype=float32', '--block_size=96'
+    )
+    in_top5 = (logs.topk(5).indices == targets[:, None]).any(dim=1)
+    assert found['accuracy_top5'] == pytest.approx(in_top5.float().mean().item())
+    assert found['accuracy'] < found['accuracy_top5'] < 1
+    confidence, likeliest = logs.exp().max(dim=1)
+    correct, error = likeliest == targets, 0
+    for i in range(15):
+        here = (confidence * 15).int() == i
+        if here.any():
+            gap = correct[here].float().mean() - confidence[here].mean()
+            error += abs(gap.item()) * here.sum().item() / len(targets)
+    assert found['calibration_error'] == pytest.approx(error, rel=1e-3) and error > 0.01
+    nats = -logs[range(len(targets)), targets]
+    parts = found['loss_by_position']
+    lasts = [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [part['last'] for part in parts] == lasts
+    assert [part['first'] for part in parts] == [1, *(last + 1 for last in lasts[:-1])]
+    for part in parts:
+        here = (read >= part['first']) & (read <= part['last'])
+        assert part['tokens'] == here.sum()
+        assert part['loss'] == pytest.approx(nats[here].mean().item(), rel=1e-4)
+    assert (folder / 'hf/loss_by_position.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_perplexity_is_that_of_transformers(stories):
+    """With a stride by the loop of transformers' documentation, each token counted once."""
+    transformers = pytest.importorskip('transformers')
+    folder, ids = stories
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / 'hf', dtype=torch.float32)
+    ids = torch.tensor([ids])
+    flags = ['--init_from=hf', '--dataset=tales', '--dtype=float32', '--block_size=96']
+
+    def nats_of(inputs, targets):  # a label is moved by one place in the model
+        with torch.no_grad():
+            loss = theirs(inputs, labels=targets).loss
+        n = (targets[:, 1:] != -100).sum().item()
+        return loss.item() * n, n
+
+    total, count = 0.0, 0
+    for first in range(0, ids.shape[1] - 1, 96):  # rows, and the token behind each
+        row = ids[:, first : first + 97]
+        nats, n = nats_of(row, row)
+        total, count = total + nats, count + n
+    found = figures(folder, *flags)
+    assert found['tokens'] == count == ids.shape[1] - 1
+    assert found['perplexity'] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+    length = ids.shape[1]
+    for stride in (32, 95):
+        total, count, previous_end = 0.0, 0, 0
+        for begin in range(0, length, stride):
+            end = min(begin + 96, length)
+            targets = ids[:, begin:end].clone()
+            targets[:, : -(end - previous_end)] = -100
+            nats, n = nats_of(ids[:, begin:end], targets)
+            total, count, previous_end = total + nats, count + n, end
+            if end == length:
+                break
+        sliding = figures(folder, *flags, f'--stride={stride}', '--batch_size=5')
+        assert sliding['tokens'] == count == length - 1
+        assert sliding['perplexity'] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_several_models(trained, tmp_path):
+    run(trained, 'export.py', '--quantize=int8', '--output=eight/int8.pt')
+    alone = [figures(trained, '--dtype=float32')]
+    alone.append(figures(trained, '--dtype=float32', '--init_from=eight/int8.pt'))
+    flags = ['--init_from=resume,eight/int8.pt', '--dtype=float32', '--json', '--device=cpu']
+    out = run(trained, 'evaluate.py', *flags)
+    found = json.loads(out.splitlines()[-1])['models']
+    assert [model.pop('model') for model in found] == ['out/ckpt.pt', 'eight/int8.pt']
+    for model in (*found, *alone):
+        del model['tokens_per_second']
+    assert found == alone
+    [row] = [line for line in out.splitlines() if line.startswith('perplexity ')]
+    assert row.split()[1:] == [f'{model["perplexity"]:.4g}' for model in alone]
+    # two runs by their folders, the second one's data in other tokens
+    other = trained / 'data' / 'bytes'
+    other.mkdir()
+    write_bin(str(other / 'val.bin'), list(range(40)), 256)
+    byte_tokenizer().save(str(other / 'tokenizer.json'))
+    assert 'another tokenizer' in fails(trained, 'evaluate.py', '--dataset=bytes', *flags[:1])
+    assert 'no checkpoint at gone/ckpt.pt' in fails(trained, 'evaluate.py', '--out_dir=out,gone')
+
+
+def test_a_stride_that_cannot_be(trained):
+    assert 'stride=16 must be less than block_size=16' in fails(
+        trained, 'evaluate.py', '--stride=16'
+    )
+
+
+@pytest.mark.slow
+def test_processes_share_the_split_and_the_tasks(stories):
+    folder, _ = stories
+    records = [dict(good=f'{i} dogs run.', bad=f'{i} dogs runs.') for i in range(9)]
+    (folder / 'task.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
+    flags = ['--init_from=hf', '--dataset=tales', '--tasks=task.jsonl', '--dtype=float32']
+    flags += ['--batch_size=1', '--block_size=16']
+    alone = figures(folder, *flags)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    script = os.path.join(ROOT, 'evaluate.py')
+    done = subprocess.run(
+        [*torchrun, script, '--device=cpu', '--json', *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    both = json.loads(done.stdout.splitlines()[-1])
+    assert both['loss'] == pytest.approx(alone['loss'], rel=1e-6)
+    assert both['calibration_error'] == pytest.approx(alone['calibration_error'], rel=1e-4)
+    assert both['tasks']['task.jsonl']['bits_per_byte'] == pytest.approx(
+        alone['tasks']['task.jsonl']['bits_per_byte'], rel=1e-5
+    )
+    assert done.stdout.count('val of tales') == 1
