@@ -1,0 +1,275 @@
+"""OpenAI's API: what a request may ask for, and the forms of the answers.
+
+The fields are those of platform.openai.com/docs/api-reference, with top_k, min_p and
+repetition_penalty as vLLM and llama.cpp have them.
+"""
+
+import json
+import math
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from fledge.configurator import BOUNDS
+
+ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
+NUMBERS = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
+NUMBERS += ('presence_penalty', 'frequency_penalty')
+COUNTS = ('top_k', 'max_tokens', 'max_completion_tokens', 'n', 'seed', 'top_logprobs')
+MOST_LOGPROBS = 20
+# Fields that ask for nothing that a reply would lack.
+HARMLESS = ('model', 'user', 'store', 'metadata', 'service_tier', 'safety_identifier')
+HARMLESS += ('prompt_cache_key', 'parallel_tool_calls', 'stream_options')
+# Fields that ask for what is not done here, unless they have one of these values.
+NOT_DONE = dict(
+    echo=(False,),
+    suffix=('',),
+    best_of=(1,),
+    logit_bias=({},),
+    tools=([],),
+    functions=([],),
+    tool_choice=('none', 'auto'),
+    function_call=('none', 'auto'),
+    response_format=({'type': 'text'},),
+    modalities=(['text'],),
+    ignore_eos=(False,),
+)
+
+
+class Refusal(Exception):
+    """A request that cannot be answered: an HTTP status, and why."""
+
+    def __init__(self, message, param=None, status=400, code=None):
+        super().__init__(message)
+        self.status = status
+        kind = 'rate_limit_error' if status == 429 else 'invalid_request_error'
+        if status >= 500:
+            kind = 'server_error'
+        self.body = {'error': dict(message=message, type=kind, param=param, code=code)}
+
+
+@dataclass
+class Request:
+    """What is asked for. prompts: texts or lists of token ids; of a chat there are messages."""
+
+    is_chat: bool
+    prompts: list = field(default_factory=list)
+    messages: list = field(default_factory=list)
+    sampling: dict = field(default_factory=dict)  # by the names of generation.Sampling
+    n: int = 1  # replies to each prompt
+    stream: bool = False
+    include_usage: bool = False
+
+
+def parse(data):
+    """The JSON object in the bytes of a body, a dict."""
+
+    def refuse_constant(name):
+        raise ValueError(f'{name} is no number')
+
+    try:
+        body = json.loads(data.decode(), parse_constant=refuse_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # which half a surrogate pair fails at
+    except (ValueError, RecursionError) as e:
+        raise Refusal(f'the body is no valid JSON: {str(e)[:200]}') from None
+    if not isinstance(body, dict):
+        raise Refusal('the body is no JSON object')
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def read_request(body, is_chat, model_id, most_n):
+    """The Request that a parsed body makes; Refusal for what cannot be done."""
+    own = ('messages', 'top_logprobs', 'max_completion_tokens') if is_chat else ('prompt',)
+    known = {*NUMBERS, *COUNTS[:2], 'n', 'seed', 'stop', 'stream', 'logprobs', *HARMLESS, *own}
+    for name in body:
+        if name in NOT_DONE:
+            if body[name] not in NOT_DONE[name]:
+                raise Refusal(f'{name} is not supported here', name)
+        elif name not in known:
+            raise Refusal(f'there is no field {name[:100]!r}', name[:100])
+    if body.get('model', model_id) != model_id:
+        words = f'the model {str(body["model"])[:100]!r} does not exist; {model_id!r} is served'
+        raise Refusal(words, 'model', 404, 'model_not_found')
+    request = Request(is_chat, sampling=sampling_of(body, is_chat))
+    request.n = whole_number(body, 'n', 1, most_n) or 1
+    request.stream = bool_of(body, 'stream')
+    options = body.get('stream_options', {})
+    if not isinstance(options, dict):
+        raise Refusal('stream_options is no object', 'stream_options')
+    request.include_usage = bool_of(options, 'include_usage')
+    if is_chat:
+        request.messages = messages_of(body.get('messages'))
+    else:
+        request.prompts = prompts_of(body.get('prompt'))
+    return request
+
+
+def sampling_of(body, is_chat):
+    """The settings of generation.Sampling that a body gives, a dict."""
+    found = {}
+    for name in NUMBERS:
+        if name in body:
+            found[name] = float(number(body, name, *BOUNDS[name]))
+    for name, most in (('top_k', 2**31), ('seed', 2**63 - 1)):
+        if name in body:
+            found[name] = whole_number(body, name, -1 if name == 'top_k' else -(2**63), most)
+    if found.get('top_k') == -1:  # vLLM's word for all
+        found['top_k'] = 0
+    if 'seed' in found:
+        found['seed'] %= 2**63
+    for name in ('max_tokens', 'max_completion_tokens'):
+        if name in body:
+            found['max_new_tokens'] = whole_number(body, name, 1, 2**31)
+    stop = body.get('stop', [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 16 or not all_texts(stop):
+        raise Refusal('stop is a text or a list of at most 16, none of them empty', 'stop')
+    found['stop'] = tuple(stop)
+    if is_chat and bool_of(body, 'logprobs'):
+        found['n_logprobs'] = whole_number(body, 'top_logprobs', 0, MOST_LOGPROBS) or 0
+    elif is_chat and 'top_logprobs' in body:
+        raise Refusal('top_logprobs needs logprobs to be true', 'top_logprobs')
+    elif not is_chat and 'logprobs' in body:
+        found['n_logprobs'] = whole_number(body, 'logprobs', 0, MOST_LOGPROBS)
+    return found
+
+
+def number(body, name, least, most):
+    value = body[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most or not math.isfinite(value):
+        raise Refusal(f'{name}={str(value)[:50]} is no number from {least:,} to {most:,}', name)
+    return value
+
+
+def whole_number(body, name, least, most):
+    """An int, None where it is not given."""
+    if name not in body:
+        return None
+    value = number(body, name, least, most)
+    if value != int(value):
+        raise Refusal(f'{name}={value} is no whole number', name)
+    return int(value)
+
+
+def bool_of(body, name):
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise Refusal(f'{name} is true or false', name)
+    return value
+
+
+def all_texts(values):
+    return all(isinstance(value, str) and value for value in values)
+
+
+def prompts_of(prompt):
+    """The prompts of a completion, a list of texts or of lists of token ids."""
+    many = prompt if isinstance(prompt, list) else [prompt]
+    if many and all(type(token) is int for token in many):  # one, of token ids
+        many = [many]
+    for one in many:
+        ids = isinstance(one, list) and one and all(type(token) is int for token in one)
+        if not isinstance(one, str) and not ids:
+            break
+    else:
+        if many:
+            return many
+    raise Refusal('prompt is a text, a list of token ids, or a list of either', 'prompt')
+
+
+def messages_of(messages):
+    """The messages of a chat as the tokenizer takes them: dicts of role and content."""
+    if not isinstance(messages, list) or not messages:
+        raise Refusal('messages is a list of at least one {role, content}', 'messages')
+    found = []
+    for i, message in enumerate(messages):
+        where = f'messages[{i}]'
+        if not isinstance(message, dict):
+            raise Refusal(f'{where} is no object', where)
+        role, content = message.get('role'), message.get('content')
+        if not isinstance(role, str) or role not in ROLES:
+            raise Refusal(f'{where}.role is none of {", ".join(ROLES)}', f'{where}.role')
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or not isinstance(part.get('text'), str):
+                    raise Refusal(f'{where}.content has a part that is no text', where)
+            content = ''.join(part['text'] for part in content)
+        if not isinstance(content, str):
+            raise Refusal(f'{where}.content is no text', f'{where}.content')
+        others = {name for name, value in message.items() if value} - {'role', 'content', 'name'}
+        if others:
+            raise Refusal(f'{where}.{min(others)[:50]} is not supported here', where)
+        found.append(dict(role=ROLES[role], content=content))
+    return found
+
+
+class Answers:
+    """The forms of the answers to a request."""
+
+    def __init__(self, request, model_id, tokenizer):
+        self.request, self.tokenizer = request, tokenizer
+        self.object = 'chat.completion' if request.is_chat else 'text_completion'
+        prefix = 'chatcmpl-' if request.is_chat else 'cmpl-'
+        self.common = dict(id=prefix + uuid.uuid4().hex, object=self.object)
+        self.common |= dict(created=int(time.time()), model=model_id)
+
+    def whole(self, replies, usage):
+        choices = []
+        for index, reply in enumerate(replies):
+            logprobs = (
+                self.logprobs(reply.logprobs) if reply.sampling.n_logprobs is not None else None
+            )
+            choice = dict(index=index, finish_reason=reply.finish_reason, logprobs=logprobs)
+            if self.request.is_chat:
+                choice['message'] = dict(role='assistant', content=reply.text, refusal=None)
+            else:
+                choice['text'] = reply.text
+            choices.append(choice)
+        return self.common | dict(choices=choices, usage=usage)
+
+    def chunk(self, index, text, logprobs, finish_reason, first):
+        """A part of a streamed answer; logprobs: of its tokens, or None."""
+        logprobs = None if logprobs is None else self.logprobs(logprobs)
+        choice = dict(index=index, finish_reason=finish_reason, logprobs=logprobs)
+        if self.request.is_chat:
+            choice['delta'] = dict(role='assistant', content=text) if first else dict(content=text)
+        else:
+            choice['text'] = text
+        return self.as_chunk(choices=[choice])
+
+    def as_chunk(self, **fields):
+        name = 'chat.completion.chunk' if self.request.is_chat else self.object
+        chunk = self.common | dict(object=name) | fields
+        if self.request.include_usage:
+            chunk.setdefault('usage', None)
+        return chunk
+
+    def logprobs(self, tokens):
+        if self.request.is_chat:
+            content = []
+            for token, logprob, likeliest in tokens:
+                others = [self.of_token(*pair) for pair in likeliest]
+                content.append(self.of_token(token, logprob) | dict(top_logprobs=others))
+            return dict(content=content, refusal=None)
+        texts = [self.text(token) for token, _, _ in tokens]
+        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
+        return dict(
+            tokens=texts,
+            token_logprobs=[logprob for _, logprob, _ in tokens],
+            top_logprobs=[{self.text(t): p for t, p in likeliest} for _, _, likeliest in tokens],
+            text_offset=offsets,
+        )
+
+    def text(self, token):
+        return self.tokenizer.token_bytes.get(token, b'').decode('utf-8', 'replace')
+
+    def of_token(self, token, logprob):
+        data = self.tokenizer.token_bytes.get(token, b'')
+        return dict(token=self.text(token), logprob=logprob, bytes=list(data))
+
+
+def usage_of(prompts, replies):
+    n_read = sum(map(len, prompts))
+    n_written = sum(len(reply.ids) for reply in replies)
+    return dict(prompt_tokens=n_read, completion_tokens=n_written, total_tokens=n_read + n_written)
