@@ -408,7 +408,7 @@ def test_a_conversation_outgrows_the_context(visit, chat):
     note = page.locator('.foot span').last
     expect(note).to_have_text(re.compile('without the oldest 2 messages$'))
     say(page, 's' * 5000)
-    expect(page.locator('.assistant .error')).to_contain_text('4096')  # one that never fits
+    expect(page.locator('.assistant .error')).to_contain_text('4,096')  # one that never fits
 
 
 def test_a_server_that_is_gone_loses_nothing(visit, folder):
