@@ -34,6 +34,7 @@ from starlette.routing import Route
 
 from fledge import UserError
 from fledge.configurator import configure, one_of
+from fledge.conversation import is_tuned
 from fledge.device import Machine
 from fledge.formats import huggingface
 from fledge.generation import Batch, Reply, Sampling, load
@@ -111,6 +112,7 @@ else:
 defaults = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
 defaults |= dict(min_p=min_p, repetition_penalty=repetition_penalty)
 defaults['ends'] = tuple(huggingface.ends(tokenizer))
+is_chat = is_tuned(model, tokenizer)  # else the page is one to complete a text in
 encoding = ThreadPoolExecutor(1)  # a long text is encoded beside the loop, one at a time
 
 
@@ -371,7 +373,7 @@ async def health(request):
 
 async def models(request):
     admit(request)
-    own = dict(chat=tokenizer.has_chat_form, context=context)
+    own = dict(chat=is_chat, context=context)
     served = dict(id=model_id, object='model', created=started, owned_by='fledge', **own)
     return JSONResponse(dict(object='list', data=[served]))
 

@@ -1,29 +1,59 @@
 """A conversation with a model over one KV cache, for a terminal or a script."""
 
 import json
+import os
+from dataclasses import replace
+
+import torch
 
 from fledge import UserError, read_json, replacing
 from fledge.generation import Batch, Reply
+from fledge.tokenizer import TRIAL
 
 ROLES = ('system', 'user', 'assistant')
+
+
+@torch.no_grad()
+def is_tuned(model, tokenizer):
+    """Whether a model was tuned on conversations in the form that its tokenizer has for them.
+
+    A form alone says little: every tokenizer trained here has ChatML's tokens. A model that has
+    seen it in use finds the token that ends an answer likelier, where an answer ends, than one that
+    knows nothing would (1 / vocab_size).
+    """
+    if not tokenizer.has_chat_form:
+        return False
+    try:
+        ids, learned = tokenizer.encode_chat(TRIAL)
+    except UserError:  # a template that says what to go on with, and not what is learned of it
+        return True
+    ids = ids.tolist()[: model.config.block_size]
+    last = [i for i in range(1, len(ids) - 1) if learned[i] and not learned[i + 1]]
+    if not last or max(ids) >= model.config.vocab_size:
+        return False
+    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
+    x = model.hidden(idx)[0, [i - 1 for i in last]]
+    p = model.logits(x).float().softmax(dim=-1)
+    return max(p[row, ids[i]].item() for row, i in enumerate(last)) > 1 / model.config.vocab_size
 
 
 class Conversation:
     """What was said so far, and a model that answers.
 
     sampling: a generation.Sampling. messages: [{'role': 'user' or 'assistant', 'content': text}].
-    system: what the model is told before all of them. is_chat: whether the model has a form for
-    conversations; one without goes on with the text of all that was said. reply: the
+    system: what the model is told before all of them. is_chat: see is_tuned; a model that is not
+    goes on with the text of all that was said. reply: the
     generation.Reply at hand. n_trimmed: how many of the oldest messages the prompts leave out,
     because the context was full.
     """
 
     def __init__(self, model, tokenizer, sampling, system=''):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.is_chat = tokenizer.has_chat_form
+        self.is_chat = is_tuned(model, tokenizer)
         self.system, self.messages = system, []
         self.batch = Batch(model, 1)
         self.reply, self.n_trimmed = None, 0
+        self.n_answers = 0  # each is drawn by a seed of its own
 
     def encode(self, messages):
         """The ids that the model goes on with to answer messages."""
@@ -33,8 +63,8 @@ class Conversation:
         texts = [self.system, *(message['content'] for message in messages)]
         return self.tokenizer.encode_prompt(''.join(texts))
 
-    def prompt(self):
-        """encode() of the messages, without the oldest ones where they do not fit.
+    def prompt(self, messages):
+        """encode() of messages, without the oldest ones where they do not fit.
 
         A quarter of the context, or max_new_tokens, is left for the reply. Where that is not to be
         had, the oldest turns are left out until half of the context is free: so the turns that
@@ -42,12 +72,12 @@ class Conversation:
         """
         context = self.model.config.block_size
         most = context - min(self.sampling.max_new_tokens, context // 4)
-        ids = self.encode(self.messages[self.n_trimmed :])
+        ids = self.encode(messages[self.n_trimmed :])
         if len(ids) <= most:
             return ids
-        for start, message in enumerate(self.messages):
+        for start, message in enumerate(messages):
             if start > self.n_trimmed and message['role'] == 'user':
-                ids = self.encode(self.messages[start:])
+                ids = self.encode(messages[start:])
                 if len(ids) <= context // 2:
                     break
         if len(ids) > most:
@@ -61,44 +91,49 @@ class Conversation:
     def say(self, text):
         """Answer a message of the user's: a generator of the pieces of the answer's text.
 
-        The answer is among the messages when it has ended, or the generator is closed before. A
-        message that cannot be answered (UserError) is not.
+        Both are among the messages when the answer has ended, or the generator is closed before. A
+        message that cannot be answered (UserError) leaves them as they were.
         """
-        self.messages.append(dict(role='user', content=text))
-        yield from self.answer()
+        yield from self.answer([*self.messages, dict(role='user', content=text)])
 
     def retry(self):
         """Answer the last message of the user's again, otherwise; a generator as say() is."""
-        while self.messages and self.messages[-1]['role'] != 'user':
-            self.messages.pop()
-        if not self.messages:
+        asked = list(self.messages)
+        while asked and asked[-1]['role'] != 'user':
+            asked.pop()
+        if not asked:
             raise UserError('nothing was said yet')
-        yield from self.answer()
+        yield from self.answer(asked)
 
-    def answer(self):
-        self.reply = None
+    def answer(self, messages):
+        prompt = self.prompt(messages)
+        room = self.model.config.block_size - len(prompt)
+        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
+        if sampling.seed is not None:
+            sampling.seed += self.n_answers
+        self.n_answers += 1
+        reply = self.reply = Reply(self.tokenizer, prompt, sampling)
         try:
-            prompt = self.prompt()
-            self.reply = Reply(self.tokenizer, prompt, self.sampling)
-            self.reply.room = self.model.config.block_size - len(prompt)
-            self.batch.add(self.reply)
-            yield self.reply.take()
-            while self.batch.replies and len(self.reply.ids) < self.reply.room:
+            self.batch.add(reply)
+            yield reply.take()
+            while self.batch.replies:
                 self.batch.step()
-                yield self.reply.take()
-        except (UserError, ValueError):
-            self.messages.pop()
-            raise
+                yield reply.take()
+        except ValueError as e:
+            reply = None
+            raise UserError(str(e)) from None
         finally:
-            if self.reply:
-                self.batch.remove(self.reply)
-                self.messages.append(dict(role='assistant', content=self.reply.text))
+            self.batch.remove(self.reply)
+            if reply:
+                self.messages = [*messages, dict(role='assistant', content=reply.text)]
 
     def reset(self):
         self.messages, self.n_trimmed = [], 0
 
     def save(self, path):
         """Write the conversation to path as JSON, {'messages': [...]}, the system's first."""
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f'{path} is no file')
         system = [dict(role='system', content=self.system)] if self.system else []
         try:
             with replacing(path) as f:

@@ -12,6 +12,7 @@ from decimal import Decimal
 import torch
 
 from fledge import UserError
+from fledge.conversation import is_tuned
 from fledge.formats.huggingface import ends
 from fledge.generation import Batch, Reply, Sampling, generate
 from fledge.prompts import encode
@@ -112,7 +113,7 @@ def measure_answers(model, tokenizer, questions, max_new_tokens):
     questions: see read_questions. They are asked in the model's form for conversations, else as
     lm-evaluation-harness asks gsm8k's, without examples.
     """
-    is_chat = tokenizer.has_chat_form
+    is_chat = is_tuned(model, tokenizer)
     prompts = []
     for question, _ in questions:
         if is_chat:

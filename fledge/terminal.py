@@ -12,7 +12,7 @@ from fledge import UserError
 
 COMMANDS = {
     '/reset': 'forget what was said; the system prompt stays',
-    '/system': 'TEXT: what the model is told before all else; without a text, show it',
+    '/system': 'TEXT: what the model is told before all else (-: nothing); without a text, show it',
     '/save': 'FILE: write the conversation as JSON',
     '/load': 'FILE: go on with a conversation that was saved',
     '/retry': 'answer the last message again',
@@ -88,7 +88,7 @@ def answer(conversation, text):
         conversation.reset()
         note('all that was said is forgotten')
     elif command == '/system' and rest:
-        conversation.system = rest
+        conversation.system = '' if rest == '-' else rest
     elif command == '/system':
         note(conversation.system or 'there is no system prompt')
     elif command == '/save':

@@ -163,6 +163,36 @@ def write_tiny(folder, n_train=4000, n_val=500, vocab_size=64):
     (folder / 'meta.json').write_text(json.dumps(dict(vocab_size=vocab_size, splits={})))
 
 
+def write_chatterbox(folder, tokenizer, letters, block_size):
+    """A run whose model says these letters at random and never ends.
+
+    As one that was tuned on conversations it knows how an answer ends: with a full stop.
+    """
+    import torch
+
+    from fledge import checkpoint
+    from model import GPT, GPTConfig
+
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=block_size)
+    sizes['vocab_size'] = tokenizer.vocab_size
+    model = GPT(GPTConfig(position='rope', tie_embeddings=False, **sizes))
+    with torch.no_grad():
+        for layer in (model.transformer.h[0].attn.c_proj, model.transformer.h[0].mlp.c_proj):
+            layer.weight.zero_()  # what comes next depends on the last token alone
+        usual, stop = model.transformer.ln_f(torch.eye(8)[:2])
+        model.transformer.wte.weight.copy_(torch.eye(8)[0])
+        model.lm_head.weight.copy_(-12 * usual)
+        model.lm_head.weight[tokenizer.encode(letters)] = 0
+        if '<|im_end|>' in tokenizer.special:
+            model.transformer.wte.weight[tokenizer.encode('.')] = torch.eye(8)[1]
+            model.lm_head.weight[tokenizer.special['<|im_end|>']] = 12 * stop
+    folder.mkdir()
+    args = checkpoint.model_args(model.config)
+    saved = dict(model=model.state_dict(), model_args=args, config={}, iter_num=1)
+    checkpoint.save(str(folder / 'ckpt.pt'), saved)
+    tokenizer.save(str(folder / 'tokenizer.json'))
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """A folder to run scripts in, with data/tiny."""

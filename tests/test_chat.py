@@ -11,36 +11,17 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, write_chatterbox
 
-from fledge import checkpoint
 from fledge.tokenizer import byte_tokenizer, char_tokenizer
-from model import GPT, GPTConfig
 
 PROMPT = re.escape('\x1b[?2004h')  # from here on lines can be pasted
 REPLY = re.compile('[XYZ\ufffd]{5}')
 
 
-def write_model(folder, tokenizer, block_size):
-    """A model in folder/out that says X, Y, Z and escape characters at random, without an end."""
-    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=block_size)
-    args = dict(sizes, vocab_size=tokenizer.vocab_size, position='rope', tie_embeddings=False)
-    model = GPT(GPTConfig(**args))
-    with torch.no_grad():  # the last norm gives the same to the head whatever was read
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.fill_(1)
-        model.lm_head.weight.fill_(-100)
-        model.lm_head.weight[tokenizer.encode('XYZ\x1b')] = 0
-    (folder / 'out').mkdir()
-    state = dict(model=model.state_dict(), model_args=args, config={}, iter_num=1)
-    checkpoint.save(str(folder / 'out/ckpt.pt'), state)
-    tokenizer.save(str(folder / 'out/tokenizer.json'))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    write_model(tmp_path, byte_tokenizer(), 1 << 16)
+    write_chatterbox(tmp_path / 'out', byte_tokenizer(), 'XYZ\x1b', 1 << 16)
     return tmp_path
 
 
@@ -190,7 +171,7 @@ def test_a_pipe_is_a_user_as_well(folder):
 
 
 def test_a_full_context_is_said_once_and_a_message_beyond_it_is_refused(tmp_path):
-    write_model(tmp_path, byte_tokenizer(), 256)
+    write_chatterbox(tmp_path / 'out', byte_tokenizer(), 'XYZ\x1b', 256)
     lines = ['a' * 60] * 8 + ['b' * 300, 'c']
     code, out, err = through_pipe(tmp_path, '\n'.join(lines).encode())
     assert code == 0 and len(out.splitlines()) == 9
@@ -200,7 +181,7 @@ def test_a_full_context_is_said_once_and_a_message_beyond_it_is_refused(tmp_path
 
 
 def test_a_model_without_a_form_for_conversations_goes_on_with_the_text(tmp_path):
-    write_model(tmp_path, char_tokenizer('abcXYZ\x1b'), 256)
+    write_chatterbox(tmp_path / 'out', char_tokenizer('abcXYZ\x1b'), 'XYZ\x1b', 256)
     code, out, err = through_pipe(tmp_path, b'abc\nd\nba\n/save talk.json\n')
     assert code == 0 and 'was never tuned for conversations' in err
     assert "error: the character 'd' is not in this vocabulary" in err

@@ -25,7 +25,7 @@ def tiny(block_size=64, fast=False, seed=0, **switches):
     model = GPT(GPTConfig(block_size=block_size, **sizes, **kind)).eval()
     for p in model.parameters():
         p.data *= 4  # so that the likeliest token is so by far
-    model.lm_head.weight.data[128:] = 0  # and is a letter
+    model.lm_head.weight.data[128:256] = 0  # and is a letter
     return cpu.speed_up(model, packed=True) if fast else model
 
 
@@ -179,8 +179,9 @@ SAID = ['hello', 'who are you?', 'ça va? 漢字 🎉', 'no', 'tell me <|im_end|
 
 def talk(cached, n_turns=20):
     """What a random model answers in a conversation of so many turns, and what it had to read."""
-    model = tiny(block_size=192, fast=True)
+    model = tiny(block_size=400, fast=True)
     talk = Conversation(model, BYTES, Sampling(max_new_tokens=24, temperature=0), 'be brief')
+    talk.is_chat = True
     answers, read, trimmed = [], [], []
     for turn in range(n_turns):
         if not cached:
@@ -204,6 +205,7 @@ def test_a_conversation_with_a_cache_is_the_one_without():
 def test_a_reply_can_be_stopped_and_had_again(tmp_path):
     model = tiny(block_size=256)
     talk = Conversation(model, BYTES, Sampling(max_new_tokens=30, temperature=0))
+    talk.is_chat = True
     pieces = talk.say('hello')
     for _ in range(5):
         next(pieces)
@@ -218,6 +220,7 @@ def test_a_reply_can_be_stopped_and_had_again(tmp_path):
     ''.join(talk.say('go on'))
     talk.save(str(tmp_path / 'talk.json'))
     other = Conversation(model, BYTES, talk.sampling)
+    other.is_chat = True
     other.load(str(tmp_path / 'talk.json'))
     assert other.messages == talk.messages and other.system == 'be kind'
     assert ''.join(other.retry()) == talk.messages[-1]['content']

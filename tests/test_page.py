@@ -5,12 +5,9 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-import torch
-from conftest import start
+from conftest import start, write_chatterbox
 
-from fledge import checkpoint
 from fledge.tokenizer import byte_tokenizer, char_tokenizer
-from model import GPT, GPTConfig
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 expect = playwright.expect
@@ -20,28 +17,11 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed'
 PRINTABLE = [chr(10)] + [chr(i) for i in range(32, 127)]
 
 
-def write_model(folder, tokenizer, letters):
-    """A run whose model writes these letters, each as likely as the others, and never ends."""
-    ids = [tokenizer.encode(letter)[0] for letter in letters]
-    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=4096, vocab_size=tokenizer.vocab_size)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(position='rope', tie_embeddings=False, **sizes))
-    with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.copy_(torch.eye(8)[0])  # whatever the context is
-        model.lm_head.weight[:, 0] = -20
-        model.lm_head.weight[ids, 0] = 20
-    folder.mkdir()
-    saved = dict(model=model.state_dict(), model_args=checkpoint.model_args(model.config))
-    checkpoint.save(str(folder / 'ckpt.pt'), saved)
-    tokenizer.save(str(folder / 'tokenizer.json'))
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('page')
-    write_model(folder / 'out-chat', byte_tokenizer(), '<b>')
-    write_model(folder / 'out-text', char_tokenizer(PRINTABLE), 'xyz')
+    write_chatterbox(folder / 'out-chat', byte_tokenizer(), '<b>', 4096)
+    write_chatterbox(folder / 'out-text', char_tokenizer(PRINTABLE), 'xyz', 4096)
     return folder
 
 
