@@ -85,6 +85,7 @@ def test_readmes_commands_run(tmp_path):
         '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", '
         '"content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
     )
+    (tmp_path / 'prompts.txt').write_text('one\ntwo\n')
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'model.py').write_text(NANOGPT)
@@ -94,7 +95,8 @@ def test_readmes_commands_run(tmp_path):
     ran = []
     for command in commands():
         command = command.removeprefix('pip install -r requirements.txt && ')
-        words = shlex.split(command)
+        feed, _, piped = command.rpartition(' | ')  # what another program gives to it
+        words = shlex.split(piped)
         if words[0] in ('pip', 'git') or 'pytest' in words:
             continue
         if words[0] == 'torchrun':
@@ -126,12 +128,15 @@ def test_readmes_commands_run(tmp_path):
             words += ['--eval_iters=5', '--device=cpu']
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
-        if words[:2] in (
+        if not feed and words[:2] in (
             [sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')
         ):
             code, out, err = forked(tmp_path, str(tmp_path / words[1]), *words[2:])
         else:
-            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            given = subprocess.run(feed, shell=True, capture_output=True, text=True).stdout
+            done = subprocess.run(
+                words, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=300
+            )
             code, out, err = done.returncode, done.stdout, done.stderr
         assert code == 0, f'{command}\n{out}\n{err}'
         ran.append(command)
