@@ -161,17 +161,17 @@ def decode(loop):
                 joining.joined = True
                 going.append(joining)
                 batch.add(joining.reply)
-            for task in going:
-                if task.cancelled:
-                    batch.remove(task.reply)
+            for task in [task for task in going if task.cancelled]:
+                batch.remove(task.reply)
+                going.remove(task)
             batch.step()
-            news = [task.new() for task in going if not task.cancelled]
+            news = [task.new() for task in going]
         except Exception as e:  # a model whose numbers are broken, or a full memory
             print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
             batch = Batch(model, max_batch)
             news = [(task, '', None, e) for task in going]
             going.clear()
-        going[:] = [t for t in going if not (t.cancelled or t.reply.finish_reason)]
+        going[:] = [task for task in going if not task.reply.finish_reason]
         loop.call_soon_threadsafe(deliver, list(filter(None, news)))
 
 

@@ -166,7 +166,7 @@ def all_texts(values):
 def prompts_of(prompt):
     """The prompts of a completion, a list of texts or of lists of token ids."""
     many = prompt if isinstance(prompt, list) else [prompt]
-    if many and all(type(token) is int for token in many):  # one, of token ids
+    if many is prompt and many and all(type(token) is int for token in many):  # one, of token ids
         many = [many]
     for one in many:
         ids = isinstance(one, list) and one and all(type(token) is int for token in one)
