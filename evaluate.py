@@ -161,8 +161,8 @@ for source, folder in sources:
             result |= of_labels
             if machine.main:
                 picture = os.path.join(folder_of_pictures(path), 'confusion.png')
+                print(label_tables(of_labels))
                 draw_confusion(of_labels, picture)
-                print(f'{label_tables(of_labels)}\n{picture} shows it')
         result |= dict(
             block_size=row_length, dtype=computed_in, tokens_per_second=tokens_per_second
         )

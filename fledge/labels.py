@@ -7,7 +7,8 @@ import os
 
 import numpy as np
 
-from fledge import UserError, replacing
+from fledge import UserError
+from fledge.report import load_pyplot, save
 from fledge.tokenizer import load_tokenizer
 from fledge.tokens import mask_path, read_bin, split_files
 
@@ -113,12 +114,8 @@ def label_tables(result):
 
 
 def draw_confusion(result, path):
-    """Draw the confusion table of what label_scores() returned, as a PNG at path."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
+    """Draw the confusion table of what label_scores() returned, as a PNG at path, and say so."""
+    pyplot = load_pyplot()
     words, confusion = list(result['labels']), np.array(result['confusion'])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     figure, axes = pyplot.subplots(figsize=(3 + 0.8 * len(words), 2.5 + 0.8 * len(words)))
@@ -130,9 +127,4 @@ def draw_confusion(result, path):
     axes.set_xticks(range(len(words)), words, rotation=45, ha='right')
     axes.set_yticks(range(len(words)), words)
     axes.set(xlabel='was given', ylabel='is', title=f'{result["label_accuracy"]:.1%} are right')
-    try:
-        with replacing(path, 'wb') as f:
-            figure.savefig(f, format='png', dpi=120, bbox_inches='tight')
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {e.strerror}') from None
-    pyplot.close(figure)
+    save(figure, path)

@@ -295,10 +295,13 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
 
 
 def ends(tokenizer):
-    """The ids at which generation stops: a text's end, and a turn's."""
+    """The ids at which generation stops: a text's end, a turn's, and the beginning of another text.
+
+    (Llama's models of stories, for example, were trained on texts that only begin.)
+    """
     special = tokenizer.special
     found = [tokenizer.end_of_text, special.get(IM_END), special.get('<|eot_id|>')]
-    found = dict.fromkeys([*found, tokenizer.turn_end])  # each once
+    found = dict.fromkeys([*found, tokenizer.turn_end, *tokenizer.begin])  # each once
     return [i for i in found if i is not None]
 
 
