@@ -23,6 +23,30 @@ def read_json(path, what='object'):
     return content
 
 
+def read_records(path):
+    """[(where, record)] of the lines of a JSONL file; UserError names the line that is none."""
+    records = []
+    try:
+        with open(path, 'rb') as f:
+            lines = list(f)
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from None
+    for number, line in enumerate(lines, 1):
+        where = f'{path}, line {number}'
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f'{where} is no valid JSON: {e}') from None
+        if not isinstance(record, dict):
+            raise UserError(f'{where} is no JSON object')
+        records.append((where, record))
+    if not records:
+        raise UserError(f'{path} is empty: a line is a JSON object')
+    return records
+
+
 def read_meta(folder):
     """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
     path = os.path.join(folder, 'meta.json')

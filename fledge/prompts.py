@@ -5,7 +5,7 @@ import os
 
 from tqdm import tqdm
 
-from fledge import UserError, replacing
+from fledge import UserError, read_records, replacing
 from fledge.generation import Reply, generate
 
 FORMATS = ('.jsonl', '.json', '.txt')
@@ -17,44 +17,36 @@ def read_prompts(path):
     A .jsonl has an object a line, with `prompt`, `text` or `messages`; of any other file each line
     is a prompt. Empty lines are none. UserError for a file that cannot be read or holds none.
     """
-    prompts = []
+    if path.endswith('.jsonl'):
+        return [prompt_of(record, where) for where, record in read_records(path)]
     try:
         with open(path, encoding='utf-8') as f:
-            lines = f.read().splitlines()
+            prompts = [line for line in f.read().splitlines() if line.strip()]
     except OSError as e:
         raise UserError(f'cannot read the prompts: {path}: {e.strerror}') from None
     except UnicodeDecodeError:
         raise UserError(f'cannot read the prompts: {path} is no UTF-8 text') from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompts.append(prompt_of(line, f'{path}, line {number}') if is_jsonl(path) else line)
     if not prompts:
         raise UserError(f'{path} holds no prompts')
     return prompts
 
 
-def is_jsonl(path):
-    return path.endswith('.jsonl')
-
-
-def prompt_of(line, where):
-    """The prompt in a line of JSON; UserError, which names where it is, for another line."""
-    try:
-        record = json.loads(line)
-    except ValueError as e:
-        raise UserError(f'{where} is no valid JSON: {e}') from None
-    record = record if isinstance(record, dict) else {}
+def prompt_of(record, where):
+    """The prompt in a record; UserError, which names where that is, for one without."""
     for key in ('prompt', 'text'):
         if isinstance(record.get(key), str) and record[key]:
             return record[key]
     messages = record.get('messages')
-    try:
-        if messages:
-            return [dict(role=str(m['role']), content=m['content'] + '') for m in messages]
-    except (KeyError, TypeError):
-        pass
+    if isinstance(messages, list) and messages and all(map(is_message, messages)):
+        return [dict(role=message['role'], content=message['content']) for message in messages]
     raise UserError(f'{where} has no prompt: a text as `prompt` or `text`, or `messages`')
+
+
+def is_message(message):
+    """Whether it is what the tokenizer takes for one: a dict of a role and a content, texts."""
+    if not isinstance(message, dict):
+        return False
+    return isinstance(message.get('role'), str) and isinstance(message.get('content'), str)
 
 
 def encode(prompt, tokenizer):

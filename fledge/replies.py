@@ -11,12 +11,12 @@ from decimal import Decimal
 
 import torch
 
-from fledge import UserError
+from fledge import UserError, read_records
 from fledge.conversation import is_tuned
 from fledge.formats.huggingface import ends
 from fledge.generation import Batch, Reply, Sampling, generate
 from fledge.prompts import encode
-from fledge.tasks import read_records, score_ends, share_interval
+from fledge.tasks import score_ends, share_interval
 
 PROMPTS = ['Once upon a time,', 'Solve: (3x + 5 = 11)', 'Write a function add(a, b) {']
 AT_ONCE = 16  # replies

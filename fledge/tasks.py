@@ -14,7 +14,6 @@ is a number from 0, a label, a letter, or the text. A phenomenon, group, categor
 them puts a line into a group.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fledge import UserError
+from fledge import UserError, read_records
 from fledge.evaluation import score_targets
 from fledge.formats.huggingface import special_tokens
 from fledge.tokens import Batch
@@ -40,30 +39,6 @@ class Example:
 
 
 # ---- files
-
-
-def read_records(path):
-    """[(where, record)] of the lines of a JSONL file; UserError names the line that is none."""
-    records = []
-    try:
-        with open(path, 'rb') as f:
-            lines = list(f)
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}') from None
-    for number, line in enumerate(lines, 1):
-        where = f'{path}, line {number}'
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f'{where} is no valid JSON: {e}') from None
-        if not isinstance(record, dict):
-            raise UserError(f'{where} is no JSON object')
-        records.append((where, record))
-    if not records:
-        raise UserError(f'{path} is empty: a line is a JSON object')
-    return records
 
 
 def read_task(path):
