@@ -142,12 +142,14 @@ if attention:
 
 # ---- the samples, drawn together; they are shown one after the other, each as it comes
 replies = [Reply(tokenizer, prompt, sampling) for sampling in samplings]
-number, began, read_seconds = 0, time.monotonic(), None
+number, began = 0, time.monotonic()
+read_seconds = n_first = 0  # until the prompt was read, and the tokens that were drawn by then
 print(start, end='', flush=True)
 try:
     for _ in generate(model, replies, batch_size):
-        if read_seconds is None:
+        if not read_seconds:
             read_seconds = time.monotonic() - began
+            n_first = sum(len(reply.ids) for reply in replies)
         while number < num_samples:
             print(replies[number].take(), end='', flush=True)
             if not replies[number].finish_reason:
@@ -160,9 +162,10 @@ except ValueError as e:
     raise UserError(f'{path}: {e}') from None
 counts = [len(reply.ids) for reply in replies]
 seconds = time.monotonic() - began - read_seconds
+speed = (sum(counts) - n_first) / max(seconds, 1e-3)
 print(
     f'prompt: {len(prompt):,} tokens, {len(prompt) / read_seconds:,.0f} tokens/s; '
-    f'generated: {sum(counts):,} tokens, {sum(counts) / max(seconds, 1e-9):,.0f} tokens/s',
+    f'generated: {sum(counts):,} tokens, {speed:,.0f} tokens/s',
     file=sys.stderr,
 )
 if json:
