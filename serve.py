@@ -24,6 +24,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
 
 import uvicorn
 from starlette.applications import Starlette
@@ -49,13 +50,14 @@ api_key = ''  # what requests must carry; '': the environment's FLEDGE_API_KEY, 
 max_batch = 16  # replies decoded together
 max_waiting = 64  # replies that wait for their turn; beyond that a request is refused
 max_wait = 60.0  # seconds that a reply waits at most
+body_timeout = 30.0  # seconds that the body of a request may take to come
 # where a request does not say otherwise
 max_new_tokens = 500  # in a reply
-temperature = 0.8
+temperature = 0.8  # 0 is greedy, below 1 is safer, above 1 wilder
 top_k = 200  # only the k likeliest tokens; 0: all
-top_p = 1.0
-min_p = 0.0
-repetition_penalty = 1.0
+top_p = 1.0  # only the fewest tokens that have this probability together
+min_p = 0.0  # only tokens with this share of the likeliest one's probability
+repetition_penalty = 1.0  # above 1, tokens seen before become less likely
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 quantize = 'none'  # int8: 8-bit weights, faster on a CPU
@@ -64,7 +66,6 @@ configure(globals())
 # -----------------------------------------------------------------------------
 one_of(globals(), quantize=('none', 'int8'))
 MOST_BYTES = 4 << 20  # of a body
-BODY_SECONDS = 30  # that a body may take to come
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fledge', 'page.html')
 LOOPBACK = ['127.0.0.1', 'localhost', '::1']
 
@@ -119,12 +120,23 @@ encoding = ThreadPoolExecutor(1)  # a long text is encoded beside the loop, one 
 # ---- the thread that decodes
 
 
+class News(NamedTuple):
+    """What is new of a Task."""
+
+    task: 'Task'
+    text: str
+    logprobs: list | None  # of the new tokens, as generation.Reply has them
+    finish_reason: str | None
+    failure: Refusal | None = None
+
+
 class Task:
     """A reply on its way, and where the news of it go."""
 
     def __init__(self, index, reply, news):
         self.index, self.reply = index, reply
-        self.news = news  # an asyncio.Queue of (task, text, logprobs or None, finish_reason)
+        # an asyncio.Queue of (task, text, logprobs or None, finish_reason or Refusal)
+        self.news = news
         self.joined = self.cancelled = False
         self.n_sent = 0  # tokens whose log probabilities are sent
 
@@ -136,30 +148,30 @@ class Task:
             logprobs = reply.logprobs[self.n_sent :]
             self.n_sent = len(reply.logprobs)
         if text or logprobs or reply.finish_reason:
-            return self, text, logprobs, reply.finish_reason
+            return News(self, text, logprobs, reply.finish_reason)
         return None
 
 
-waiting, going = deque(), []  # Tasks; the first is shared by all threads, under `changed`
+# Tasks, which go from the one to the other under `changed`; `going` is the decoding thread's
+waiting, going = deque(), []
 changed = threading.Condition()
-stopping = False
 
 
 def decode(loop):
-    """Decode what waits, until there is nothing more to come."""
-    batch = Batch(model, max_batch)
+    """Decode what waits, for as long as the process lives."""
+    batch = None
     while True:
         with changed:
-            while not waiting and not going and not stopping:
+            while not waiting and not going:
                 changed.wait()
-            if not waiting and not going:
-                return
             # one at a step, so that those who go on do not wait for many prompts to be read
-            joining = waiting.popleft() if waiting and batch.room else None
-        try:
-            if joining and not joining.cancelled:
+            joining = waiting.popleft() if waiting and len(going) < max_batch else None
+            if joining:
                 joining.joined = True
                 going.append(joining)
+        try:
+            batch = batch or Batch(model, max_batch)
+            if joining:
                 batch.add(joining.reply)
             for task in [task for task in going if task.cancelled]:
                 batch.remove(task.reply)
@@ -168,8 +180,9 @@ def decode(loop):
             news = [task.new() for task in going]
         except Exception as e:  # a model whose numbers are broken, or a full memory
             print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
-            batch = Batch(model, max_batch)
-            news = [(task, '', None, e) for task in going]
+            batch = None  # what it holds may be half written
+            why = f'the model failed: {e}'
+            news = [News(task, '', None, None, Refusal(why, status=500)) for task in going]
             going.clear()
         going[:] = [task for task in going if not task.reply.finish_reason]
         loop.call_soon_threadsafe(deliver, list(filter(None, news)))
@@ -177,7 +190,7 @@ def decode(loop):
 
 def deliver(news):
     for item in news:
-        item[0].news.put_nowait(item)
+        item.task.news.put_nowait(item)
 
 
 def submit(replies):
@@ -205,28 +218,33 @@ def cancel(tasks):
 
 
 async def read_body(request):
-    if not request.headers.get('content-type', '').lower().startswith('application/json'):
+    kind = request.headers.get('content-type', '').partition(';')[0]
+    if kind.strip().lower() != 'application/json':
         raise Refusal('the Content-Type of a body is application/json', status=415)
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(body_timeout):
             async for part in request.stream():
                 data += part
                 if len(data) > MOST_BYTES:
                     raise Refusal(f'the body is longer than {MOST_BYTES:,} bytes', status=413)
     except TimeoutError:
-        raise Refusal(f'the body took longer than {BODY_SECONDS} seconds', status=408) from None
+        raise Refusal(f'the body took longer than {body_timeout:g} seconds', status=408) from None
     return bytes(data)
 
 
 def encode(asked):
     """The prompts of a request as token ids; Refusal for what is no prompt of this model."""
     try:
+        if asked.is_chat and not tokenizer.has_chat_form:
+            raise UserError('this model has no form for conversations: use /v1/completions')
         if asked.is_chat:
             prompts = [tokenizer.encode_chat_prompt(asked.messages)]
         else:
-            texts = [p for p in asked.prompts if isinstance(p, str)]
-            prompts = [tokenizer.encode_prompt(text) for text in texts] or asked.prompts
+            prompts = [
+                tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+                for prompt in asked.prompts
+            ]
     except UserError as e:
         raise Refusal(str(e), 'messages' if asked.is_chat else 'prompt') from None
     for prompt in prompts:
@@ -255,7 +273,8 @@ def replies_to(asked, prompts):
 
 
 async def generate(request, is_chat):
-    asked = read_request(parse(await read_body(request)), is_chat, model_id, max_batch)
+    body = parse(await read_body(request))
+    asked = read_request(body, is_chat, model_id, max_batch + max_waiting)
     loop = asyncio.get_running_loop()
     prompts = await loop.run_in_executor(encoding, encode, asked)
     replies = replies_to(asked, prompts)
@@ -264,14 +283,10 @@ async def generate(request, is_chat):
     hangup = asyncio.ensure_future(hung_up(request))
     try:
         first = await first_news(tasks, news, hangup)
-        if not asked.stream:
-            n_ended = 0
-            while True:
-                n_ended += bool(first[3])
-                if n_ended == len(tasks):
-                    break
-                first = await next_news(news, hangup)
-            return JSONResponse(answers.whole(replies, usage_of(prompts, replies)))
+        while not asked.stream:
+            if all(reply.finish_reason for reply in replies):
+                return JSONResponse(answers.whole(replies, usage_of(prompts, replies)))
+            await next_news(news, hangup)
     except BaseException:
         cancel(tasks)
         raise
@@ -302,8 +317,8 @@ async def next_news(news, hangup, timeout=None):
 
 
 def checked(item):
-    if isinstance(item[3], Exception):
-        raise Refusal(f'the model failed: {item[3]}', status=500)
+    if item.failure:
+        raise item.failure
     return item
 
 
@@ -320,13 +335,13 @@ async def events(answers, prompts, tasks, news, item):
     begun, n_ended = set(), 0
     try:
         while True:
-            task, text, logprobs, finish_reason = item
-            chunk = answers.chunk(
-                task.index, text, logprobs, finish_reason, task.index not in begun
+            index = item.task.index
+            is_first = index not in begun
+            begun.add(index)
+            yield event(
+                answers.chunk(index, item.text, item.logprobs, item.finish_reason, is_first)
             )
-            begun.add(task.index)
-            yield event(chunk)
-            n_ended += bool(finish_reason)
+            n_ended += bool(item.finish_reason)
             if n_ended == len(tasks):
                 break
             item = checked(await news.get())
@@ -336,7 +351,7 @@ async def events(answers, prompts, tasks, news, item):
         yield 'data: [DONE]\n\n'
     except Refusal as refusal:  # the status is sent already
         yield event(refusal.body)
-    finally:
+    finally:  # where the client hangs up as well
         cancel(tasks)
 
 
@@ -417,24 +432,21 @@ handlers = {Refusal: refuse, HTTPException: no_route, ClientDisconnect: nobody_h
 
 
 async def serve():
-    global stopping
     thread = threading.Thread(target=decode, args=(asyncio.get_running_loop(),), daemon=True)
     thread.start()
     app = Starlette(routes=routes, exception_handlers=handlers)
-    config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=30, lifespan='off')
+    # h11 bounds what the headers of a request may hold
+    options = dict(http='h11', log_level='warning', timeout_keep_alive=30, lifespan='off')
+    config = uvicorn.Config(app, **options)
     name = f'[{address[0]}]' if ':' in address[0] else address[0]
     print(f'{model_id} is served at http://{name}:{address[1]}', flush=True)
     await uvicorn.Server(config).serve(sockets=[listening])
-    with changed:  # the replies at hand are finished
-        stopping = True
-        changed.notify()
-    await asyncio.to_thread(thread.join)
 
 
 def leave(*_):
     raise SystemExit(0)
 
 
-signal.signal(signal.SIGTERM, leave)  # which uvicorn hands on once it has finished
+signal.signal(signal.SIGTERM, leave)  # which uvicorn hands on once the replies at hand have ended
 signal.signal(signal.SIGINT, leave)
 asyncio.run(serve())
