@@ -49,6 +49,7 @@ api_key = ''  # what requests must carry; '': the environment's FLEDGE_API_KEY, 
 max_batch = 16  # replies decoded together
 max_waiting = 64  # replies that wait for their turn; beyond that a request is refused
 max_wait = 60.0  # seconds that a reply waits at most
+body_timeout = 30.0  # seconds that the body of a request may take to come
 # where a request does not say otherwise
 max_new_tokens = 500  # in a reply
 temperature = 0.8
@@ -64,7 +65,6 @@ configure(globals())
 # -----------------------------------------------------------------------------
 one_of(globals(), quantize=('none', 'int8'))
 MOST_BYTES = 4 << 20  # of a body
-BODY_SECONDS = 30  # that a body may take to come
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fledge', 'page.html')
 LOOPBACK = ['127.0.0.1', 'localhost', '::1']
 
@@ -124,7 +124,8 @@ class Task:
 
     def __init__(self, index, reply, news):
         self.index, self.reply = index, reply
-        self.news = news  # an asyncio.Queue of (task, text, logprobs or None, finish_reason)
+        # an asyncio.Queue of (task, text, logprobs or None, finish_reason or Refusal)
+        self.news = news
         self.joined = self.cancelled = False
         self.n_sent = 0  # tokens whose log probabilities are sent
 
@@ -140,26 +141,26 @@ class Task:
         return None
 
 
-waiting, going = deque(), []  # Tasks; the first is shared by all threads, under `changed`
+# Tasks, which go from the one to the other under `changed`; `going` is the decoding thread's
+waiting, going = deque(), []
 changed = threading.Condition()
-stopping = False
 
 
 def decode(loop):
-    """Decode what waits, until there is nothing more to come."""
-    batch = Batch(model, max_batch)
+    """Decode what waits, for as long as the process lives."""
+    batch = None
     while True:
         with changed:
-            while not waiting and not going and not stopping:
+            while not waiting and not going:
                 changed.wait()
-            if not waiting and not going:
-                return
             # one at a step, so that those who go on do not wait for many prompts to be read
-            joining = waiting.popleft() if waiting and batch.room else None
-        try:
-            if joining and not joining.cancelled:
+            joining = waiting.popleft() if waiting and len(going) < max_batch else None
+            if joining:
                 joining.joined = True
                 going.append(joining)
+        try:
+            batch = batch or Batch(model, max_batch)
+            if joining:
                 batch.add(joining.reply)
             for task in [task for task in going if task.cancelled]:
                 batch.remove(task.reply)
@@ -168,8 +169,9 @@ def decode(loop):
             news = [task.new() for task in going]
         except Exception as e:  # a model whose numbers are broken, or a full memory
             print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
-            batch = Batch(model, max_batch)
-            news = [(task, '', None, e) for task in going]
+            batch = None  # what it holds may be half written
+            why = f'the model failed: {e}'
+            news = [(task, '', None, Refusal(why, status=500)) for task in going]
             going.clear()
         going[:] = [task for task in going if not task.reply.finish_reason]
         loop.call_soon_threadsafe(deliver, list(filter(None, news)))
@@ -205,17 +207,18 @@ def cancel(tasks):
 
 
 async def read_body(request):
-    if not request.headers.get('content-type', '').lower().startswith('application/json'):
+    kind = request.headers.get('content-type', '').partition(';')[0]
+    if kind.strip().lower() != 'application/json':
         raise Refusal('the Content-Type of a body is application/json', status=415)
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(body_timeout):
             async for part in request.stream():
                 data += part
                 if len(data) > MOST_BYTES:
                     raise Refusal(f'the body is longer than {MOST_BYTES:,} bytes', status=413)
     except TimeoutError:
-        raise Refusal(f'the body took longer than {BODY_SECONDS} seconds', status=408) from None
+        raise Refusal(f'the body took longer than {body_timeout:g} seconds', status=408) from None
     return bytes(data)
 
 
@@ -225,8 +228,10 @@ def encode(asked):
         if asked.is_chat:
             prompts = [tokenizer.encode_chat_prompt(asked.messages)]
         else:
-            texts = [p for p in asked.prompts if isinstance(p, str)]
-            prompts = [tokenizer.encode_prompt(text) for text in texts] or asked.prompts
+            prompts = [
+                tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+                for prompt in asked.prompts
+            ]
     except UserError as e:
         raise Refusal(str(e), 'messages' if asked.is_chat else 'prompt') from None
     for prompt in prompts:
@@ -255,7 +260,8 @@ def replies_to(asked, prompts):
 
 
 async def generate(request, is_chat):
-    asked = read_request(parse(await read_body(request)), is_chat, model_id, max_batch)
+    body = parse(await read_body(request))
+    asked = read_request(body, is_chat, model_id, max_batch + max_waiting)
     loop = asyncio.get_running_loop()
     prompts = await loop.run_in_executor(encoding, encode, asked)
     replies = replies_to(asked, prompts)
@@ -302,8 +308,8 @@ async def next_news(news, hangup, timeout=None):
 
 
 def checked(item):
-    if isinstance(item[3], Exception):
-        raise Refusal(f'the model failed: {item[3]}', status=500)
+    if isinstance(item[3], Refusal):
+        raise item[3]
     return item
 
 
@@ -336,7 +342,7 @@ async def events(answers, prompts, tasks, news, item):
         yield 'data: [DONE]\n\n'
     except Refusal as refusal:  # the status is sent already
         yield event(refusal.body)
-    finally:
+    finally:  # where the client hangs up as well
         cancel(tasks)
 
 
@@ -417,24 +423,22 @@ handlers = {Refusal: refuse, HTTPException: no_route, ClientDisconnect: nobody_h
 
 
 async def serve():
-    global stopping
     thread = threading.Thread(target=decode, args=(asyncio.get_running_loop(),), daemon=True)
     thread.start()
     app = Starlette(routes=routes, exception_handlers=handlers)
-    config = uvicorn.Config(app, log_level='warning', timeout_keep_alive=30, lifespan='off')
+    # h11 bounds what the headers of a request may hold
+    options = dict(http='h11', log_level='warning', timeout_keep_alive=30, lifespan='off')
+    config = uvicorn.Config(app, **options)
     name = f'[{address[0]}]' if ':' in address[0] else address[0]
     print(f'{model_id} is served at http://{name}:{address[1]}', flush=True)
     await uvicorn.Server(config).serve(sockets=[listening])
-    with changed:  # the replies at hand are finished
-        stopping = True
-        changed.notify()
-    await asyncio.to_thread(thread.join)
 
 
 def leave(*_):
-    raise SystemExit(0)
+    os._exit(0)  # a thread in the middle of a token, after a second Ctrl-C, is not waited for
 
 
-signal.signal(signal.SIGTERM, leave)  # which uvicorn hands on once it has finished
+# uvicorn hands these on once the replies at hand have ended
+signal.signal(signal.SIGTERM, leave)
 signal.signal(signal.SIGINT, leave)
 asyncio.run(serve())

@@ -247,7 +247,8 @@ class Batch:
                 tokens[row] = token
         for row, reply in enumerate(replies):
             if asked[row]:
-                likeliest = logprobs[row].topk(reply.sampling.n_logprobs)
+                n_likeliest = min(reply.sampling.n_logprobs, logprobs.shape[-1])
+                likeliest = logprobs[row].topk(n_likeliest)
                 pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
                 own = logprobs[row, tokens[row]].item()
                 reply.logprobs.append((tokens[row], own, list(pairs)))

@@ -8,6 +8,7 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 
 from fledge.configurator import BOUNDS
@@ -77,8 +78,11 @@ def parse(data):
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read_request(body, is_chat, model_id, most_n):
-    """The Request that a parsed body makes; Refusal for what cannot be done."""
+def read_request(body, is_chat, model_id, most):
+    """The Request that a parsed body makes; Refusal for what cannot be done.
+
+    most: replies that a request may ask for.
+    """
     own = ('messages', 'top_logprobs', 'max_completion_tokens') if is_chat else ('prompt',)
     known = {*NUMBERS, *COUNTS[:2], 'n', 'seed', 'stop', 'stream', 'logprobs', *HARMLESS, *own}
     for name in body:
@@ -91,7 +95,7 @@ def read_request(body, is_chat, model_id, most_n):
         words = f'the model {str(body["model"])[:100]!r} does not exist; {model_id!r} is served'
         raise Refusal(words, 'model', 404, 'model_not_found')
     request = Request(is_chat, sampling=sampling_of(body, is_chat))
-    request.n = whole_number(body, 'n', 1, most_n) or 1
+    request.n = whole_number(body, 'n', 1, most) or 1
     request.stream = bool_of(body, 'stream')
     options = body.get('stream_options', {})
     if not isinstance(options, dict):
@@ -101,6 +105,9 @@ def read_request(body, is_chat, model_id, most_n):
         request.messages = messages_of(body.get('messages'))
     else:
         request.prompts = prompts_of(body.get('prompt'))
+        if len(request.prompts) * request.n > most:
+            words = f'{len(request.prompts):,} prompts with n={request.n}: at most {most} replies'
+            raise Refusal(f'{words} are given to a request', 'prompt')
     return request
 
 
@@ -213,13 +220,14 @@ class Answers:
         prefix = 'chatcmpl-' if request.is_chat else 'cmpl-'
         self.common = dict(id=prefix + uuid.uuid4().hex, object=self.object)
         self.common |= dict(created=int(time.time()), model=model_id)
+        self.offsets = Counter()  # by the reply's index: characters whose logprobs are told
 
     def whole(self, replies, usage):
         choices = []
         for index, reply in enumerate(replies):
-            logprobs = (
-                self.logprobs(reply.logprobs) if reply.sampling.n_logprobs is not None else None
-            )
+            logprobs = None
+            if reply.sampling.n_logprobs is not None:
+                logprobs = self.logprobs(index, reply.logprobs)
             choice = dict(index=index, finish_reason=reply.finish_reason, logprobs=logprobs)
             if self.request.is_chat:
                 choice['message'] = dict(role='assistant', content=reply.text, refusal=None)
@@ -230,7 +238,7 @@ class Answers:
 
     def chunk(self, index, text, logprobs, finish_reason, first):
         """A part of a streamed answer; logprobs: of its tokens, or None."""
-        logprobs = None if logprobs is None else self.logprobs(logprobs)
+        logprobs = None if logprobs is None else self.logprobs(index, logprobs)
         choice = dict(index=index, finish_reason=finish_reason, logprobs=logprobs)
         if self.request.is_chat:
             choice['delta'] = dict(role='assistant', content=text) if first else dict(content=text)
@@ -245,7 +253,7 @@ class Answers:
             chunk.setdefault('usage', None)
         return chunk
 
-    def logprobs(self, tokens):
+    def logprobs(self, index, tokens):
         if self.request.is_chat:
             content = []
             for token, logprob, likeliest in tokens:
@@ -253,7 +261,10 @@ class Answers:
                 content.append(self.of_token(token, logprob) | dict(top_logprobs=others))
             return dict(content=content, refusal=None)
         texts = [self.text(token) for token, _, _ in tokens]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets = []
+        for text in texts:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(text)
         return dict(
             tokens=texts,
             token_logprobs=[logprob for _, logprob, _ in tokens],
