@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -39,6 +40,13 @@ def write_random(folder, block_size=256):
     BYTES.save(str(folder / 'tokenizer.json'))
 
 
+def break_token(path, text):
+    """Make the numbers of a token NaN: what is behind it cannot be computed."""
+    state = checkpoint.load(str(path))
+    state['model']['transformer.wte.weight'][BYTES.encode(text)] = math.nan
+    torch.save(state, path)  # which checkpoint.save would refuse
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('serve')
@@ -46,6 +54,8 @@ def folder(tmp_path_factory):
     write_chatterbox(folder / 'endless', BYTES, 'xyz', 1 << 16)
     write_chatterbox(folder / 'emoji', BYTES, '🎉', 256)
     write_chatterbox(folder / 'text', char_tokenizer('abcxyz.'), 'xyz', 256)
+    write_chatterbox(folder / 'broken', BYTES, 'xyz', 1 << 16)
+    break_token(folder / 'broken/ckpt.pt', '!')
     return folder
 
 
@@ -118,6 +128,14 @@ def at_hand(port):
     return health['decoding'], health['waiting']
 
 
+def listens(port):
+    try:
+        socket.create_connection(('127.0.0.1', port), timeout=60).close()
+    except ConnectionError:
+        return False
+    return True
+
+
 def wait_until(condition):
     deadline = time.monotonic() + 60
     while not condition():
@@ -188,8 +206,28 @@ def test_logprobs(client):
     logprobs = text.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 5
     stream = client.completions.create(**options, prompt='hello', logprobs=2, stream=True)
-    parts = [chunk.choices[0].logprobs.token_logprobs for chunk in stream]
-    assert sum(parts, []) == pytest.approx(logprobs.token_logprobs, abs=1e-4)
+    parts = [chunk.choices[0].logprobs for chunk in stream]
+    told = [logprob for part in parts for logprob in part.token_logprobs]
+    assert told == pytest.approx(logprobs.token_logprobs, abs=1e-4)
+    assert [offset for part in parts for offset in part.text_offset] == logprobs.text_offset
+    assert logprobs.text_offset[4] == sum(map(len, logprobs.tokens[:4]))
+
+
+def test_texts_and_token_ids_in_one_request(client):
+    options = dict(model='out', max_tokens=7, temperature=0)
+    texts = ['once upon', 'a time']
+    apart = [client.completions.create(prompt=t, **options).choices[0].text for t in texts]
+    ids = BYTES.encode(texts[1])
+    both = client.completions.create(prompt=[texts[0], ids], **options)
+    assert [choice.text for choice in both.choices] == apart
+
+
+def test_settings_are_what_a_request_does_not_say(folder):
+    with serving(folder, 'out', '--max_new_tokens=6', '--temperature=0') as (_, port):
+        usual = complete(port, prompt='a')
+        assert usual['usage']['completion_tokens'] == 6
+        other = complete(port, prompt='a', seed=5, max_tokens=6, temperature=5.0)
+        assert other['choices'][0]['text'] != usual['choices'][0]['text']
 
 
 def test_draws(client):
@@ -250,6 +288,8 @@ def test_errors_have_openais_form(port, client):
         (dict(max_tokens=0), 'max_tokens=0'),
         (dict(max_tokens=1.5), 'no whole number'),
         (dict(n=1000), 'n=1000'),
+        (dict(seed='x'), 'seed=x'),
+        (dict(extra_body=dict(stream_options=1)), 'stream_options'),
         (dict(stop=['']), 'stop is'),
         (dict(tools=[dict(type='function', function=dict(name='f'))]), 'tools is not supported'),
         (dict(response_format=dict(type='json_object')), 'response_format is not supported'),
@@ -267,9 +307,12 @@ def test_errors_have_openais_form(port, client):
         client.completions.create(model='gpt-4', prompt='x')
     for prompt in ([], [[]], [1, 'a'], [259_000], [-1], 7, None):
         assert ask(port, '/v1/completions', dict(prompt=prompt))[0] == 400
+    status, answer = ask(port, '/v1/completions', dict(prompt=['a'] * 100_000, n=16))
+    assert status == 400 and '100,000 prompts with n=16' in answer['error']['message']
     assert ask(port, '/v1/nothing', {})[0] == 404
     assert ask(port, '/v1/completions', method='GET')[0] == 405
-    assert ask(port, '/v1/completions', b'{}', Content_Type='text/plain')[0] == 415
+    for kind in ('text/plain', 'application/jsonp', ''):
+        assert ask(port, '/v1/completions', b'{}', Content_Type=kind)[0] == 415
     assert ask(port, '/v1/completions', b' ' * (5 << 20))[0] == 413
     status, answer = ask(port, '/v1/models', method='GET', Host='elsewhere.example')
     assert status == 403 and 'elsewhere.example' in answer['error']['message']
@@ -282,6 +325,11 @@ def test_a_model_without_a_form_for_conversations(folder):
         status, answer = ask(port, '/v1/completions', dict(prompt='é'))
         assert status == 400 and 'not in this vocabulary' in answer['error']['message']
         assert set(complete(port, prompt='a')['choices'][0]['text']) <= set('xyz')
+        # more of the likeliest than there are tokens
+        logprobs = complete(port, prompt='a', max_tokens=1, logprobs=20)['choices'][0]['logprobs']
+        [likeliest] = logprobs['top_logprobs']
+        assert len(likeliest) == char_tokenizer('abcxyz.').vocab_size
+        assert sum(map(math.exp, likeliest.values())) == pytest.approx(1)
 
 
 def test_a_key(folder):
@@ -300,6 +348,29 @@ def test_where_it_does_not_listen(folder, port):
     words = fails(folder, 'serve.py', f'--port={port}')
     assert f'cannot listen at 127.0.0.1:{port}: Address already in use' in words
     assert 'no checkpoint' in fails(folder, 'serve.py', '--out_dir=nowhere', '--port=0')
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(folder):
+    with serving(folder, 'out', '--body_timeout=0.1') as (_, port):
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+        connection.putrequest('POST', '/v1/completions')
+        connection.putheader('Content-Type', 'application/json')
+        connection.putheader('Content-Length', '1000')
+        connection.endheaders(b'{"prompt": ')
+        answer = connection.getresponse()
+        assert answer.status == 408 and 'longer than 0.1 seconds' in answer.read().decode()
+        assert connection.sock is None  # the server has said that it closes
+
+
+def test_a_model_that_fails_is_told_and_the_next_request_is_served(folder):
+    with serving(folder, 'broken') as (_, port):
+        connection, answer = begin_stream(port, prompt='long', max_tokens=60_000)
+        status, refused = ask(port, '/v1/completions', dict(prompt='!'))
+        assert status == 500 and 'not finite' in refused['error']['message']
+        assert refused['error']['type'] == 'server_error'
+        assert b'"type": "server_error"' in answer.read()  # which was decoded beside it
+        assert at_hand(port) == (0, 0)
+        assert complete(port, prompt='a', max_tokens=5)['usage']['completion_tokens'] == 5
 
 
 # ---- several at once
@@ -359,6 +430,10 @@ def test_a_queue_is_bounded_in_length_and_in_time(folder):
         wait_until(lambda: at_hand(port) == (1, 1))
         with pytest.raises(openai.RateLimitError, match='wait already'):
             client_of(port).completions.create(model='endless', prompt='third')
+        second.close()  # it hangs up while it waits
+        wait_until(lambda: at_hand(port) == (1, 0))
+        second.request('POST', '/v1/completions', body, {'Content-Type': 'application/json'})
+        wait_until(lambda: at_hand(port) == (1, 1))
         answer.close()
         connection.close()
         assert second.getresponse().status == 200
@@ -366,11 +441,26 @@ def test_a_queue_is_bounded_in_length_and_in_time(folder):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_replies_at_hand(folder, number):
-    with serving(folder, 'endless') as (process, port):
+    with serving(folder, 'endless', '--max_batch=1') as (process, port):
         connection, answer = begin_stream(port, prompt='long', max_tokens=2000)
+        second = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+        body = json.dumps(dict(prompt='second', max_tokens=3))
+        second.request('POST', '/v1/completions', body, {'Content-Type': 'application/json'})
+        wait_until(lambda: at_hand(port) == (1, 1))
         process.send_signal(number)
         rest = answer.read()
         assert rest.endswith(b'data: [DONE]\n\n') and b'"finish_reason": "length"' in rest
+        assert json.loads(second.getresponse().read())['usage']['completion_tokens'] == 3
+        assert process.wait(60) == 0 and process.stderr.read() == ''
+
+
+def test_a_second_interrupt_waits_for_nothing(folder):
+    with serving(folder, 'endless') as (process, port):
+        connection, answer = begin_stream(port, prompt='long', max_tokens=60_000)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: not listens(port))  # it takes nobody in any more
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0 and process.stderr.read() == ''
 
 
@@ -407,13 +497,20 @@ def half_closed(port, chance):
     """A connection that is closed on this side in the middle of a request; what comes back."""
     data = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
     data += b'Content-Length: 1000\r\n\r\n{"prompt": "x"}'
-    kind = chance.randint(0, 3)
+    kind = chance.randint(0, 6)
     if kind == 1:
         data = chance.randbytes(300)
     if kind == 2:
         data = b'GET / HTTP/1.1\r\n' + b'X-Long: ' + b'x' * 200_000
     if kind == 3:
         data = data[: chance.randint(1, len(data))]
+    if kind == 4:
+        length = chance.choice([b'-1', b'1e9', b'9' * 30, b'3', b'2, 3', b''])
+        data = data.replace(b'1000', length)
+    if kind > 4:
+        chunk = chance.choice([b'zz\r\n', b'5\r\n{"pr\r\n-1\r\n', b'f' * 40, b'ffff\r\n{'])
+        data = data.replace(b'Content-Length: 1000', b'Transfer-Encoding: chunked')
+        data = data[: data.index(b'{')] + chunk
     with socket.create_connection(('127.0.0.1', port), timeout=60) as connection:
         try:
             connection.sendall(data)
