@@ -41,7 +41,7 @@ for least, most, names in (
     (1, 10**6, 'min_letters max_letters'),
     (1, 10**5, 'batch_size num_samples streams max_batch'),
     (0, 10**5, 'max_waiting'),
-    (0, 65535, 'port'),
+    (0, 65_535, 'port'),
     (1, 2**20, 'block_size vocab_size prompt_tokens long_prompt'),
     (2, 2**20, 'new_tokens'),
     (1, 1000, 'n_layer n_head'),
