@@ -161,6 +161,8 @@ class Batch:
         self.length = min(length or model.config.block_size, model.config.block_size)
         self.cache = model.make_cache(size, self.length)
         self.held = [[] for _ in range(size)]  # the token ids that each row of the cache holds
+        self.freed = [0] * size  # how many replies had left when the row was last freed
+        self.n_left = 0
         self.cached = []  # replies; the row of each is its place here
         self.sliding = []  # replies that have no room in a row any more
         self.rows_in_use = None  # the KVCache of the rows of those in `cached`
@@ -269,6 +271,8 @@ class Batch:
         self.swap_rows(row, last)
         self.cached[row] = self.cached[last]
         self.cached.pop()
+        self.n_left += 1
+        self.freed[last] = self.n_left
 
     def take_row(self, row, prompt):
         """Make the first free row one that holds the beginning of a prompt; how much, in tokens.
@@ -279,7 +283,8 @@ class Batch:
         # the last token is read in any case: its logits are wanted
         shared = [len(os.path.commonprefix([held, prompt[:-1]])) for held in self.held]
         n = max(shared)
-        source, oldest = shared.index(n), self.size - 1
+        source = shared.index(n)
+        oldest = min(range(row, self.size), key=self.freed.__getitem__)
         if source < row or 2 * n < len(self.held[source]):
             for tensor in (*self.cache.keys, *self.cache.values):
                 tensor[oldest, :, :n] = tensor[source, :, :n]
@@ -299,6 +304,7 @@ class Batch:
             tensor[[a, b], :, :n] = tensor[[b, a], :, :n]
         self.cache.lengths[[a, b]] = self.cache.lengths[[b, a]]
         self.held[a], self.held[b] = self.held[b], self.held[a]
+        self.freed[a], self.freed[b] = self.freed[b], self.freed[a]
 
 
 def generate(model, replies, size):

@@ -69,6 +69,17 @@ def test_replies_join_and_leave_as_they_come():
         assert reply.ids == alone[text][: len(reply.ids)]
 
 
+def test_conversations_that_take_turns_find_what_they_said_in_the_cache():
+    batch = Batch(tiny(), 4)
+    n_read = []
+    for turn in (1, 2, 3):
+        for letter in 'abc':
+            reply = Reply(BYTES, BYTES.encode(letter * 10 * turn), Sampling(max_new_tokens=1))
+            batch.add(reply)
+            n_read.append(reply.n_read)
+    assert n_read == [10] * 9
+
+
 def test_draws_are_each_replys_own():
     model = tiny()
     settings = dict(temperature=1.0, top_k=20)
