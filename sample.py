@@ -86,6 +86,10 @@ def ends_of(stop, tokenizer):
 
 
 # ---- what is asked for
+try:
+    f'{ask}{system}'.encode()
+except UnicodeError:  # the command line may have any bytes
+    raise UserError('--ask and --system must be UTF-8 text') from None
 ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
 beside = [name for name in ways[1:] if name in given]
 if beside:
