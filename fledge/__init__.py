@@ -37,6 +37,7 @@ def read_records(path):
             continue
         try:
             record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # which half a surrogate pair fails at
         except (ValueError, RecursionError) as e:
             raise UserError(f'{where} is no valid JSON: {e}') from None
         if not isinstance(record, dict):

@@ -150,6 +150,8 @@ class Conversation:
             ours = isinstance(message, dict) and message.keys() == {'role', 'content'}
             if not ours or message['role'] not in ROLES or not isinstance(message['content'], str):
                 raise UserError(f'{path}: a message has a role ({", ".join(ROLES)}) and a content')
+            if any('\ud800' <= character <= '\udfff' for character in message['content']):
+                raise UserError(f'{path}: a message has half a surrogate pair, which is no text')
         system = [m['content'] for m in messages if m['role'] == 'system']
         self.system = '\n'.join(system)
         self.reset()

@@ -53,7 +53,9 @@ def read_task(path):
                 f'{where} is of no known form: good and bad, text, or question, choices and answer '
                 '(fledge/tasks.py lists them)'
             ) from None
-        if not answers or not all(isinstance(text, str) for text in texts):
+        if not answers:
+            raise UserError(f'{where} has no choices')
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f'{where}: its context and its answers must be texts')
         if not all(answer.strip() for answer in answers):
             raise UserError(f'{where}: an answer is empty')

@@ -249,6 +249,7 @@ def test_mistakes_leave_a_conversation_as_it_was(tmp_path):
     for text, words in (
         ('[]', 'holds no object'),
         ('{"messages": [1]}', 'has a role'),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', 'half a surrogate pair'),
         ('{', 'JSON'),
     ):
         (tmp_path / 'talk.json').write_text(text)

@@ -231,6 +231,8 @@ def test_every_form_of_a_line(tmp_path):
     [
         ('{"text": "a b"', 'is no valid JSON'),
         ('\xff', 'is no valid JSON'),
+        ('{"text": "a \\ud800"}', 'is no valid JSON'),
+        ('{"question": "?", "choices": [], "answer": 0}', 'has no choices'),
         ('[1]', 'is no JSON object'),
         ('{"words": "a b"}', 'is of no known form'),
         ('{"good": "a"}', 'is of no known form'),
