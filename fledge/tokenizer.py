@@ -433,9 +433,8 @@ class TextStream:
     def add(self, token):
         """The text that is sure to follow once this token id has come; it may be ''."""
         piece = self.tokenizer.token_bytes.get(token, b'\xff')
-        is_part = (
-            len(piece) == 1 and not piece.isascii()
-        )  # of a character: decoded alone it is lost
+        # part of a character, which would be lost if it were decoded alone
+        is_part = len(piece) == 1 and not piece.isascii()
         if self.at_start and self.tokenizer.hf and not is_part:
             piece = self.tokenizer.hf.decode([token], skip_special_tokens=False).encode()
         self.at_start = False
