@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -135,8 +136,7 @@ class Task:
 
     def __init__(self, index, reply, news):
         self.index, self.reply = index, reply
-        # an asyncio.Queue of (task, text, logprobs or None, finish_reason or Refusal)
-        self.news = news
+        self.news = news  # an asyncio.Queue of News
         self.joined = self.cancelled = False
         self.n_sent = 0  # tokens whose log probabilities are sent
 
@@ -293,8 +293,11 @@ async def generate(request, is_chat):
     finally:
         hangup.cancel()
     stream = events(answers, prompts, tasks, news, first)
+    # at the end, and where the client hangs up, even before the first event is sent
+    let_go = BackgroundTask(cancel, tasks)
+    headers = {'Cache-Control': 'no-cache'}
     return StreamingResponse(
-        stream, media_type='text/event-stream', headers={'Cache-Control': 'no-cache'}
+        stream, headers=headers, media_type='text/event-stream', background=let_go
     )
 
 
@@ -351,8 +354,6 @@ async def events(answers, prompts, tasks, news, item):
         yield 'data: [DONE]\n\n'
     except Refusal as refusal:  # the status is sent already
         yield event(refusal.body)
-    finally:  # where the client hangs up as well
-        cancel(tasks)
 
 
 def event(content):
