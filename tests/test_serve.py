@@ -307,6 +307,7 @@ def test_errors_have_openais_form(port, client):
         client.completions.create(model='gpt-4', prompt='x')
     for prompt in ([], [[]], [1, 'a'], [259_000], [-1], 7, None):
         assert ask(port, '/v1/completions', dict(prompt=prompt))[0] == 400
+    assert ask(port, '/v1/completions', b'{"prompt": "x", "metadata": [NaN]}')[0] == 400
     status, answer = ask(port, '/v1/completions', dict(prompt=['a'] * 100_000, n=16))
     assert status == 400 and '100,000 prompts with n=16' in answer['error']['message']
     assert ask(port, '/v1/nothing', {})[0] == 404
