@@ -402,7 +402,7 @@ def test_nobody_waits_for_anothers_whole_reply_and_who_hangs_up_leaves(folder):
         connection, answer = begin_stream(port, prompt='long', max_tokens=60_000)
         short = complete(port, prompt='short', max_tokens=5)
         assert short['usage']['completion_tokens'] == 5
-        assert at_hand(port) == (1, 0)  # the long one is still going
+        wait_until(lambda: at_hand(port) == (1, 0))  # the long one is still going
         assert answer.readline() is not None
         whole = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
         body = json.dumps(dict(prompt='whole', max_tokens=60_000))
