@@ -16,6 +16,7 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -293,7 +294,7 @@ async def generate(request, is_chat):
     finally:
         hangup.cancel()
     stream = events(answers, prompts, tasks, news, first)
-    # at the end, and where the client hangs up, even before the first event is sent
+    # where the client hangs up before the first event is sent, events() is never begun
     let_go = BackgroundTask(cancel, tasks)
     headers = {'Cache-Control': 'no-cache'}
     return StreamingResponse(
@@ -354,6 +355,8 @@ async def events(answers, prompts, tasks, news, item):
         yield 'data: [DONE]\n\n'
     except Refusal as refusal:  # the status is sent already
         yield event(refusal.body)
+    finally:
+        cancel(tasks)
 
 
 def event(content):
@@ -372,7 +375,7 @@ def admit(request):
                 'a key is needed: Authorization: Bearer KEY', None, 401, 'invalid_api_key'
             )
         return
-    named = request.headers.get('host', '').rpartition(':')[0] or request.headers.get('host', '')
+    named = re.sub(r':\d+$', '', request.headers.get('host', ''))
     if named.strip('[]') not in [*LOOPBACK, host]:  # a name that somebody points at this machine
         raise Refusal(f'this server does not answer for the host {named[:100]!r}', status=403)
 
