@@ -178,14 +178,19 @@ for source, folder in sources:
         model.to(machine.dtype)
         if machine.type == 'cpu':
             cpu.speed_up(model, packed=True)
-    if texts:
-        sampling = Sampling(max_new_tokens, temperature, seed=seed)
-        n_tokens = batch_size * row_length
-        result['prompts'] = measure_prompts(model, tokenizer, texts, sampling, machine, n_tokens)
-    if questions:
-        result['answers'] = measure_answers(model, tokenizer, questions, max_new_tokens)
-    if speed:
-        result['speed'] = measure_speed(model, tokenizer)
+    try:
+        if texts:
+            sampling = Sampling(max_new_tokens, temperature, seed=seed)
+            n_tokens = batch_size * row_length
+            result['prompts'] = measure_prompts(
+                model, tokenizer, texts, sampling, machine, n_tokens
+            )
+        if questions:
+            result['answers'] = measure_answers(model, tokenizer, questions, max_new_tokens)
+        if speed:
+            result['speed'] = measure_speed(model, tokenizer)
+    except ValueError as e:
+        raise UserError(f'{e}: the weights of {path} are broken') from None
 
 # ---- all of them, for people and for programs
 if not machine.main:  # under torchrun one process speaks

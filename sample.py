@@ -91,9 +91,11 @@ try:
 except UnicodeError:  # the command line may have any bytes
     raise UserError('--ask and --system must be UTF-8 text') from None
 ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
-beside = [name for name in ways[1:] if name in given]
+way = ways[0] if ways else 'start'
+unused = dict(chat={'attention', 'batch_size', 'json', 'num_samples'}, prompts={'attention'})
+beside = given & {*ways[1:], *unused.get(way, ())}
 if beside:
-    print(f'without effect beside --{ways[0]}: {", ".join(beside)}', file=sys.stderr)
+    print(f'without effect beside --{way}: {", ".join(sorted(beside))}', file=sys.stderr)
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
 idle = given & {'top_k', 'top_p', 'min_p', 'seed'} if temperature == 0 else set()
@@ -127,6 +129,8 @@ if prompts:
     recorded = dict(settings, model=path, stop=stop, num_samples=num_samples, dtype=dtype)
     n = answer_all(model, tokenizer, read_prompts(prompts), samplings, batch_size, output, recorded)
     print(f'{output}: {n} prompts answered')
+    if json:
+        print(json_.dumps(dict(output=output, answered=n)))
     raise SystemExit
 
 # ---- the prompt

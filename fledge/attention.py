@@ -54,11 +54,13 @@ def draw_attention(model, tokenizer, ids, path):
     """Write the attention of token ids, a list, as a PNG at path: see attention_of and draw.
 
     A long text's first MOST_TOKENS are drawn, which it says in one line: they see no later ones.
-    UserError where path cannot be written.
+    UserError where path cannot be written, and for a token that the model does not have.
     """
     shown = ids[: min(MOST_TOKENS, model.config.block_size)]
     if len(shown) < len(ids):
         print(f'{path}: the first {len(shown)} of {len(ids)} tokens', file=sys.stderr)
+    if max(shown) >= model.config.vocab_size:
+        raise UserError(f'token {max(shown)} is beyond the vocabulary of the model')
     device = model.transformer.wte.weight.device
     layers = attention_of(model, torch.tensor([shown], device=device))
     tokens = [tokenizer.token_bytes.get(i, b'') for i in shown]

@@ -21,7 +21,7 @@ def read_prompts(path):
         return [prompt_of(record, where) for where, record in read_records(path)]
     try:
         with open(path, encoding='utf-8') as f:
-            prompts = [line for line in f.read().splitlines() if line.strip()]
+            prompts = [line.rstrip('\n') for line in f if line.strip()]
     except OSError as e:
         raise UserError(f'cannot read the prompts: {path}: {e.strerror}') from None
     except UnicodeDecodeError:
@@ -62,7 +62,7 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     samplings: a generation.Sampling for each answer to a prompt. output: a name in one of FORMATS.
     settings: a dict, written beside it. What is done is kept in output + '.part' as it comes, and
     a second call with the same settings and prompts goes on from there. UserError where output is
-    there already, for a .part of other settings, and for a full disk.
+    there already, for a .part of other settings, for a full disk, and for a model that fails.
     """
     if not output.endswith(FORMATS):
         raise UserError(f'output={output!r} ends in none of {", ".join(FORMATS)}')
@@ -100,14 +100,19 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
         os.remove(part)
     except OSError as e:
         raise UserError(f'cannot write {output}: {e.strerror}; what is done is kept') from None
+    except ValueError as e:  # of broken weights, or another model's tokens
+        raise UserError(f'{e}; what is done is kept') from None
     return len(replies)
 
 
 def read_part(path, header):
     """{number of a prompt: its result} of an unfinished file; UserError if it is of another run."""
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding='utf-8', errors='replace') as f:
         lines = f.read().splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith('\n')]
+    try:
+        whole = [json.loads(line) for line in lines if line.endswith('\n')]
+    except ValueError:  # another program's file
+        whole = [None]
     if whole and whole[0] != header:
         raise UserError(
             f'{path} was begun with other settings or prompts: remove it, or name another --output'

@@ -50,7 +50,7 @@ def reply_to(model, tokenizer, prompts, sampling):
     """The replies to prompts, lists of token ids, all of them ended: a list of generation.Reply.
 
     None goes beyond the context: of a long prompt the beginning is left out. UserError for a token
-    that the model does not have, and for logits that are not finite.
+    that the model does not have, ValueError for logits that are not finite.
     """
     beyond = max(map(max, prompts))
     if beyond >= model.config.vocab_size:
@@ -59,11 +59,8 @@ def reply_to(model, tokenizer, prompts, sampling):
     n_new = min(sampling.max_new_tokens, context - 1)
     sampling = replace(sampling, max_new_tokens=n_new)
     replies = [Reply(tokenizer, prompt[n_new - context :], sampling) for prompt in prompts]
-    try:
-        for _ in generate(model, replies, AT_ONCE):
-            pass
-    except ValueError as e:
-        raise UserError(f'{e}: the weights of the model are broken') from None
+    for _ in generate(model, replies, AT_ONCE):
+        pass
     return replies
 
 

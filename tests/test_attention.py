@@ -114,6 +114,8 @@ def test_a_picture_has_room_for_each_token_and_no_more_than_fits(tmp_path, capsy
     assert 2000 < width < 3500 and height < 3500
     with pytest.raises(UserError, match='nowhere/a.png cannot be written: No such file'):
         draw_attention(model, byte_tokenizer(), [1], str(tmp_path / 'nowhere/a.png'))
+    with pytest.raises(UserError, match='token 5000 is beyond the vocabulary'):
+        draw_attention(model, byte_tokenizer(), [1, 5000], str(path))
 
 
 def test_those_that_read_need_not_be_those_that_are_read(tmp_path):

@@ -81,8 +81,11 @@ def test_what_does_nothing_is_said(trained):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0 and 'without effect at temperature=0: top_k' in err
     assert 'without effect beside --init_from: out_dir' in err
-    process = start(trained, 'sample.py', '--prompts=p.txt', '--start=0', '--output=p.json')
-    assert 'without effect beside --prompts: start' in process.communicate(timeout=120)[1]
+    flags = ['--start=0', '--attention=a.png']
+    process = start(trained, 'sample.py', '--prompts=p.txt', '--output=p.json', *flags)
+    assert (
+        'without effect beside --prompts: attention, start' in process.communicate(timeout=120)[1]
+    )
 
 
 def greedy(trained, *flags):
@@ -171,8 +174,12 @@ def test_an_interrupted_file_of_prompts_goes_on(trained):
     part.write_text(''.join(json.dumps(line) + '\n' for line in lines) + '[2, {"prom')
     others = fails(trained, 'sample.py', *flags, '--output=rest.json', '--seed=2')
     assert 'was begun with other settings or prompts' in others and part.exists()
-    out = run(trained, 'sample.py', *flags, '--output=rest.json')
-    assert out == 'rest.json: 4 prompts answered\n'
+    part.with_name('own.json.part').write_text('{"a user\'s own file": \n')
+    others = fails(trained, 'sample.py', *flags, '--output=own.json')
+    assert 'was begun with other settings or prompts' in others
+    out = run(trained, 'sample.py', *flags, '--output=rest.json', '--json').splitlines()
+    assert out[0] == 'rest.json: 4 prompts answered'
+    assert json.loads(out[1]) == dict(output='rest.json', answered=4)
     rest = json.loads((trained / 'rest.json').read_text())
     assert rest[1]['samples'] == 2 and rest[:1] + rest[2:] == whole[:1] + whole[2:]
 
@@ -228,6 +235,9 @@ def test_nothing_is_chosen_by_logits_that_are_not_finite(temperature, trained):
     assert (
         words == 'error: nan/ckpt.pt: the logits are not finite: no token can be chosen by them\n'
     )
+    write_prompts(trained)
+    words = fails(trained, 'sample.py', '--out_dir=nan', '--prompts=prompts.txt', '--output=n.json')
+    assert 'no token can be chosen by them; what is done is kept' in words
 
 
 @pytest.mark.parametrize('temperature', [0, 1e-50, 1.0])
