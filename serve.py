@@ -25,6 +25,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import fields
 from typing import NamedTuple
 
 import uvicorn
@@ -112,8 +113,8 @@ if os.path.isfile(path):  # a run's: the folder's name, and the file's unless it
     model_id = os.path.basename(folder) + ('' if name == 'ckpt.pt' else f'/{name}')
 else:
     model_id = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
-defaults = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-defaults |= dict(min_p=min_p, repetition_penalty=repetition_penalty)
+names = {field.name for field in fields(Sampling)} & globals().keys()
+defaults = {name: globals()[name] for name in names}
 defaults['ends'] = tuple(huggingface.ends(tokenizer))
 is_chat = is_tuned(model, tokenizer)  # else the page is one to complete a text in
 encoding = ThreadPoolExecutor(1)  # a long text is encoded beside the loop, one at a time

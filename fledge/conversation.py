@@ -66,9 +66,10 @@ class Conversation:
     def prompt(self, messages):
         """encode() of messages, without the oldest ones where they do not fit.
 
-        A quarter of the context, or max_new_tokens, is left for the reply. Where that is not to be
-        had, the oldest turns are left out until half of the context is free: so the turns that
-        follow find their beginning in the cache. UserError where the last message is too long.
+        A quarter of the context is left for the reply, or max_new_tokens if those are fewer. Where
+        that is not to be had, the oldest turns are left out until half of the context is free: so
+        the turns that follow find their beginning in the cache. UserError where the last message is
+        too long.
         """
         context = self.model.config.block_size
         most = context - min(self.sampling.max_new_tokens, context // 4)

@@ -277,8 +277,9 @@ class Batch:
     def take_row(self, row, prompt):
         """Make the first free row one that holds the beginning of a prompt; how much, in tokens.
 
-        A free row that the prompt goes on from is taken as it is; else the longest beginning that
-        any row holds is copied into the row that has been free for longest.
+        A free row of which the prompt shares half at least is cut to what it shares, and taken: it
+        is most likely the same conversation. Else the longest beginning that any row holds is
+        copied into the row that has been free for longest, so that other conversations stay.
         """
         # the last token is read in any case: its logits are wanted
         shared = [len(os.path.commonprefix([held, prompt[:-1]])) for held in self.held]
