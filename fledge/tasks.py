@@ -257,4 +257,7 @@ def share_interval(share, n):
     z = 1.96
     middle = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return [float((middle - half) / (1 + z**2 / n)), float((middle + half) / (1 + z**2 / n))]
+    # of 0 and 1 it ends there, which rounding would miss
+    low = (middle - half) / (1 + z**2 / n) if share > 0 else 0
+    high = (middle + half) / (1 + z**2 / n) if share < 1 else 1
+    return [float(low), float(high)]

@@ -298,6 +298,8 @@ def test_rows_of_any_lengths_score_as_each_alone(models):
 def test_intervals():
     low, high = share_interval(0.0, 100)
     assert low == 0 and high == pytest.approx(0.0370, abs=1e-4)  # Wilson's, by hand
+    for n in range(1, 100):
+        assert share_interval(0.0, n)[0] == 0 and share_interval(1.0, n)[1] == 1
     assert share_interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
     found = measures([(True, False, 1.0), (False, False, 2.0), (True, True, 3.0)])
     assert found['accuracy'] == pytest.approx(2 / 3)
