@@ -67,17 +67,19 @@ def draw_positions(results, path):
 def draw_tasks(results, path):
     """Draw the accuracy of each model in each task and group, with 95% intervals, as a PNG."""
     pyplot = load_pyplot()
-    labels, height = [], 0.8 / len(results)
+    height = 0.8 / len(results)
     figure, axes = pyplot.subplots()
     for number, (model, result) in enumerate(results.items()):
-        bars = {}
+        labels, bars = [], []
         for task, of_task in result['tasks'].items():
             folder, name = os.path.split(task)
-            bars[os.path.join(os.path.basename(folder), name)] = of_task
-            bars |= {f'  {group}': of_group for group, of_group in of_task['groups'].items()}
-        labels = list(bars)
-        shares = [bar['accuracy'] for bar in bars.values()]
-        intervals = [bar['accuracy_interval'] for bar in bars.values()]
+            labels.append(os.path.join(os.path.basename(folder), name))
+            bars.append(of_task)
+            for group, of_group in of_task['groups'].items():  # two tasks may have the same
+                labels.append(f'  {group}')
+                bars.append(of_group)
+        shares = [bar['accuracy'] for bar in bars]
+        intervals = [bar['accuracy_interval'] for bar in bars]
         below = [share - low for share, (low, _) in zip(shares, intervals, strict=True)]
         above = [high - share for share, (_, high) in zip(shares, intervals, strict=True)]
         places = [i + number * height for i in range(len(bars))]
