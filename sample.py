@@ -136,8 +136,9 @@ if prompts:
 # ---- the prompt
 if ask:
     start = ''  # what was asked need not be said again
-    system = [dict(role='system', content=system)] if system else []
-    prompt = tokenizer.encode_chat_prompt([*system, dict(role='user', content=ask)])
+    messages = [dict(role='system', content=system)] if system else []
+    messages.append(dict(role='user', content=ask))
+    prompt = tokenizer.encode_chat_prompt(messages)
 else:
     start = text_of(start)
     prompt = tokenizer.encode_prompt(start)

@@ -311,6 +311,7 @@ class Batch:
 def generate(model, replies, size):
     """Go on with all replies, at most `size` at once, until each has ended; yields at each step."""
     replies = list(replies)
+    size = min(size, len(replies)) or 1  # a row of the cache is not there for nothing
     longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in replies), default=1)
     batch, waiting = Batch(model, size, longest), deque(replies)
     while True:
