@@ -49,16 +49,20 @@ def final_number(text):
 def reply_to(model, tokenizer, prompts, sampling):
     """The replies to prompts, lists of token ids, all of them ended: a list of generation.Reply.
 
-    None goes beyond the context: of a long prompt the beginning is left out. UserError for a token
-    that the model does not have, ValueError for logits that are not finite.
+    None goes beyond the context: of a prompt as many last tokens are kept as leave room for the
+    reply, or half of the context, and then the reply is shorter. UserError for a token that the
+    model does not have, ValueError for logits that are not finite.
     """
     beyond = max(map(max, prompts))
     if beyond >= model.config.vocab_size:
         raise UserError(f'token {beyond} of a prompt is beyond the vocabulary of the model')
     context = model.config.block_size
-    n_new = min(sampling.max_new_tokens, context - 1)
-    sampling = replace(sampling, max_new_tokens=n_new)
-    replies = [Reply(tokenizer, prompt[n_new - context :], sampling) for prompt in prompts]
+    longest_prompt = max(context - sampling.max_new_tokens, context // 2, 1)
+    replies = []
+    for prompt in prompts:
+        prompt = prompt[-longest_prompt:]
+        n_new = min(sampling.max_new_tokens, context - len(prompt))
+        replies.append(Reply(tokenizer, prompt, replace(sampling, max_new_tokens=n_new)))
     for _ in generate(model, replies, AT_ONCE):
         pass
     return replies

@@ -170,6 +170,11 @@ def test_a_long_prompt_and_many_tokens_stay_in_the_context(stories):
         'generations'
     ]
     assert reply['tokens'] <= 511
+    flags = ['--prompts', '--temperature=0']
+    whole = figures(stories, *flags, '--max_new_tokens=20')['prompts']['generations']
+    longer = figures(stories, *flags, '--max_new_tokens=900')['prompts']['generations']
+    for few, many in zip(whole, longer, strict=True):  # the prompt is read in both
+        assert many['text'].startswith(few['text']) and many['tokens'] > 20
 
 
 def test_mistakes_are_one_line(stories):
