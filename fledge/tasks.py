@@ -53,15 +53,16 @@ def read_task(path):
                 f'{where} is of no known form: good and bad, text, or question, choices and answer '
                 '(fledge/tasks.py lists them)'
             ) from None
-        if not answers:
-            raise UserError(f'{where} has no choices')
+        if not answers or not isinstance(answers, list):
+            raise UserError(f'{where} has no list of choices')
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f'{where}: its context and its answers must be texts')
         if not all(answer.strip() for answer in answers):
             raise UserError(f'{where}: an answer is empty')
         if right is None:
             raise UserError(f'{where}: its answer is none of its {len(answers)} choices')
-        group = next((str(record[name]) for name in GROUPS if name in record), '')
+        named = [record[name] for name in GROUPS if record.get(name) is not None]
+        group = str(named[0]) if named else ''
         examples.append(Example(where, context, answers, right, group))
     return examples
 
@@ -74,7 +75,8 @@ def parts_of(record):
         return '', [record['sentence_good'], record['sentence_bad']], 0
     if 'goal' in record:
         answers = [record['sol1'], record['sol2']]
-        return f'Question: {record["goal"]}\nAnswer:', answers, number_of(record['label'], answers)
+        context = 'Question: ' + record['goal'] + '\nAnswer:'
+        return context, answers, number_of(record['label'], answers)
     if 'endings' in record:
         return hellaswag(record)
     if 'choices' in record:
@@ -85,7 +87,7 @@ def parts_of(record):
             labels = [choice['label'] for choice in answers]
             answers = [choice['text'] for choice in answers]
         field = next((name for name in ('answerKey', 'label') if name in record), 'answer')
-        context = f'Question: {record["question"]}\nAnswer:'
+        context = 'Question: ' + record['question'] + '\nAnswer:'
         return context, answers, number_of(record[field], answers, labels)
     *before, last = record['text'].split(' ')
     return ' '.join(before), [last], 0
