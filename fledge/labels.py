@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from fledge import UserError
-from fledge.report import load_pyplot, save
+from fledge.report import new_axes, save
 from fledge.tokenizer import load_tokenizer
 from fledge.tokens import mask_path, read_bin, split_files
 
@@ -115,10 +115,9 @@ def label_tables(result):
 
 def draw_confusion(result, path):
     """Draw the confusion table of what label_scores() returned, as a PNG at path, and say so."""
-    pyplot = load_pyplot()
     words, confusion = list(result['labels']), np.array(result['confusion'])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    figure, axes = pyplot.subplots(figsize=(3 + 0.8 * len(words), 2.5 + 0.8 * len(words)))
+    axes = new_axes((3 + 0.8 * len(words), 2.5 + 0.8 * len(words)))
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for i in range(len(words)):
         for j in range(len(words)):
@@ -127,4 +126,4 @@ def draw_confusion(result, path):
     axes.set_xticks(range(len(words)), words, rotation=45, ha='right')
     axes.set_yticks(range(len(words)), words)
     axes.set(xlabel='was given', ylabel='is', title=f'{result["label_accuracy"]:.1%} are right')
-    save(figure, path)
+    save(axes.figure, path)

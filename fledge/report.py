@@ -50,8 +50,7 @@ def table(results):
 
 def draw_positions(results, path):
     """Draw the loss by position of each model as a PNG at path. results: see table."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    axes = new_axes((7, 4.5))
     for model, result in results.items():
         read = [(part['first'] + part['last']) / 2 for part in result['loss_by_position']]
         losses = [part['loss'] for part in result['loss_by_position']]
@@ -61,14 +60,12 @@ def draw_positions(results, path):
     axes.set(xlabel='tokens that a prediction is made from', ylabel='loss (nats a token)')
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    save(axes.figure, path)
 
 
 def draw_tasks(results, path):
     """Draw the accuracy of each model in each task and group, with 95% intervals, as a PNG."""
-    pyplot = load_pyplot()
-    height = 0.8 / len(results)
-    figure, axes = pyplot.subplots()
+    axes, height = new_axes(), 0.8 / len(results)
     for number, (model, result) in enumerate(results.items()):
         labels, bars = [], []
         for task, of_task in result['tasks'].items():
@@ -90,17 +87,15 @@ def draw_tasks(results, path):
     axes.set(xlim=(0, 1), xlabel='accuracy, with its 95% interval')
     axes.grid(axis='x', alpha=0.3)
     axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1))
-    figure.set_size_inches(8, 1.5 + len(labels) * (0.2 + 0.2 * len(results)))
-    save(figure, path)
+    axes.figure.set_size_inches(8, 1.5 + len(labels) * (0.2 + 0.2 * len(results)))
+    save(axes.figure, path)
 
 
-def load_pyplot():
-    import matplotlib
+def new_axes(size=None):
+    """Axes in a figure of their own; size: (width, height) in inches."""
+    from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=size).subplots()
 
 
 def save(figure, path):
