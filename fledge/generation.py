@@ -309,15 +309,20 @@ class Batch:
 
 
 def generate(model, replies, size):
-    """Go on with all replies, at most `size` at once, until each has ended; yields at each step."""
+    """Go on with all replies, at most `size` at once, until each has ended.
+
+    A generator that yields at each step those that have ended by it, a list.
+    """
     replies = list(replies)
     size = min(size, len(replies)) or 1  # a row of the cache is not there for nothing
     longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in replies), default=1)
-    batch, waiting = Batch(model, size, longest), deque(replies)
+    batch, waiting, going = Batch(model, size, longest), deque(replies), []
     while True:
         while waiting and batch.room:
-            batch.add(waiting.popleft())
-        yield
-        if not (waiting or batch.replies):
+            going.append(waiting.popleft())
+            batch.add(going[-1])
+        yield [reply for reply in going if reply.finish_reason]
+        going = batch.replies
+        if not (waiting or going):
             return
         batch.step()

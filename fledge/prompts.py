@@ -78,16 +78,17 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     # of like lengths together; and the longest first, so that none is left to run alone at the end
     by_length = sorted(replies, key=lambda i: -len(replies[i][0].prompt))
     in_order = [reply for i in by_length for reply in replies[i]]
-    going = dict(replies)
+    prompt_of = {reply: i for i in replies for reply in replies[i]}
     try:
         with open(part, 'a' if done else 'w', encoding='utf-8') as f:
             if not done:
                 f.write(json.dumps(header) + '\n')
             bar = tqdm(total=len(prompts), initial=len(done), unit='prompt', disable=None)
-            for _ in generate(model, in_order, batch_size):
-                ended = [i for i, of_prompt in going.items() if all_ended(of_prompt)]
-                for i in ended:
-                    done[i] = result(prompts[i], going.pop(i))
+            for ended in generate(model, in_order, batch_size):
+                for i in {prompt_of[reply] for reply in ended}:
+                    if not all(reply.finish_reason for reply in replies[i]):
+                        continue
+                    done[i] = result(prompts[i], replies[i])
                     f.write(json.dumps([i, done[i]]) + '\n')
                     f.flush()
                     bar.update()
@@ -121,10 +122,6 @@ def read_part(path, header):
         with replacing(path) as f:
             f.write(''.join(lines[:-1]))
     return dict(whole[1:])
-
-
-def all_ended(replies):
-    return all(reply.finish_reason for reply in replies)
 
 
 def result(prompt, replies):
