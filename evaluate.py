@@ -100,6 +100,7 @@ for source, folder in sources:
     row_length = block_size or min(context, run.get('block_size', 1024))
     if row_length > context:
         raise UserError(f'block_size={block_size} is more than the context of {path}, {context}')
+    n_tokens = batch_size * row_length  # read together, of tasks and of generations
     result = results[path] = {}
 
     # ---- a split of prepared data
@@ -169,7 +170,6 @@ for source, folder in sources:
 
     # ---- tasks
     for name, of_task in examples.items():
-        n_tokens = batch_size * row_length
         measured = run_task(model, tokenizer, model_folder, of_task, machine, n_tokens)
         result.setdefault('tasks', {})[name] = measured
 
@@ -181,7 +181,6 @@ for source, folder in sources:
     try:
         if texts:
             sampling = Sampling(max_new_tokens, temperature, seed=seed)
-            n_tokens = batch_size * row_length
             result['prompts'] = measure_prompts(
                 model, tokenizer, texts, sampling, machine, n_tokens
             )

@@ -42,9 +42,8 @@ class Conversation:
 
     sampling: a generation.Sampling. messages: [{'role': 'user' or 'assistant', 'content': text}].
     system: what the model is told before all of them. is_chat: see is_tuned; a model that is not
-    goes on with the text of all that was said. reply: the
-    generation.Reply at hand. n_trimmed: how many of the oldest messages the prompts leave out,
-    because the context was full.
+    goes on with the text of all that was said. reply: the generation.Reply at hand. n_trimmed: how
+    many of the oldest messages the prompts leave out, because the context was full.
     """
 
     def __init__(self, model, tokenizer, sampling, system=''):
@@ -55,13 +54,18 @@ class Conversation:
         self.reply, self.n_trimmed = None, 0
         self.n_answers = 0  # each is drawn by a seed of its own
 
+    def with_system(self, messages):
+        """messages, behind what the model is told before them if that is anything."""
+        if not self.system:
+            return messages
+        return [dict(role='system', content=self.system), *messages]
+
     def encode(self, messages):
         """The ids that the model goes on with to answer messages."""
+        messages = self.with_system(messages)
         if self.is_chat:
-            system = [dict(role='system', content=self.system)] if self.system else []
-            return self.tokenizer.encode_chat_prompt(system + messages)
-        texts = [self.system, *(message['content'] for message in messages)]
-        return self.tokenizer.encode_prompt(''.join(texts))
+            return self.tokenizer.encode_chat_prompt(messages)
+        return self.tokenizer.encode_prompt(''.join(message['content'] for message in messages))
 
     def prompt(self, messages):
         """encode() of messages, without the oldest ones where they do not fit.
@@ -135,10 +139,10 @@ class Conversation:
         """Write the conversation to path as JSON, {'messages': [...]}, the system's first."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f'{path} is no file')
-        system = [dict(role='system', content=self.system)] if self.system else []
+        messages = self.with_system(self.messages)
         try:
             with replacing(path) as f:
-                json.dump(dict(messages=system + self.messages), f, ensure_ascii=False, indent=1)
+                json.dump(dict(messages=messages), f, ensure_ascii=False, indent=1)
         except OSError as e:
             raise UserError(f'cannot write {path}: {e.strerror}') from None
 

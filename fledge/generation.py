@@ -57,12 +57,10 @@ class Sampling:
     n_logprobs: int | None = None  # keep the log probabilities of each token and of so many more
 
     def __post_init__(self):
-        self.penalizes = self.repetition_penalty != 1 or bool(
-            self.presence_penalty or self.frequency_penalty
-        )
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        self.penalizes = penalties != (1, 0, 0)
         # what sample_token takes: replies that have the same are drawn together
-        limits = self.top_k or None, self.top_p, self.min_p or None
-        self.filters = self.temperature, *limits
+        self.filters = self.temperature, self.top_k or None, self.top_p, self.min_p or None
 
 
 class Reply:
