@@ -16,7 +16,7 @@ from fledge.configurator import BOUNDS
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
 NUMBERS = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
 NUMBERS += ('presence_penalty', 'frequency_penalty')
-COUNTS = ('top_k', 'max_tokens', 'max_completion_tokens', 'n', 'seed', 'top_logprobs')
+OTHERS = ('top_k', 'max_tokens', 'n', 'seed', 'stop', 'stream', 'logprobs')
 MOST_LOGPROBS = 20
 # Fields that ask for nothing that a reply would lack.
 HARMLESS = ('model', 'user', 'store', 'metadata', 'service_tier', 'safety_identifier')
@@ -84,7 +84,7 @@ def read_request(body, is_chat, model_id, most):
     most: replies that a request may ask for.
     """
     own = ('messages', 'top_logprobs', 'max_completion_tokens') if is_chat else ('prompt',)
-    known = {*NUMBERS, *COUNTS[:2], 'n', 'seed', 'stop', 'stream', 'logprobs', *HARMLESS, *own}
+    known = {*NUMBERS, *OTHERS, *HARMLESS, *own}
     for name in body:
         if name in NOT_DONE:
             if body[name] not in NOT_DONE[name]:
@@ -117,13 +117,10 @@ def sampling_of(body, is_chat):
     for name in NUMBERS:
         if name in body:
             found[name] = float(number(body, name, *BOUNDS[name]))
-    for name, most in (('top_k', 2**31), ('seed', 2**63 - 1)):
-        if name in body:
-            found[name] = whole_number(body, name, -1 if name == 'top_k' else -(2**63), most)
-    if found.get('top_k') == -1:  # vLLM's word for all
-        found['top_k'] = 0
-    if 'seed' in found:
-        found['seed'] %= 2**63
+    if 'top_k' in body:
+        found['top_k'] = max(0, whole_number(body, 'top_k', -1, 2**31))  # -1: vLLM's word for all
+    if 'seed' in body:
+        found['seed'] = whole_number(body, 'seed', -(2**63), 2**63 - 1) % 2**63
     for name in ('max_tokens', 'max_completion_tokens'):
         if name in body:
             found['max_new_tokens'] = whole_number(body, name, 1, 2**31)
@@ -172,17 +169,19 @@ def all_texts(values):
 
 def prompts_of(prompt):
     """The prompts of a completion, a list of texts or of lists of token ids."""
-    many = prompt if isinstance(prompt, list) else [prompt]
-    if many is prompt and many and all(type(token) is int for token in many):  # one, of token ids
-        many = [many]
-    for one in many:
-        ids = isinstance(one, list) and one and all(type(token) is int for token in one)
-        if not isinstance(one, str) and not ids:
-            break
-    else:
-        if many:
-            return many
-    raise Refusal('prompt is a text, a list of token ids, or a list of either', 'prompt')
+    many = [prompt] if is_prompt(prompt) else prompt
+    if not isinstance(many, list) or not many or not all(map(is_prompt, many)):
+        raise Refusal('prompt is a text, a list of token ids, or a list of either', 'prompt')
+    return many
+
+
+def is_prompt(value):
+    return isinstance(value, str) or are_ids(value)
+
+
+def are_ids(value):
+    """Whether it is a list of numbers that may be token ids."""
+    return isinstance(value, list) and value != [] and all(type(token) is int for token in value)
 
 
 def messages_of(messages):
