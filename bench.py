@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
+from encoder_decoder import make_model
 from fledge import UserError, checkpoint, cpu
 from fledge import quantize as quantization
 from fledge.configurator import configure, one_of, read_settings
@@ -32,7 +33,6 @@ from fledge.device import (
 from fledge.formats import families
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import split_files, write_bin
-from model import GPT
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 # -----------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def generating(model, generate, forward=None):
 
 
 def generate_fledge():
-    model = GPT(gpt_config()).to(machine.device, machine.dtype).eval()
+    model = make_model(gpt_config()).to(machine.device, machine.dtype).eval()
     if quantize == 'int8':
         quantization.apply(model)
     if s.compile is True:
@@ -418,7 +418,7 @@ machine = Machine(s.device, s.dtype)
 
 if __name__ == '__main__':
     with torch.device('meta'):
-        model = GPT(gpt_config())
+        model = make_model(gpt_config())
     parameters = model.get_num_params(non_embedding=False)
     result = dict(device=machine.device, dtype=str(machine.dtype)[6:], parameters=parameters)
     result |= dict(threads=torch.get_num_threads(), torch=torch.__version__)

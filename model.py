@@ -2,6 +2,7 @@
 
 GPTConfig's defaults are GPT-2's (Radford et al. 2019, Language Models are Unsupervised Multitask
 Learners), its switches span Llama, Qwen2 and Qwen3, and the parameter names are nanoGPT's.
+encoder_decoder.py makes the Transformer of 2017 out of these blocks.
 """
 
 import copy
@@ -27,15 +28,17 @@ class GPTConfig:
     n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head queries; 0: n_head
     head_dim: int = 0  # 0: n_embd / n_head
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd, or 8/3 n_embd where the activation is gated
-    position: str = 'learned'  # learned, rope
+    position: str = 'learned'  # learned, rope, sinusoidal
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     rope_scaling: dict | None = None  # as in Hugging Face's config.json; see rope_tables
     norm: str = 'layernorm'  # layernorm, rmsnorm
     norm_eps: float = 1e-5
+    norm_first: bool = True  # False: behind attention and MLP, as in 2017
     activation: str = 'gelu'  # a row of ACTIVATIONS
     qkv_bias: bool | None = None  # None: as bias (Qwen2 has biases there alone)
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tie_embeddings: bool = True  # the head is the token embedding
+    n_encoder_layer: int = 0  # depth of an encoder: see encoder_decoder.py
 
     def __post_init__(self):
         check_config(self)
@@ -77,10 +80,13 @@ class Context:
     rope: tuple | None = None  # RoPE's cosines and sines at these positions (see rotate)
     mask: torch.Tensor | None = None  # (B or 1, 1, T, keys), True: is seen; None: all before it
     cache: 'KVCache | None' = None  # keys and values of earlier tokens
+    source: object = None  # an encoder_decoder.Source, which cross-attention looks at
 
 
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    causal = True  # False in an encoder, where each token sees those behind it too
 
     def __init__(self, config, layer):
         super().__init__()
@@ -116,9 +122,9 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, mask):
         q, k = q.to(v.dtype), k.to(v.dtype)
         dropout = self.resid_dropout.p if self.training else 0.0
-        grouped = self.n_head != self.n_kv_head
+        grouped, causal = self.n_head != self.n_kv_head, self.causal and mask is None
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
 
 
@@ -126,6 +132,7 @@ class CausalSelfAttention(nn.Module):
 ACTIVATIONS = {
     'gelu': (False, F.gelu),
     'gelu_tanh': (False, lambda x: F.gelu(x, approximate='tanh')),
+    'relu': (False, F.relu),
     'relu2': (False, lambda x: F.relu(x).square()),  # So et al. 2021, arXiv:2109.08668
     'swiglu': (True, F.silu),  # Shazeer 2020, arXiv:2002.05202
 }
@@ -157,14 +164,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        self.norm_first = config.norm_first
         self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config, layer)
+        self.ln_cross = self.cross_attn = None  # in a decoder that looks at a source
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, context):
-        x = x + self.attn(self.ln_1(x), context)
-        return x + self.mlp(self.ln_2(x))
+        if self.norm_first:
+            x = x + self.attn(self.ln_1(x), context)
+            if self.cross_attn is not None:
+                x = x + self.cross_attn(self.ln_cross(x), context)
+            return x + self.mlp(self.ln_2(x))
+        x = self.ln_1(x + self.attn(x, context))
+        if self.cross_attn is not None:
+            x = self.ln_cross(x + self.cross_attn(x, context))
+        return self.ln_2(x + self.mlp(x))
 
 
 class GPT(nn.Module):
@@ -179,7 +195,8 @@ class GPT(nn.Module):
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['drop'] = nn.Dropout(config.dropout)
         parts['h'] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        parts['ln_f'] = norm(config)
+        # without norm_first the last block has ended in a norm
+        parts['ln_f'] = norm(config) if config.norm_first else nn.Identity()
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:  # Press and Wolf 2016, arXiv:1608.05859
@@ -187,10 +204,15 @@ class GPT(nn.Module):
         if config.position == 'rope':
             for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
+        if config.position == 'sinusoidal':
+            self.register_buffer('sinusoids', sinusoidal_table(config), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):  # GPT-2: more layers add no more variance
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -207,6 +229,7 @@ class GPT(nn.Module):
         lengths=None,
         documents=None,
         reduction='mean',
+        **source,
     ):
         """Logits and mean cross entropy (nats a token): a pair (logits, loss).
 
@@ -216,9 +239,10 @@ class GPT(nn.Module):
         cache: a KVCache; idx goes on from what it holds. lengths: (B,) int64, how many of a row's T
         tokens are real where rows are padded on the right. documents: (B, T) int64, the number of
         the document that each token is in: none sees another, and positions begin with each.
-        reduction: 'none' leaves the loss of each token, (B, T). ValueError for T beyond block_size.
+        reduction: 'none' leaves the loss of each token, (B, T). source: of an encoder-decoder, see
+        EncoderDecoder.hidden. ValueError for T beyond block_size.
         """
-        x = self.hidden(idx, cache, lengths, documents)  # (B, T, n_embd)
+        x = self.hidden(idx, cache, lengths, documents, **source)  # (B, T, n_embd)
         if targets is None:
             last = -1 if lengths is None else lengths - 1
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, n_embd)
@@ -232,35 +256,43 @@ class GPT(nn.Module):
             loss = self.loss(x.flatten(0, 1), flat, reduction)
         return logits, loss.view_as(targets) if reduction == 'none' else loss
 
-    def hidden(self, idx, cache=None, lengths=None, documents=None):
+    def hidden(self, idx, cache=None, lengths=None, documents=None, source=None):
         """What the head reads: (B, T, n_embd), after the final norm. For arguments see forward."""
         T = idx.shape[1]
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(f'{T} tokens are longer than block_size={self.config.block_size}')
         positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
         if cache is not None:
             positions, mask = cache.place(T)  # (B or 1, T) and (B or 1, 1, T, keys)
         elif documents is not None:
             positions, mask = place_documents(documents)  # (B, T) and (B, 1, T, T)
-        x = self.embed(idx, positions)  # (B, T, n_embd)
-        rope = None
+        context = Context(positions, mask=mask, cache=cache, source=source)
+        x = self.run(self.transformer.h, idx, context)  # (B, T, n_embd)
+        if cache is not None:
+            cache.advance(T, lengths)
+        return self.transformer.ln_f(x)
+
+    def run(self, blocks, idx, context):
+        """Embed tokens (B, T) and take them through blocks: (B, T, n_embd)."""
+        positions = context.positions
+        if idx.shape[1] > self.config.block_size:
+            longer = f'longer than block_size={self.config.block_size}'
+            raise ValueError(f'{idx.shape[1]} tokens are {longer}')
+        x = self.embed(idx, positions)
         if self.config.position == 'rope':
             cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (B or 1, T, head_dim)
-            rope = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-        context = Context(positions, rope, mask, cache)
-        for block in self.transformer.h:
+            context.rope = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+        for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        if cache is not None:
-            cache.advance(T, lengths)
-        return self.transformer.ln_f(x)
+        return x
 
     def embed(self, idx, positions):
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
+        if self.config.position == 'sinusoidal':
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoids[positions]
         return self.transformer.drop(x)
 
     def logits(self, x):
@@ -296,6 +328,7 @@ class GPT(nn.Module):
         stop=None,
         seed=None,
         repetition_penalty=1.0,
+        source=None,
         **filters,
     ):
         """Continue prompts by up to max_new_tokens tokens each; call it in eval mode.
@@ -304,7 +337,7 @@ class GPT(nn.Module):
         stop token; or B lists of token ids, of any lengths, and such a list comes back.
         temperature, top_k and filters (top_p, min_p): see sample_token; repetition_penalty: see
         penalize. stop: a token id or several, kept as a row's last. seed: of the draws; None goes
-        on with torch's.
+        on with torch's. source: an encoder_decoder.Source of B rows.
         Once a row fills the context, its last block_size tokens are read again for each new one, as
         a plain forward would: exact, at the price of a forward pass a token.
         Raises ValueError for an empty prompt, and for logits that are not finite.
@@ -324,10 +357,10 @@ class GPT(nn.Module):
         n_cached = limit  # tokens of the longest row in the cache; limit: the rows are read anew
         for _ in range(max_new_tokens):
             if n_cached < limit:
-                logits = self(token[:, None], cache=cache)[0][:, -1]  # (B, vocab_size)
+                logits = self(token[:, None], cache=cache, source=source)[0][:, -1]
                 n_cached += 1
             else:
-                cache, logits = self.prefill([row[-limit:] for row in rows], cache_length)
+                cache, logits = self.prefill([row[-limit:] for row in rows], cache_length, source)
                 n_cached = min(max(map(len, rows)), limit)
             logits = penalize(logits.float(), seen, repetition_penalty)
             draws = torch.rand(len(rows), 1, generator=generator, device=device)
@@ -339,22 +372,21 @@ class GPT(nn.Module):
                     stopped[i] = new in stop_tokens
             if all(stopped):
                 break
-        if not torch.is_tensor(idx):
-            return rows
-        width = max(map(len, rows))
-        return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=device)
+        return pad(rows, device) if torch.is_tensor(idx) else rows
 
-    def prefill(self, rows, cache_length):
+    def prefill(self, rows, cache_length, source=None):
         """Read lists of token ids, equal ones once: a KVCache of all, logits (B, vocab_size)."""
-        unique = list(dict.fromkeys(map(tuple, rows)))
-        width = max(map(len, unique))
+        rows = list(map(tuple, rows))
+        unique = rows if source else list(dict.fromkeys(rows))
         device = self.transformer.wte.weight.device
-        padded = torch.tensor([row + (0,) * (width - len(row)) for row in unique], device=device)
+        padded = pad(unique, device, filler=0)
         lengths = torch.tensor([len(row) for row in unique], device=device)
         cache = self.make_cache(len(unique), cache_length)
-        logits = self(padded, cache=cache, lengths=lengths)[0][:, -1]
+        logits = self(padded, cache=cache, lengths=lengths, source=source)[0][:, -1]
+        if source:  # they may look at different ones
+            return cache, logits
         places = {row: i for i, row in enumerate(unique)}
-        chosen = torch.tensor([places[tuple(row)] for row in rows], device=device)
+        chosen = torch.tensor([places[row] for row in rows], device=device)
         cache.select(chosen)
         return cache, logits[chosen]
 
@@ -433,6 +465,16 @@ def place_documents(documents):
     return place - first, mask
 
 
+def pad(rows, device, filler=None):
+    """Lists of token ids as one tensor (B, longest); behind a short one filler, None: its last."""
+    width = max(map(len, rows))
+    padded = []
+    for row in rows:
+        last = row[-1] if filler is None else filler
+        padded.append([*row, *[last] * (width - len(row))])
+    return torch.tensor(padded, device=device)
+
+
 def penalize(logits, seen, repetition_penalty):
     """Logits of which those of the tokens in seen, bool, of the same shape, are made smaller.
 
@@ -477,6 +519,17 @@ def sample_token(logits, draws, temperature, top_k=None, top_p=None, min_p=None)
     return (column if ids is None else ids.gather(1, column))[:, 0]
 
 
+def sinusoidal_table(config):
+    """Positions as sines and cosines (Vaswani et al. 2017), (block_size, n_embd) float32.
+
+    Dimensions 2i and 2i + 1 are the sine and cosine of position / 10000 ** (2i / n_embd).
+    """
+    pairs = torch.arange(0, config.n_embd, 2, dtype=torch.float32)
+    frequencies = 10000.0 ** -(pairs / config.n_embd)
+    angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequencies)
+    return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
+
+
 def rope_tables(config):
     """RoPE's cosines and signed sines (see rotate), two (block_size, head_dim) float32."""
     frequencies = rope_frequencies(config)
@@ -510,11 +563,11 @@ def rope_frequencies(config):
 def check_config(c):
     """Raise ValueError for a GPTConfig that no model can have."""
     least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, rope_theta=1)
-    least |= dict(n_kv_head=0, head_dim=0, n_inner=0)
+    least |= dict(n_kv_head=0, head_dim=0, n_inner=0, n_encoder_layer=0)
     for name, bound in least.items():
         if getattr(c, name) < bound:
             raise ValueError(f'{name}={getattr(c, name)} must be at least {bound}')
-    choices = dict(position=('learned', 'rope'), norm=('layernorm', 'rmsnorm'))
+    choices = dict(position=('learned', 'rope', 'sinusoidal'), norm=('layernorm', 'rmsnorm'))
     choices['activation'] = tuple(ACTIVATIONS)
     for name, known in choices.items():
         if getattr(c, name) not in known:
@@ -526,5 +579,7 @@ def check_config(c):
     head_dim = c.head_dim or c.n_embd // c.n_head
     if c.position == 'rope' and head_dim % 2:
         raise ValueError(f'head_dim={head_dim} is odd, and RoPE turns pairs')
+    if c.position == 'sinusoidal' and c.n_embd % 2:
+        raise ValueError(f'n_embd={c.n_embd} is odd, and sines and cosines are pairs')
     if not 0 <= c.dropout < 1:
         raise ValueError(f'dropout={c.dropout} is not in [0, 1)')

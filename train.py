@@ -15,6 +15,7 @@ import time
 import numpy as np
 import torch
 
+from encoder_decoder import make_model
 from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run
 from fledge.configurator import configure, given
 from fledge.device import Machine, flops_per_token, peak_flops
@@ -24,7 +25,6 @@ from fledge.formats import huggingface
 from fledge.objectives import loss_and_numbers
 from fledge.tokenizer import common_tokenizer, find_tokenizer
 from fledge.tokens import digest, find_data
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # The settings; fledge/configurator.py has the bounds of numbers. As they stand they are the default
@@ -151,7 +151,7 @@ torch.manual_seed(seed)
 base, saved_adapters = adapters.base_of(start, config, resuming)
 n_new_tokens = 0
 if start is None:
-    model = GPT(checkpoint.config_of(config, tokenizer))
+    model = make_model(checkpoint.config_of(config, tokenizer))
 else:
     n_new_tokens = checkpoint.fit_tokenizer(start, theirs, tokenizer, log.say)
     model = checkpoint.model_to_train(start, source, config, given, log.say)

@@ -14,9 +14,10 @@ from dataclasses import asdict, fields
 import torch
 from torch.overrides import TorchFunctionMode
 
+from encoder_decoder import make_model
 from fledge import UserError, adapters, quantize, replacing
 from fledge.tokenizer import GPT2_SIZE, is_gpt2_size, padded_vocab_size
-from model import ACTIVATIONS, GPT, GPTConfig
+from model import ACTIVATIONS, GPTConfig
 
 
 def save(path, checkpoint):
@@ -141,7 +142,7 @@ def empty_model(config):
     It takes 0.02 s. The meta device would do the same, but imports torch's compiler for it: 1.1 s.
     """
     with NoInitialization():
-        return GPT(config)
+        return make_model(config)
 
 
 def model_args(config):

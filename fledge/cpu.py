@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import encoder_decoder
 import model as plain
 
 # From this many elements on, what is cheap to compute is computed again in the backward pass.
@@ -29,7 +30,12 @@ def speed_up(model, packed=False):
     Set model.gradient_checkpointing before. packed: for generation alone, with weights that no
     longer change: they are copied into the layout that is read fastest.
     """
-    faster = {plain.GPT: GPT, plain.CausalSelfAttention: CausalSelfAttention}
+    faster = {
+        plain.GPT: GPT,
+        plain.CausalSelfAttention: CausalSelfAttention,
+        encoder_decoder.EncoderDecoder: EncoderDecoder,
+        encoder_decoder.CrossAttention: CrossAttention,
+    }
     if packed:
         faster |= {
             nn.Linear: PackedLinear,
@@ -49,7 +55,7 @@ def speed_up(model, packed=False):
         twin = faster.get(kind, kind)
         # the parameters stay where they are: only the methods are another class's
         module.__class__ = twin
-        is_copied = twin in STEPS and not (packed and twin is GPT)  # generation needs no loss
+        is_copied = twin in STEPS and not (packed and module is model)  # generation needs no loss
         if is_copied and not as_written and not same_step(module, kind, STEPS[twin][0]):
             edited.add(f'{kind.__name__}.{STEPS[twin][0]}')
             module.is_edited = True
@@ -72,13 +78,13 @@ def same_step(module, plain_class, step):
     def numbers(*shape):
         return torch.randn(shape, generator=random)
 
-    if plain_class is plain.CausalSelfAttention:
+    if isinstance(module, plain.CausalSelfAttention):
         T = 1024  # an edit may show in a long text alone
         q = numbers(1, module.n_head, T, module.head_dim)
         k, v = numbers(2, 1, module.n_kv_head, T, module.head_dim)
         _, mask = plain.place_documents(torch.arange(T)[None] // 700)
         cases = (q, k, v, None), (q, k, v, mask)
-    elif plain_class is plain.GPT:
+    elif isinstance(module, plain.GPT):
         cases = ((numbers(3, module.config.n_embd), torch.tensor([0, -1, 0])),)
     elif module.weight is None:
         return False
@@ -152,6 +158,15 @@ class GPT(plain.GPT):
         return KVCache(self.config, batch_size, length)
 
 
+class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
+    def encode(self, *source):
+        found = super().encode(*source)
+        if self.packed:  # as the KVCache is
+            found.keys = [keys.float() for keys in found.keys]
+            found.values = [values.float() for values in found.values]
+        return found
+
+
 class KVCache(plain.KVCache):
     """A KVCache that is read no further than its longest row, and written by slices."""
 
@@ -207,7 +222,9 @@ class CausalSelfAttention(plain.CausalSelfAttention):
             return super().attend(q, k, v, mask)
         B, n_head, T, head_dim = q.shape
         n_kv_head, n_keys = k.shape[1:3]
-        if n_keys == T:  # no keys but this input's
+        if self.training and not self.causal:
+            return super().attend(q, k, v, mask)
+        if self.causal and n_keys == T:  # no keys but this input's
             dropout = self.resid_dropout.p if self.training else 0.0
             return CausalAttention.apply(q, k, v, dropout, mask)
         # the queries that share a key become rows of one product, so that keys are not copied
@@ -217,6 +234,10 @@ class CausalSelfAttention(plain.CausalSelfAttention):
         q_rows = q.reshape(B, n_kv_head, n_rows, head_dim).to(k.dtype)
         y = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask)
         return y.view(B, n_head, T, head_dim).to(q.dtype)
+
+
+class CrossAttention(encoder_decoder.CrossAttention, CausalSelfAttention):
+    pass
 
 
 class CausalAttention(torch.autograd.Function):
@@ -504,12 +525,14 @@ class NoDropout(nn.Dropout):
 # The steps that are written out a second time, and what they are made of in model.py.
 STEPS = {
     GPT: ('loss', 'nats', 'logits'),
+    EncoderDecoder: ('loss', 'nats', 'logits'),
     CausalSelfAttention: ('attend',),
+    CrossAttention: ('attend',),
     RMSNorm: ('forward',),
 }
 # digest() of model.py as it came: where it still is, nothing is compared, which takes seconds.
 # Who edits those steps for good mends the twins here as well, and puts in the new digest.
-AS_WRITTEN = '800b9e2833ca4efb'
+AS_WRITTEN = 'fd7babd2807894bd'
 
 
 def digest():
