@@ -1,0 +1,205 @@
+"""The Transformer of 2017, of model.py's blocks: an encoder reads a source, a decoder looks at it.
+
+Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762. With position='sinusoidal',
+norm='layernorm', activation='relu', bias=True and norm_first=False it is the paper's own; with
+GPTConfig's other switches it is what today's blocks make of it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from model import GPT, Block, CausalSelfAttention, Context, norm, pad, place_documents
+
+
+def make_model(config):
+    """A new model: an EncoderDecoder where config has n_encoder_layer, else a GPT."""
+    return EncoderDecoder(config) if config.n_encoder_layer else GPT(config)
+
+
+@dataclass
+class Source:
+    """What the decoder looks at, so that the encoder runs once for all tokens that are generated.
+
+    keys, values: for each layer of the decoder (B, n_kv_head, S, head_dim). mask: (B, 1, T or 1, S)
+    bool, True where a token of the source is seen.
+    """
+
+    keys: list
+    values: list
+    mask: torch.Tensor
+
+    def select(self, rows):
+        """A Source of these rows, (n,) int64, in this order."""
+        keys = [keys[rows] for keys in self.keys]
+        values = [values[rows] for values in self.values]
+        return Source(keys, values, self.mask[rows])
+
+
+class CrossAttention(CausalSelfAttention):
+    """Queries of the target's tokens; keys and values of the source's."""
+
+    causal = False
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        n_q, n_kv = config.n_head * config.head_dim, 2 * config.n_kv_head * config.head_dim
+        self.q_attn = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
+        self.c_attn = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
+
+    def forward(self, x, context):
+        B, T, _ = x.shape
+        q = self.q_attn(x).view(B, T, self.n_head, self.head_dim)
+        if self.qk_norm:
+            q = self.q_norm(q)
+        q = q.transpose(1, 2)  # (B, n_head, T, head_dim)
+        source = context.source
+        k, v = source.keys[self.layer], source.values[self.layer]
+        y = self.attend(q, k, v, source.mask)  # (B, n_head, T, head_dim)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, n_head * head_dim)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
+
+    def read(self, x):
+        """Keys and values, each (B, n_kv_head, S, head_dim), of what the encoder made of a source.
+
+        x: (B, S, n_embd).
+        """
+        B, S, _ = x.shape
+        k, v = self.c_attn(x).view(B, S, -1, self.head_dim).chunk(2, dim=2)
+        if self.qk_norm:
+            k = self.k_norm(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+class EncoderDecoder(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        encoder = [Block(config, layer) for layer in range(config.n_encoder_layer)]
+        for block in encoder:
+            block.attn.causal = False
+        self.transformer['encoder'] = nn.ModuleList(encoder)
+        self.transformer['ln_encoder'] = norm(config) if config.norm_first else nn.Identity()
+        for layer, block in enumerate(self.transformer.h):
+            block.ln_cross = norm(config)
+            block.cross_attn = CrossAttention(config, layer)
+        self.init_weights()
+
+    def hidden(
+        self,
+        idx,
+        cache=None,
+        lengths=None,
+        documents=None,
+        source=None,
+        source_documents=None,
+    ):
+        """GPT.hidden, where source is what the encoder reads: (B, S) int64, -1 where it is padding.
+
+        Or a Source, which encode made of it before. source_documents: (B, S) int64, -1 for padding,
+        the number of the document in `documents` whose source each token is in, where rows are
+        packed with several. ValueError for S beyond block_size, and where there is no source.
+        """
+        if source is None:
+            raise ValueError('an encoder-decoder needs a source')
+        if torch.is_tensor(source):
+            source = self.encode(source, source_documents, documents)
+        return super().hidden(idx, cache, lengths, documents, source)
+
+    def encode(self, source, source_documents=None, documents=None):
+        """The Source that the encoder makes of token ids: see hidden."""
+        positions = torch.arange(source.shape[1], device=source.device)[None]  # (1, S)
+        mask = seen = (source >= 0)[:, None, None]  # (B, 1, 1, S)
+        if source_documents is not None:
+            positions, _ = place_documents(source_documents)
+            of_key = source_documents[:, None, None]  # (B, 1, 1, S)
+            mask = source_documents[:, None, :, None] == of_key  # (B, 1, S, S)
+            of_query = documents[:, None, :, None]  # (B, 1, T, 1)
+            seen = (of_query == of_key) | (of_query < 0)  # what is padding sees all, not nothing
+        x = self.run(self.transformer.encoder, source.clamp(min=0), Context(positions, mask=mask))
+        x = self.transformer.ln_encoder(x)  # (B, S, n_embd)
+        keys, values = zip(*(block.cross_attn.read(x) for block in self.transformer.h), strict=True)
+        return Source(keys, values, seen)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx,
+        max_new_tokens,
+        *sampling,
+        source,
+        num_beams=1,
+        length_penalty=1.0,
+        stop=None,
+        **options,
+    ):
+        """GPT.generate, where source is as in hidden, or B lists of token ids.
+
+        num_beams: above 1 nothing is drawn, but searched (see beam_search, for length_penalty too).
+        """
+        if not isinstance(source, Source):
+            if not torch.is_tensor(source):
+                source = pad(source, self.transformer.wte.weight.device, filler=-1)
+            source = self.encode(source)
+        if num_beams == 1:
+            options |= dict(source=source, stop=stop)
+            return super().generate(idx, max_new_tokens, *sampling, **options)
+        rows = idx.tolist() if torch.is_tensor(idx) else idx
+        rows = beam_search(self, rows, max_new_tokens, num_beams, length_penalty, stop, source)
+        return pad(rows, idx.device) if torch.is_tensor(idx) else rows
+
+
+@torch.no_grad()
+def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop=None, source=None):
+    """How each of some lists of token ids goes on best, as far as num_beams at a time can tell.
+
+    A continuation is worth the sum of its log probabilities over its length ** length_penalty; what
+    counts, and when to stop, is as in transformers by default. stop: a token id or several, kept as
+    the last. source: a Source, of as many rows. Any GPT will do. Returns such lists; ValueError for
+    logits that are not finite.
+    """
+    n, limit, device = num_beams, model.config.block_size, model.transformer.wte.weight.device
+    stop_tokens = {stop} if isinstance(stop, int) else set(stop or ())
+    prompts = [row[-limit:] for row in rows for _ in range(n)]
+    longest = max(map(len, prompts))
+    n_tokens = min(max_new_tokens, limit - longest + 1)  # a beam ends where the context does
+    if source is not None:
+        source = source.select(torch.arange(len(rows), device=device).repeat_interleave(n))
+    cache, logits = model.prefill(prompts, longest + n_tokens - 1, source)
+    scores = torch.full((len(rows), n), -math.inf, device=device)
+    scores[:, 0] = 0  # the beams of a row are alike still, and one of them counts
+    beams = [[]] * len(prompts)  # the new tokens of each
+    ended = [[] for _ in rows]  # the n best that have, (score, new tokens)
+    settled = [False] * len(rows)  # whether no beam of a row can become better than those
+    n_best = (1 + max(1, len(stop_tokens))) * n  # so that n go on, however many stop
+    for length in range(1, n_tokens + 1):
+        logs = logits.float().log_softmax(dim=-1)  # (B * n, vocab_size)
+        if logs.isnan().any():
+            raise ValueError('the logits are not finite: no token can be chosen by them')
+        sums = (scores.view(-1, 1) + logs).view(len(rows), -1)  # (B, n * vocab_size)
+        best = sums.topk(min(n_best, sums.shape[1]))
+        going = []  # n of each row: (score, new tokens, the beam that it goes on from)
+        for i, places in enumerate(best.indices.tolist()):
+            row_going = []
+            for rank, place in enumerate(places):
+                parent, token = divmod(place, logs.shape[1])
+                parent += i * n
+                ids, score = [*beams[parent], token], best.values[i, rank].item()
+                if token not in stop_tokens and length < n_tokens:
+                    row_going.append((score, ids, parent))
+                elif rank < n and not settled[i]:
+                    ended[i].append((score / length**length_penalty, ids))
+            ended[i] = sorted(ended[i], reverse=True)[:n]
+            going += row_going[:n]
+            if row_going and len(ended[i]) == n:
+                hope = row_going[0][0] / length**length_penalty
+                settled[i] = settled[i] or hope <= ended[i][-1][0]
+        if length == n_tokens or all(settled):
+            break
+        scores, beams, parents = zip(*going, strict=True)
+        scores = torch.tensor(scores, device=device)
+        cache.select(torch.tensor(parents, device=device))
+        tokens = torch.tensor([ids[-1] for ids in beams], device=device)
+        logits = model(tokens[:, None], cache=cache, source=source)[0][:, -1]
+    return [row + of_row[0][1] for row, of_row in zip(rows, ended, strict=True)]
