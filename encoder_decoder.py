@@ -86,6 +86,10 @@ class EncoderDecoder(GPT):
             block.cross_attn = CrossAttention(config, layer)
         self.init_weights()
 
+    @property
+    def blocks(self):
+        return [*self.transformer.encoder, *self.transformer.h]
+
     def hidden(
         self,
         idx,

@@ -97,6 +97,11 @@ config, run = model.config, state['config']
 source = state.get('folder', '')  # of a Hugging Face model
 if quantization.is_quantized(model):
     raise UserError(f'{path} has 8-bit weights: export what it was made of')
+if config.n_encoder_layer and format != 'ckpt':
+    raise UserError(
+        f'{path} is an encoder-decoder, for which --format={format} has no place: its checkpoint '
+        'is what there is, and --quantize=int8 makes one of 8 bits'
+    )
 _, own = adapters.split(state.pop('model'))
 if format == 'peft':
     if 'base' not in state:
@@ -129,6 +134,7 @@ if not start and tokenizer.chars:
     start = ''.join(c for c in PROMPT if c in tokenizer.chars) or ''.join(tokenizer.chars)
 start = start or PROMPT
 ids = torch.tensor([tokenizer.encode(start)[: config.block_size]])
+source_ids = dict(source=ids) if config.n_encoder_layer else {}
 meta = read_meta(os.path.join('data', run['dataset'])) if run.get('dataset') else {}
 n_params = model.get_num_params(non_embedding=False)
 size = f'{n_params / 1e6:.1f}M' if n_params < 1e9 else f'{n_params / 1e9:.1f}B'
@@ -250,10 +256,11 @@ def write(target):
                 tensors[n] = tensors[n].bfloat16()
     settings = {k: v for k, v in run.items() if k != 'lora_alpha'}
     args = checkpoint.model_args(config)
-    begins = dict(begin=tokenizer.begin, tokenizer=tokenizer.digest())
-    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **begins))
+    spelling = dict(begin=tokenizer.begin, separator=tokenizer.separator)
+    spelling['tokenizer'] = tokenizer.digest()
+    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **spelling))
     again = checkpoint.load_model(checkpoint.load(target), target).eval()
-    return again(ids, ids)[0], 'the checkpoint loaded again'
+    return again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
 
 
 # ---- write into a folder of this process alone, read it back, compare, and only then rename
@@ -276,8 +283,8 @@ try:
         print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
     elif format == 'gguf':
         write_modelfile(f'{temporary}/Modelfile')
-    expected = model(ids, ids)[0]
-    rounded = expected if meant is model else meant(ids, ids)[0]
+    expected = model(ids, ids, **source_ids)[0]
+    rounded = expected if meant is model else meant(ids, ids, **source_ids)[0]
     largest = max(expected.abs().max().item(), 1e-3)
     rounding = (rounded - expected).abs().max().item()
     if format == 'gguf':

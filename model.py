@@ -208,6 +208,11 @@ class GPT(nn.Module):
             self.register_buffer('sinusoids', sinusoidal_table(config), persistent=False)
         self.init_weights()
 
+    @property
+    def blocks(self):
+        """All blocks, of which an encoder-decoder has two kinds."""
+        return list(self.transformer.h)
+
     def init_weights(self):
         self.apply(self._init_weights)
         for name, p in self.named_parameters():

@@ -59,6 +59,7 @@ batch_size = 4  # rows in a micro-batch; small ones: many small steps learn more
 block_size = 512  # tokens in a row; a new model's context
 # model; the default is Qwen3's block, which every runtime loads
 n_layer = 4  # depth
+n_encoder_layer = 0  # depth of an encoder, which reads a source: encoder_decoder.py
 n_head = 3  # query heads
 n_kv_head = 1  # key and value heads, shared by the query heads; 0: n_head
 head_dim = 64  # 0: n_embd / n_head
@@ -68,11 +69,12 @@ vocab_size = 0  # 0: the dataset's
 dropout = 0.0  # share of activations dropped in training
 bias = False  # biases in the linear layers and LayerNorms
 qkv_bias = 'auto'  # biases on queries, keys and values: auto (as bias), True, False
-position = 'rope'  # rope, learned
+position = 'rope'  # rope, learned, sinusoidal
 rope_theta = 10000.0  # base of RoPE's wavelengths
 norm = 'rmsnorm'  # rmsnorm, layernorm
 norm_eps = 1e-6  # added under the root of the norms
-activation = 'swiglu'  # a row of model.ACTIVATIONS: swiglu, gelu, gelu_tanh, relu2
+norm_first = True  # False: behind attention and MLP, as in 2017
+activation = 'swiglu'  # a row of model.ACTIVATIONS: swiglu, gelu, gelu_tanh, relu, relu2
 qk_norm = True  # normalize each head's queries and keys
 tie_embeddings = True  # the head is the token embedding
 gradient_checkpointing = False  # less memory for about a third more time
@@ -172,8 +174,9 @@ try:
     tokenizer = tokenizer or find_tokenizer(vocab_size=vocab_size)
 except UserError as e:
     log.say(f'{e}: no samples, no bits per byte')
-train_data = open_split(data_dir, 'train', block_size, vocab_size, seed)
-val_data = open_split(data_dir, 'val', block_size, vocab_size)
+with_sources = model.config.n_encoder_layer > 0
+train_data = open_split(data_dir, 'train', block_size, vocab_size, seed, with_sources)
+val_data = open_split(data_dir, 'val', block_size, vocab_size, with_sources=with_sources)
 objectives.check_data(config['objective'], train_data, data_dir)
 data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
@@ -351,6 +354,7 @@ def save_checkpoint(is_best):
         data=data_digest,
         tokenizer=tokenizer.digest() if tokenizer else '',
         begin=tokenizer.begin if tokenizer else [],
+        separator=tokenizer.separator if tokenizer else '',
         trained_by=trained_by,
         **state.in_checkpoint(),
     )

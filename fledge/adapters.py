@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fledge import UserError
 
 LAYERS = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')  # of a block
+CROSS_LAYERS = ('cross_attn.q_attn', 'cross_attn.c_attn', 'cross_attn.c_proj')  # in some
 PARTS = ('.lora_A', '.lora_B', '.lora_rows')
 EMBEDDING, HEAD = 'transformer.wte', 'lm_head'
 
@@ -27,11 +28,11 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=
     Before the first step it computes what it did: B is zero. The adapters are float32 parameters,
     applied by hooks on layers of any class, before or after cpu.speed_up. dropout: the share of
     a layer's inputs that its adapter does not see in a training step. targets: comma-separated,
-    attn, mlp or names of LAYERS. n_new_tokens: so many tokens at the end of the vocabulary are new,
-    and their rows of the embedding and of the head are trained as well. saved: the tensors of a
-    checkpoint's adapters, to go on with. dtype: which the model computes in: the blocks' weights,
-    which stay as they are, are kept in it. UserError for an unknown target, for numbers that no
-    adapter can have, and for saved ones of another shape.
+    attn (cross-attention too), mlp or names of layers. n_new_tokens: so many tokens at the end of
+    the vocabulary are new, and their rows of the embedding and of the head are trained as well.
+    saved: the tensors of a checkpoint's adapters, to go on with. dtype: which the model computes
+    in: the blocks' weights, which stay as they are, are kept in it. UserError for targets that the
+    model does not have, for numbers that no adapter can have, and for saved ones of another shape.
     """
     if saved:
         n_new_tokens = len(saved.get(f'{EMBEDDING}.lora_rows', ()))
@@ -42,27 +43,31 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=
         raise UserError(f'lora_alpha={alpha} must be above 0')
     if not 0 <= dropout < 1:
         raise UserError(f'lora_dropout={dropout} is not in [0, 1)')
-    for block in model.transformer.h:
-        for name in names:
-            layer = block.get_submodule(name)
+    layers = []
+    for block in model.blocks:
+        for name, layer in block.named_modules():
+            if name not in names:
+                continue
+            layers.append(layer)
             width = min(layer.in_features, layer.out_features)
             if rank > width:
                 raise UserError(f'lora_rank={rank} is above the width of {name}, which is {width}')
+    if not layers:
+        raise UserError(f'lora_targets={targets!r}: the model has no such layers')
     model.requires_grad_(False)
-    for layer in model.transformer.h.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
-            layer.to(dtype)
+    for block in model.blocks:
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+                layer.to(dtype)
     device = model.transformer.wte.weight.device
-    for block in model.transformer.h:
-        for name in names:
-            layer = block.get_submodule(name)
-            a = torch.empty(rank, layer.in_features, device=device)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as peft and nn.Linear begin
-            layer.lora_A = nn.Parameter(a)
-            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
-            layer.lora_scale = alpha / rank
-            layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
-            layer.register_forward_hook(add_update)
+    for layer in layers:
+        a = torch.empty(rank, layer.in_features, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as peft and nn.Linear begin
+        layer.lora_A = nn.Parameter(a)
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+        layer.lora_scale = alpha / rank
+        layer.lora_dropout = nn.Dropout(dropout).train(layer.training)
+        layer.register_forward_hook(add_update)
     if n_new_tokens:
         embedding, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
         zeros = torch.zeros(n_new_tokens, model.config.n_embd, device=device)
@@ -78,13 +83,14 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=
 
 
 def layers_of(targets):
-    """The names of LAYERS that a comma-separated text means."""
-    names = []
+    """The names of LAYERS and CROSS_LAYERS that a comma-separated text means."""
+    names, known = [], (*LAYERS, *CROSS_LAYERS)
     for target in targets.split(','):
         target = target.strip()
-        found = [name for name in LAYERS if target in (name, name.partition('.')[0])]
+        kinds = {target, f'cross_{target}'} if target == 'attn' else {target}
+        found = [name for name in known if kinds & {name, name.partition('.')[0]}]
         if not found:
-            known = ', '.join(('attn', 'mlp', *LAYERS))
+            known = ', '.join(('attn', 'mlp', *known))
             raise UserError(f'lora_targets has {target!r}, which is none of {known}')
         names += [name for name in found if name not in names]
     return names

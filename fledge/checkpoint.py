@@ -197,12 +197,12 @@ def model_to_train(checkpoint, path, settings, given, say):
 def fit_rows(checkpoint, block_size, path):
     """Let the model of a loaded checkpoint train in rows of block_size tokens.
 
-    RoPE has no last position: the context stays, or grows to block_size. Learned positions beyond
+    RoPE and sinusoids have no last position: the context stays, or grows. Learned positions beyond
     block_size are dropped; there are no more than the checkpoint has (UserError, which names path).
     """
     args = checkpoint['model_args']
     context = args.get('block_size', GPTConfig.block_size)
-    if args.get('position') == 'rope':
+    if args.get('position') in ('rope', 'sinusoidal'):
         args['block_size'] = max(context, block_size)
         return
     if block_size > context:

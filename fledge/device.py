@@ -231,8 +231,8 @@ def keep_memory():
 
 def matmul_params(model):
     """Number of parameters that multiply each token: all but embeddings and vectors."""
-    blocks = model.transformer.h.parameters()
-    return model.lm_head.weight.numel() + sum(p.numel() for p in blocks if p.dim() == 2)
+    in_blocks = [p for block in model.blocks for p in block.parameters()]
+    return model.lm_head.weight.numel() + sum(p.numel() for p in in_blocks if p.dim() == 2)
 
 
 def flops_per_token(model, row_length):

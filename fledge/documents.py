@@ -28,17 +28,23 @@ from fledge.tokens import (
 TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
 
 
-def open_split(folder, split, block_size, vocab_size, seed=None):
+def open_split(folder, split, block_size, vocab_size, seed=None, with_sources=False):
     """One split of a prepared dataset: Documents where it has masks, else Tokens.
 
-    UserError where train has masks and this split has none.
+    with_sources: for an encoder, see Documents. UserError where train has masks and this split has
+    none, and where there are no masks to tell a source from its target.
     """
     paths = split_files(folder, split)
     if any(os.path.exists(mask_path(path)) for path in paths):
-        return Documents(folder, split, block_size, vocab_size, seed)
+        return Documents(folder, split, block_size, vocab_size, seed, with_sources)
     if paths and has_masks(folder):
         raise UserError(
             f'{folder} has masks beside train and none beside {paths[0]}: prepare it again'
+        )
+    if paths and with_sources:
+        raise UserError(
+            f'{folder} is a text without sources and targets, which an encoder needs: '
+            'prepare/copy_task.py and prepare/translate.py make them'
         )
     return Tokens(folder, split, block_size, vocab_size, seed)
 
@@ -52,28 +58,37 @@ class Documents:
     pieces, which are documents of their own from then on. Where meta.json says `pairs`, a chosen
     document and the rejected one behind it stay together in one row, and are never cut.
 
+    with_sources: what stands in front of a document's first learned token is its source, for an
+    encoder, and what follows its target. The inputs are then the end-of-text token and the target;
+    batches have `source` and `source_documents` besides. None is cut: those of which either is
+    longer than a row are left out.
+
     vocab_size bounds the ids. seed: of the order of training's rows; None: for evaluation alone.
     UserError where files are missing or broken, or nothing is left to learn.
 
     n_rows, n_tokens (positions of all rows), n_documents and n_learned (targets) count what is in
     the rows, and `used` is the share of the positions that hold a document. Of the data, n_cut
     documents are cut, and n_left_out documents (or pairs) are in no row: those with nothing to
-    learn, and n_too_long pairs.
+    learn, and n_too_long pairs, or sources with targets.
     of_documents: {name: float32 (n_documents,)}; each batch carries the values of its documents.
     """
 
-    def __init__(self, folder, split, block_size, vocab_size, seed=None):
+    def __init__(self, folder, split, block_size, vocab_size, seed=None, with_sources=False):
         self.paths = split_files(folder, split)
         if not self.paths:
             raise UserError(f'{folder} has no {split}.bin')
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        self.pairs = bool(read_meta(folder).get('pairs'))
+        self.pairs, self.with_sources = bool(read_meta(folder).get('pairs')), with_sources
+        if self.pairs and with_sources:
+            raise UserError(f'{folder} has preferences, which no encoder-decoder learns from here')
         self.of_documents = {}
         self._open(folder)
         starts, ends = self._find_documents(folder)
         self.n_cut = self.n_too_long = 0
         if self.pairs:
             self._choose_pairs(starts, ends)
+        elif with_sources:
+            self._choose_targets(starts, ends)
         else:
             self._choose_documents(starts, ends)
         self._pack()
@@ -105,7 +120,8 @@ class Documents:
             lack = 'no tokenizer.json' if tokenizer is None else 'a tokenizer without end of text'
             needed = 'documents with masks end with its end-of-text token'
             raise UserError(f'{folder} has {lack}, and {needed}: prepare it again')
-        end_of_text, found = tokenizer.end_of_text, []
+        self.end_of_text = end_of_text = tokenizer.end_of_text
+        found = []
         for path, ids, before in zip(self.paths, self.shards, self.first_token, strict=False):
             for start in range(0, len(ids), TOKENS_AT_ONCE):
                 part = ids[start : start + TOKENS_AT_ONCE]
@@ -131,7 +147,7 @@ class Documents:
         skipped = self.block_size * _count_within(pieces_of_each)  # positions in front of it
         piece_starts = starts[document] + skipped
         lengths = np.minimum(positions[document] - skipped, self.block_size)
-        lengths, learned = self._up_to_last_learned(piece_starts, lengths)
+        _, lengths, learned = self._find_learned(piece_starts, lengths)
         teaches = learned > 0
         self.n_left_out = len(starts) - len(np.unique(document[teaches]))
         self.n_cut = len(np.unique(document[teaches & (skipped > 0)]))
@@ -142,7 +158,7 @@ class Documents:
         if len(starts) % 2:
             problem = f'{len(starts):,} documents, and pairs are an even number of them'
             raise UserError(f'{self.paths[0]} has {problem}: prepare it again')
-        lengths, learned = self._up_to_last_learned(starts, ends - starts - 1)
+        _, lengths, learned = self._find_learned(starts, ends - starts - 1)
         teaches = (learned.reshape(-1, 2) > 0).all(axis=1)
         pair_lengths = lengths.reshape(-1, 2).sum(axis=1)
         fits = pair_lengths <= self.block_size
@@ -155,6 +171,26 @@ class Documents:
             )
         self._keep(np.repeat(teaches & fits, 2), starts, lengths, learned)
 
+    def _choose_targets(self, starts, ends):
+        """What is packed: the targets that fit in a row and whose sources do."""
+        first, lengths, learned = self._find_learned(starts, ends - starts - 1)
+        source_lengths = first - starts
+        lengths = lengths - source_lengths + 1  # without what is the source's
+        teaches = learned > 0
+        longer = np.maximum(source_lengths, lengths)
+        fits = longer <= self.block_size
+        self.n_left_out = int(np.count_nonzero(~(teaches & fits)))
+        self.n_too_long = int(np.count_nonzero(teaches & ~fits))
+        if teaches.any() and not fits[teaches].any():
+            raise UserError(
+                f'no source and target of {self.paths[0]} fit in rows of '
+                f'block_size={self.block_size}: the shortest need '
+                f'--block_size={longer[teaches].min()}'
+            )
+        # the input in front of the first target is the end of text, in place of the source's last
+        self._keep(teaches & fits, first - 1, lengths, learned)
+        self.source_lengths = source_lengths[teaches & fits]
+
     def _keep(self, chosen, starts, lengths, learned):
         """Keep the chosen documents: where each starts, its positions, its learned targets."""
         if not chosen.any():
@@ -163,9 +199,13 @@ class Documents:
         self.starts, self.lengths = starts[chosen], lengths[chosen]
         self.learned = learned[chosen]
 
-    def _up_to_last_learned(self, starts, lengths):
-        """Of each document, its length as far as the last learned target, and how many it has."""
-        lengths, learned = lengths.copy(), np.zeros(len(starts), np.int64)
+    def _find_learned(self, starts, lengths):
+        """Of each document, where its first learned target is, its length up to the last, how many.
+
+        Of a document without any, the first two mean nothing.
+        """
+        first_learned, lengths = starts + 1, lengths.copy()
+        learned = np.zeros(len(starts), np.int64)
         last_targets = starts + lengths
         first = 0
         while first < len(starts):
@@ -181,22 +221,23 @@ class Documents:
             up_to = np.searchsorted(places, last_targets[here], side='right')
             learned[here] = up_to - before
             teaches = np.flatnonzero(up_to > before)
+            first_learned[first + teaches] = places[before[teaches]]
             lengths[first + teaches] = places[up_to[teaches] - 1] - starts[first + teaches]
             first = upto
-        return lengths, learned
+        return first_learned, lengths, learned
 
     def _pack(self):
         """Put the documents, or pairs, into rows."""
         together = 2 if self.pairs else 1
         lengths = self.lengths.reshape(-1, together).sum(axis=1)
         learned = self.learned.reshape(-1, together).sum(axis=1)
-        row_of_each, self.n_rows = pack(lengths, self.block_size)
+        sizes = np.maximum(lengths, self.source_lengths) if self.with_sources else lengths
+        row_of_each, self.n_rows = pack(sizes, self.block_size)
         by_row = np.argsort(row_of_each, kind='stable')
         # the numbers of the documents, row by row, and where among them each row begins
         self.packed = (by_row[:, None] * together + np.arange(together)).ravel()
         documents_per_row = np.bincount(row_of_each) * together
         self.first_packed = np.concatenate([[0], np.cumsum(documents_per_row)])
-        self.used_per_row = np.bincount(row_of_each, lengths).astype(np.int64)
         learned_per_row = np.bincount(row_of_each, learned).astype(np.int64)
         self.weight_per_row = documents_per_row // 2 if self.pairs else learned_per_row
         self.n_tokens = self.n_rows * self.block_size
@@ -244,19 +285,46 @@ class Documents:
         at the end of a row has documents -1, inputs 0 and targets -1.
         """
         chosen = self.documents_of(rows)
-        lengths = self.lengths[chosen]
+        n_documents = self.first_packed[np.add(rows, 1)] - self.first_packed[rows]  # of each row
+        row_of_each = np.repeat(np.arange(len(rows)), n_documents)
+        numbers, lengths = np.arange(len(chosen)), self.lengths[chosen]
         # where in the data each position's input is; its target is the next token
         places = np.repeat(self.starts[chosen], lengths) + _count_within(lengths)
         next_ids = self._read(self.shards, places + 1)
         is_learned = self._read(self.masks, places + 1)
-        held = np.arange(self.block_size) < self.used_per_row[rows][:, None]  # (rows, block_size)
-        inputs = np.zeros(held.shape, np.int64)
-        targets, documents = np.full((2, *held.shape), -1, np.int64)
-        inputs[held] = self._read(self.shards, places)
-        targets[held] = np.where(is_learned, next_ids, -1)
-        documents[held] = np.repeat(np.arange(len(chosen)), lengths)
-        values = {name: values[chosen] for name, values in self.of_documents.items()}
-        return Batch(inputs=inputs, targets=targets, documents=documents, **values)
+        ids = self._read(self.shards, places)
+        if self.with_sources:
+            ids[np.cumsum(lengths) - lengths] = self.end_of_text
+        used = np.bincount(row_of_each, lengths, len(rows))
+        batch = Batch(
+            inputs=self._in_rows(ids, used, 0),
+            targets=self._in_rows(np.where(is_learned, next_ids, -1), used, -1),
+            documents=self._in_rows(np.repeat(numbers, lengths), used, -1),
+        )
+        if self.with_sources:
+            lengths = self.source_lengths[chosen]
+            starts = self.starts[chosen] + 1 - lengths
+            ids = self._read(self.shards, np.repeat(starts, lengths) + _count_within(lengths))
+            used = np.bincount(row_of_each, lengths, len(rows))
+            batch['source'] = self._in_rows(ids, used, -1)
+            batch['source_documents'] = self._in_rows(np.repeat(numbers, lengths), used, -1)
+        for name, values in self.of_documents.items():
+            batch[name] = values[chosen]
+        return batch
+
+    def _in_rows(self, values, used, filler):
+        """Values of documents that follow one another, as rows; used: (rows,), how many in each."""
+        held = np.arange(self.block_size) < used[:, None]  # (rows, block_size)
+        rows = np.full(held.shape, filler, np.int64)
+        rows[held] = values
+        return rows
+
+    def source_and_target(self, number):
+        """The token ids of a document's source and of its target, lists; for with_sources."""
+        first = self.starts[number] + 1
+        source = np.arange(first - self.source_lengths[number], first)
+        target = np.arange(first, first + self.lengths[number])
+        return self._read(self.shards, source).tolist(), self._read(self.shards, target).tolist()
 
     def _read(self, files, places):
         """What the shards, or their masks, hold at these places; int64."""

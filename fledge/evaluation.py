@@ -113,7 +113,7 @@ def label_logits(model, batch, labels, hidden):
     of the n it is, and logits (documents, n), in the order of the batch.
     """
     is_label = torch.isin(batch['targets'], labels)  # (rows, block_size)
-    x = hidden(batch['inputs'], documents=batch['documents'])[is_label]
+    x = hidden(batch['inputs'], **batch.context())[is_label]
     own = (batch['targets'][is_label][:, None] == labels).int().argmax(dim=1)
     return own, model.logits(x)[:, labels]
 
@@ -160,7 +160,7 @@ def score_targets(model, batch, hidden, detailed=False):
     hidden: model's, or compiled.
     """
     learned = batch['targets'] >= 0
-    x = hidden(batch['inputs'], documents=batch.get('documents'))[learned]
+    x = hidden(batch['inputs'], **batch.context())[learned]
     targets = batch['targets'][learned]
     nats, correct, top5, confidence = torch.empty((4, len(targets)), device=x.device)
     n = max(1, LOGITS // model.config.vocab_size)
@@ -237,22 +237,30 @@ class Windows:
 
 
 def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_penalty, seed):
-    """So many continuations of a text or, where that is given, of what a user asks, as texts."""
+    """So many continuations of a text or, where that is given, of what a user asks, as texts.
+
+    Of an encoder-decoder, the text with the targets that follow it.
+    """
+    has_encoder = model.config.n_encoder_layer > 0
+    prompt, source = [tokenizer.end_of_text], [tokenizer.end_of_text] if has_encoder else []
     try:
-        if ask:
+        if has_encoder:
+            source = tokenizer.encode_source(start)
+        elif ask:
             prompt = tokenizer.encode_chat_prompt([dict(role='user', content=ask)])
         else:
             prompt = tokenizer.encode_prompt(start)
     except UserError:  # a vocabulary of characters, or one that has no form for conversations
-        prompt = [0]
+        prompt = prompt if has_encoder else [0]
     was_training = model.training
     model.eval()
     with machine.autocast():
         filters = dict(top_p=0.95, repetition_penalty=repetition_penalty)
-        stop = ends(tokenizer) if ask else None  # an answer ends; a text goes on
+        filters |= dict(source=[source] * count) if has_encoder else {}
+        stop = ends(tokenizer) if ask or has_encoder else None  # an answer ends; a text goes on
         rows = model.generate([prompt] * count, n_tokens, 0.8, stop=stop, seed=seed, **filters)
     model.train(was_training)
-    return [tokenizer.decode(row) for row in rows]
+    return [tokenizer.decode(source + row[len(source) > 0 :]) for row in rows]
 
 
 def in_words(result):

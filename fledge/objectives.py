@@ -20,8 +20,7 @@ TAKEN = {'bytes', 'step_losses', *KEYS}  # names of the log's own numbers
 
 def next_token(model, batch):
     """Mean cross entropy of the targets, in nats a token; no logits are kept."""
-    documents = batch.get('documents')
-    return model(batch['inputs'], batch['targets'], return_logits=False, documents=documents)[1]
+    return model(batch['inputs'], batch['targets'], return_logits=False, **batch.context())[1]
 
 
 def dpo(model, batch, beta):

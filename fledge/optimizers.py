@@ -124,8 +124,9 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch
         return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
     if name != 'muon':
         raise UserError(f'optimizer={name!r} is none of adamw, muon')
-    matrices = [p for n, p in named if p.dim() == 2 and '.h.' in n]
-    others = [p for n, p in named if p.dim() != 2 or '.h.' not in n]
+    in_blocks = {p for block in model.blocks for p in block.parameters()}
+    matrices = [p for _, p in named if p.dim() == 2 and p in in_blocks]
+    others = [p for _, p in named if p.dim() != 2 or p not in in_blocks]
     muon = Muon(matrices, learning_rate, weight_decay, dtype)
     if not others:  # adapters are matrices alone
         return [muon]

@@ -51,7 +51,7 @@ def quantize_base(model, kind, device='cpu'):
         raise UserError(
             f'a base in {kind} needs bitsandbytes: pip install -r requirements-qlora.txt'
         )
-    for block in model.transformer.h:
+    for block in model.blocks:
         for module in list(block.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):

@@ -76,8 +76,11 @@ class Tokenizer:
     (and where it is that). `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
     document, or None; `begin` are the ids that stand in front of each document (Llama's
-    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id.
+    <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id; `separator` is the
+    text between a source and its target, where a model or data has these.
     """
+
+    separator = ''
 
     def __init__(self, spec, template=None):
         self.template = template if template and template.text not in OWN_TEMPLATES else None
@@ -215,6 +218,12 @@ class Tokenizer:
         if ids[: len(self.begin)] != self.begin:
             ids = self.begin + ids
         return start + ids or [self.end_of_text or 0]
+
+    def encode_source(self, text):
+        """The ids of a source, as encode_prompt's, with the separator behind it."""
+        if self.separator and not text.endswith(self.separator):
+            text += self.separator
+        return self.encode_prompt(text)
 
     def encode_chat(self, messages):
         """ids of a conversation and, for each, whether it is learned: uint32 and uint8.
@@ -404,7 +413,9 @@ class Tokenizer:
     def as_trained(self, checkpoint):
         """This tokenizer as the model of a checkpoint knows it: before, documents had no begin."""
         begin = checkpoint.get('begin', 'iter_num' not in checkpoint)
-        return self if begin else self.without_begin()
+        tokenizer = self if begin else self.without_begin()
+        tokenizer.separator = checkpoint.get('separator', '')
+        return tokenizer
 
     def digest(self):
         """A text that two tokenizers share if they are the same in all that they do."""
@@ -684,6 +695,9 @@ def common_tokenizer(data_dir, theirs, weights, say=print):
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
         say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
     common = tokenizer or theirs
-    if common and common.begin and not read_meta(data_dir).get('begin'):
-        return common.without_begin()
+    meta = read_meta(data_dir)
+    if common and common.begin and not meta.get('begin'):
+        common = common.without_begin()
+    if common:
+        common.separator = meta.get('separator', '')
     return common

@@ -157,7 +157,13 @@ class Batch(dict):
     Where rows are packed documents, `documents` (rows, block_size) has the number of each
     position's, 0, 1, 2, ... through the batch, and -1 for padding. Where those are pairs, chosen
     ones are even, rejected ones odd, and `reference` (documents,) is float32: see objectives.dpo.
+    For an encoder `source` has token ids, -1 for padding, and `source_documents` their documents.
     """
+
+    def context(self):
+        """What a model is told besides the inputs: keyword arguments of GPT.forward."""
+        names = ('documents', 'source', 'source_documents')
+        return {name: self[name] for name in names if name in self}
 
     def __iter__(self):
         return iter((self['inputs'], self['targets']))

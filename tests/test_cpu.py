@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import model as plain
 from fledge import cpu
-from fledge.cpu import CausalAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
+from fledge.cpu import BlockAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
 from test_model import QWEN3, all_logits, every_family, tiny, tokens
 
 
@@ -24,13 +24,13 @@ def assert_same_gradients(ours, theirs, inputs, **tolerance):
 @pytest.mark.parametrize('length', [7, 128, 300])  # less than a block, one block, blocks and a rest
 @pytest.mark.parametrize('cache_bytes', [1, 8 << 20])  # row by row, and all at once
 def test_attention_in_blocks_equals_torchs(n_kv_head, length, cache_bytes, monkeypatch):
-    monkeypatch.setattr(CausalAttention, 'CACHE_BYTES', cache_bytes)
+    monkeypatch.setattr(BlockAttention, 'CACHE_BYTES', cache_bytes)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(2, n, length, 8, dtype=torch.float64, requires_grad=True)
         for n in (4, n_kv_head, n_kv_head)
     )
-    ours = CausalAttention.apply(q, k, v, 0.0)
+    ours = BlockAttention.apply(q, k, v, 0.0)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs)
     assert_same_gradients(ours, theirs, (q, k, v))
@@ -47,7 +47,7 @@ def test_attention_drops_as_it_says(length, monkeypatch):
         return masks[-1]
 
     monkeypatch.setattr(cpu, 'dropout_mask', recorded)
-    ours = CausalAttention.apply(q, k, v, 0.25)
+    ours = BlockAttention.apply(q, k, v, 0.25)
     blocks = [m.view(2, 2, 2, -1, m.shape[-1]) for m in masks]
     whole = [F.pad(block, (0, length - block.shape[-1])) for block in blocks]
     kept = torch.cat(whole, dim=3).view(2, 4, length, length)

@@ -325,8 +325,8 @@ def config_of(c):
     """The config.json, a dict, of the first family that a GPTConfig fits; UserError for none."""
     kind = next((kind for kind, family in FAMILIES.items() if belongs(c, family)), None)
     if kind is None:
-        switches = ('position', 'norm', 'activation', 'bias', 'qkv_bias', 'qk_norm', 'n_kv_head')
-        odd = ' '.join(f'{name}={getattr(c, name)}' for name in (*switches, 'head_dim'))
+        switches = 'position norm norm_first activation bias qkv_bias qk_norm n_kv_head head_dim'
+        odd = ' '.join(f'{name}={getattr(c, name)}' for name in switches.split())
         raise UserError(
             f"none of {', '.join(FAMILIES)} has this model's {odd} together, "
             'so nothing else could load it'
