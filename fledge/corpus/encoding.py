@@ -182,7 +182,11 @@ def _encode(s, stage, encoder, record, repaired):
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     split = stage.split
     if not split:
-        draw = hashlib.blake2b(digest, digest_size=8, key=str(s.seed).encode()).digest()
+        drawn = digest
+        if not isinstance(documents[0], str) and not is_chat(documents[0]):
+            # pieces: all targets of a source are in one split, so val's sources are not in train
+            drawn = documents[0][0][0].encode()
+        draw = hashlib.blake2b(drawn, digest_size=8, key=str(s.seed).encode()).digest()
         split = 'val' if int.from_bytes(draw, 'big') / 2**64 < s.val_fraction else 'train'
     example = (
         int.from_bytes(digest, 'big'),
