@@ -21,8 +21,9 @@ from fledge.tokenizer import is_gpt2_size
 # (magic, version): token type
 FORMATS = {(20240520, 1): np.dtype('<u2'), (20240801, 7): np.dtype('<u4')}
 HEADER_BYTES = 256 * 4
-OFFLINE = ('stdlib', 'stdlib_chat', 'stdlib_pairs')  # made of Python's own files
-NO_DATASETS = ('text', 'chat', 'preferences', 'classify', 'hub', 'look', 'merge')  # in prepare/
+OFFLINE = ('stdlib', 'stdlib_chat', 'stdlib_pairs', 'copy_task')  # made without a network
+# scripts in prepare/ that have no dataset of their name
+NO_DATASETS = ('text', 'chat', 'preferences', 'classify', 'translate', 'hub', 'look', 'merge')
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
 
@@ -143,8 +144,8 @@ def find_data(dataset, vocab_size, make_default):
         flags = ['--input=YOUR_FILES', f'--name={dataset}', *flags]
     command = shlex.join(['python', script, *flags])
     if dataset not in OFFLINE or not make_default:
-        others = 'conversations, pairs and labels by chat.py, preferences.py and classify.py there'
-        others = f' ({others})' if 'YOUR_FILES' in command else ''
+        others = 'conversations by chat.py, preferences by preferences.py, labels by classify.py'
+        others = f' ({others}, pairs by translate.py)' if 'YOUR_FILES' in command else ''
         raise UserError(f'{folder} has no train.bin; make it with: {command}{others}')
     if subprocess.run([sys.executable, os.path.join(root, script), *flags]).returncode:
         raise UserError(f'{command} failed; see above')

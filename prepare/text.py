@@ -9,6 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
+from fledge import UserError
 from fledge.corpus import configure, own_files, prepare, text_of
 
 name = ''  # folder under data/
@@ -20,4 +21,8 @@ settings = configure(globals())
 
 separator = separator.replace(r'\n', '\n').replace(r'\t', '\t')
 options = dict(columns=[field], separator=separator)
-prepare(settings, input, own_files(settings, lambda record: [text_of(record, field)], **options))
+stages = own_files(settings, lambda record: [text_of(record, field)], **options)
+files = [path.lower() for stage in stages for path, _ in stage.source.files]
+if separator and not any(path.endswith(('.txt', '.md')) for path in files):
+    raise UserError('--separator is for .txt and .md files, and none is there')
+prepare(settings, input, stages)

@@ -85,6 +85,7 @@ def test_readmes_commands_run(tmp_path):
         '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", '
         '"content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
     )
+    (tmp_path / 'pairs.tsv').write_text('one\teins\ntwo\tzwei\n')
     (tmp_path / 'prompts.txt').write_text('one\ntwo\n')
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()

@@ -129,7 +129,7 @@ def test_json_of_lines_is_not_held(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize('separator', ['<|end|>', '\n\n', '%', 'aa'])
+@pytest.mark.parametrize('separator', ['<|end|>', '\n\n', '\n', '%', 'aa'])
 def test_separated_texts_are_those_of_the_whole_for_any_slice_and_position(
     tmp_path, monkeypatch, separator
 ):

@@ -6,9 +6,18 @@ A script there is its settings, `settings = configure(globals())`, and a call of
 from fledge import configurator
 from fledge.corpus import pipeline
 from fledge.corpus.pipeline import Stage, prepare
-from fledge.corpus.records import article, conversation, is_title, labelled, preference, text_of
+from fledge.corpus.records import (
+    article,
+    conversation,
+    is_title,
+    labelled,
+    preference,
+    text_of,
+    translated,
+)
 from fledge.corpus.sources import (
     RECORDS,
+    TABLES,
     Files,
     Hub,
     Made,
@@ -19,9 +28,9 @@ from fledge.corpus.sources import (
     split_paths,
 )
 
-__all__ = ['RECORDS', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls', 'article']
-__all__ += ['configure', 'conversation', 'fetch', 'is_title', 'labelled', 'preference']
-__all__ += ['own_files', 'prepare', 'text_of']
+__all__ = ['RECORDS', 'TABLES', 'Files', 'Hub', 'Made', 'OrElse', 'Skip', 'Stage', 'Urls']
+__all__ += ['article', 'configure', 'conversation', 'fetch', 'is_title', 'labelled', 'own_files']
+__all__ += ['preference', 'prepare', 'text_of', 'translated']
 
 
 def configure(script):

@@ -76,12 +76,13 @@ COMMIT_SECONDS = 2  # how often what is written is made safe
 GOES_ON = 'what is prepared is kept, and the same command goes on'
 
 
-def prepare(settings, source, stages, masked=False, pairs=False):
+def prepare(settings, source, stages, masked=False, pairs=False, separator=''):
     """Tokenize the stages, one after another, into the .bin files of data/NAME.
 
     settings: what configure() returned; source: what meta.json calls it. masked: .mask.bin files
     are written as well, and the tokenizer is given the special tokens of chats. pairs: each example
-    is two documents, chosen and rejected, which meta.json says to training.
+    is two documents, chosen and rejected, which meta.json says to training. separator: what ends
+    the sources of documents that translated() made; meta.json has it, and so says what they are.
     """
     s = SimpleNamespace(**settings)
     sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
@@ -110,7 +111,7 @@ def prepare(settings, source, stages, masked=False, pairs=False):
             writing.share(partial, files, state, s.val_fraction, source)
         elif os.path.exists(f'{partial}/hashes'):
             os.replace(f'{partial}/hashes', f'{folder}/hashes')  # for merge.py
-        meta = writing.meta_of(state, files, source, settings, masked, pairs)
+        meta = writing.meta_of(state, files, source, settings, masked, pairs, separator)
         writing.publish(folder, files, f'{partial}/tokenizer.json', meta)
         for path in glob.glob(f'{glob.escape(folder)}/partial-*'):
             writing.remove(path)

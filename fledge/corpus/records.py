@@ -30,6 +30,20 @@ def labelled(text, word):
     return [(f'{text}\n\nLabel:', 0), (f' {word}', 1)]
 
 
+def translated(source, target, separator):
+    """The document of a source and its target, of which the target is learned: pieces.
+
+    The first separator in it is the one behind the source. Skip for a source that has one itself.
+    """
+    if not source:
+        raise Skip('an empty source')
+    if not target:
+        raise Skip('an empty target')
+    if separator in source:
+        raise Skip(f'a source with {separator!r} in it, which is what ends a source')
+    return [(f'{source}{separator}', 0), (target, 1)]
+
+
 def exchange(question, answer):
     """A conversation of one question and its answer."""
     return _checked([dict(role='user', content=question), dict(role='assistant', content=answer)])

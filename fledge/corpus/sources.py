@@ -33,6 +33,7 @@ PART_BYTES = 4 << 20  # a text file above this is read, and tokenized, in parts
 LONGEST = 256 << 20  # bytes between two separators
 RECORDS = ('.jsonl', '.jsonl.gz', '.json', '.parquet')  # files that hold many records
 TEXTS = ('.txt', '.md', *RECORDS)
+TABLES = ('.tsv', '.tab', '.txt', *RECORDS)  # and those with columns between tabs
 SHUFFLED = 10_000  # rows of the hub held at a time where they are shuffled
 WINDOW = 256  # and where they are not
 
@@ -209,8 +210,6 @@ class Files:
             first = ', '.join(others[:3]) + (', ...' if len(others) > 3 else '')
             there = f', but {len(others):,} hidden or of another kind ({first})' if others else ''
             raise UserError(f'{", ".join(paths)}: no {known} files there{there}')
-        if separator and not any(f.lower().endswith(('.txt', '.md')) for f in found):
-            raise UserError('--separator is for .txt and .md files, and none is there')
         self.left_out += empty
         # a broken link has no size, and is named when it is opened
         self.files = [(f, os.path.getsize(f) if os.path.exists(f) else 0) for f in found]
@@ -294,7 +293,7 @@ def _files_in(folder, extensions, without):
         for path in [os.path.join(directory, name) for name in folders]:
             if os.path.islink(path):
                 others.append((path, 'a link to a folder'))
-    return sorted(found), sorted(others) if extensions in (TEXTS, RECORDS) else []
+    return sorted(found), sorted(others) if extensions in (TEXTS, RECORDS, TABLES) else []
 
 
 def _twins(files):

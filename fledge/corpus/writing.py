@@ -239,7 +239,7 @@ def remove(partial):
     shutil.rmtree(partial)
 
 
-def meta_of(state, files, source, settings, masked, pairs):
+def meta_of(state, files, source, settings, masked, pairs, separator):
     """What meta.json says of a finished run."""
     splits = {}
     for split, n in state['splits'].items():
@@ -252,6 +252,7 @@ def meta_of(state, files, source, settings, masked, pairs):
         begin=state['begin'],
         masked=masked,
         pairs=pairs,
+        separator=separator,
         splits=splits,
         repaired=state['repaired'].get(REPAIRED, {}),
         lost=state['lost'],
