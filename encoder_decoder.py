@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from model import GPT, Block, CausalSelfAttention, Context, norm, pad, place_documents
 
@@ -23,19 +24,29 @@ def make_model(config):
 class Source:
     """What the decoder looks at, so that the encoder runs once for all tokens that are generated.
 
-    keys, values: for each layer of the decoder (B, n_kv_head, S, head_dim). mask: (B, 1, T or 1, S)
-    bool, True where a token of the source is seen.
+    keys, values: (layers of the decoder, B, n_kv_head, S, head_dim). mask: (B, 1, T or 1, S) bool,
+    True where a token of the source is seen.
     """
 
-    keys: list
-    values: list
+    keys: torch.Tensor
+    values: torch.Tensor
     mask: torch.Tensor
 
     def select(self, rows):
         """A Source of these rows, (n,) int64, in this order."""
-        keys = [keys[rows] for keys in self.keys]
-        values = [values[rows] for values in self.values]
-        return Source(keys, values, self.mask[rows])
+        return Source(self.keys[:, rows], self.values[:, rows], self.mask[rows])
+
+
+def join(sources):
+    """One Source of those of several texts, all (1, 1, 1, S) in mask."""
+    longest = max(source.mask.shape[-1] for source in sources)
+    keys, values, masks = [], [], []
+    for source in sources:
+        n_more = longest - source.mask.shape[-1]
+        keys.append(F.pad(source.keys, (0, 0, 0, n_more)))
+        values.append(F.pad(source.values, (0, 0, 0, n_more)))
+        masks.append(F.pad(source.mask, (0, n_more)))
+    return Source(torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(masks))
 
 
 class CrossAttention(CausalSelfAttention):
@@ -123,8 +134,8 @@ class EncoderDecoder(GPT):
             seen = (of_query == of_key) | (of_query < 0)  # what is padding sees all, not nothing
         x = self.run(self.transformer.encoder, source.clamp(min=0), Context(positions, mask=mask))
         x = self.transformer.ln_encoder(x)  # (B, S, n_embd)
-        keys, values = zip(*(block.cross_attn.read(x) for block in self.transformer.h), strict=True)
-        return Source(keys, values, seen)
+        read = [block.cross_attn.read(x) for block in self.transformer.h]
+        return Source(*map(torch.stack, zip(*read, strict=True)), seen)
 
     @torch.no_grad()
     def generate(

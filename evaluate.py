@@ -4,6 +4,7 @@ python evaluate.py --out_dir=out --split=val --json
 python evaluate.py --init_from=out/int8.pt                                what 8 bits cost
 python evaluate.py --init_from=HuggingFaceTB/SmolLM2-135M --dataset=stories     anybody's model
 python evaluate.py --out_dir=out-sentiment --labels                             a classifier
+python evaluate.py --out_dir=out-translate --num_beams=4                        sources, targets
 python evaluate.py --out_dir=out-a,out-b --tasks=blimp.jsonl,lambada.jsonl      two models
 python evaluate.py --out_dir=out-a,out-b --prompts --speed                      what they say
 
@@ -19,6 +20,9 @@ it repeats itself; --answers, in gsm8k's form, how often the number at the end o
 right; --speed how fast a model reads and writes. With these the data is left alone, unless
 --dataset or --split asks for it.
 
+On data with sources and targets exact_match is how often a greedy target, or with --num_beams a
+searched one, is right in every token; chrf and bleu are sacrebleu's.
+
 --labels adds how often a document was given the right label (label_accuracy), precision, recall and
 F1 of each label, and the table of which is taken for which, drawn in confusion.png beside the
 weights. The model chooses among the labels alone.
@@ -30,20 +34,22 @@ import os
 import sys
 import time
 
-from fledge import UserError, checkpoint, cpu
+from fledge import UserError, checkpoint, cpu, read_meta
 from fledge.configurator import configure, given
 from fledge.device import Machine
 from fledge.documents import open_split
 from fledge.evaluation import Windows, evaluate, evaluate_labels, in_words
 from fledge.formats import huggingface
+from fledge.formats.huggingface import ends
 from fledge.generation import Sampling
 from fledge.labels import draw_confusion, find_labels, label_scores, label_tables
 from fledge.prompts import read_prompts
 from fledge.replies import PROMPTS, measure_answers, measure_prompts, measure_speed, read_questions
 from fledge.report import draw_positions, draw_tasks, folder_of_pictures, table
+from fledge.targets import measure_targets
 from fledge.tasks import read_task, run_task
 from fledge.tokenizer import common_tokenizer
-from fledge.tokens import Tokens, split_files
+from fledge.tokens import Tokens, split_files, spread
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
@@ -61,6 +67,8 @@ answers = ''  # a .jsonl file of questions whose answers end with a number, as g
 speed = False  # how fast a prompt is read and an answer written
 max_new_tokens = 200  # of a prompt or an answer
 temperature = 0.8  # of what is drawn behind prompts; 0 is greedy
+num_beams = 1  # of targets: 1 is greedy
+length_penalty = 1.0  # of beams: the higher the likelier are longer targets
 seed = 1337  # of the draws
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
@@ -97,10 +105,17 @@ for source, folder in sources:
     machine.wrap(model)
     model.eval()
     context, vocab_size = model.config.block_size, model.config.vocab_size
+    has_encoder = model.config.n_encoder_layer > 0
+    if has_encoder and (examples or texts or questions or speed):
+        raise UserError(
+            f'{path} is an encoder-decoder, which is measured on sources and targets: leave out '
+            '--tasks, --prompts, --answers and --speed'
+        )
     row_length = block_size or min(context, run.get('block_size', 1024))
     if row_length > context:
         raise UserError(f'block_size={block_size} is more than the context of {path}, {context}')
     n_tokens = batch_size * row_length  # read together, of tasks and of generations
+    targets = None  # data with sources and targets
     result = results[path] = {}
 
     # ---- a split of prepared data
@@ -111,7 +126,10 @@ for source, folder in sources:
                 f'{path} does not say what it was trained on: name the data with --dataset'
             )
         data_dir = os.path.join('data', dataset)
-        data = open_split(data_dir, split, row_length, vocab_size)
+        of_split = (data_dir, split, row_length, vocab_size)
+        data = open_split(*of_split, with_sources=has_encoder)
+        if has_encoder or read_meta(data_dir).get('separator'):
+            targets = data if has_encoder else open_split(*of_split, with_sources=True)
         if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
             print(
                 f'documents of {data_dir} do not begin with the tokens that they began with for '
@@ -174,11 +192,16 @@ for source, folder in sources:
         result.setdefault('tasks', {})[name] = measured
 
     # ---- what it says, and how fast
-    if texts or questions or speed:
+    if targets or texts or questions or speed:
         model.to(machine.dtype)
         if machine.type == 'cpu':
             cpu.speed_up(model, packed=True)
     try:
+        if targets:
+            sampling = Sampling(max_new_tokens, 0.0, num_beams=num_beams, ends=ends(tokenizer))
+            sampling.length_penalty = length_penalty
+            numbers = spread(range(targets.n_documents), eval_iters * batch_size or None)
+            result |= measure_targets(model, tokenizer, targets, numbers, sampling)
         if texts:
             sampling = Sampling(max_new_tokens, temperature, seed=seed)
             result['prompts'] = measure_prompts(

@@ -19,7 +19,8 @@ from fledge import UserError
 from fledge.configurator import configure, given, one_of
 from fledge.device import Machine
 from fledge.formats import huggingface
-from fledge.generation import Reply, Sampling, generate, load
+from fledge.generation import Sampling, generate, load
+from fledge.prompts import answer_all, new_reply, read_prompts
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # resume (out_dir's ckpt.pt), a checkpoint file, a Hugging Face folder or name
@@ -41,6 +42,8 @@ min_p = 0.0  # only tokens with this share of the likeliest one's probability
 repetition_penalty = 1.0  # above 1, tokens seen before become less likely
 presence_penalty = 0.0  # above 0, tokens that a sample has already become less likely
 frequency_penalty = 0.0  # the same, by how often it has them
+num_beams = 1  # above 1 the likeliest sample is searched, so many beams at a time; nothing is drawn
+length_penalty = 1.0  # of beams: above 0 longer samples are likelier, the more the higher
 stop = 'auto'  # a sample ends before this text, or a JSON list of them; auto: with its document
 seed = 1337  # of the first sample's draws; the next sample's is one more
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -98,20 +101,30 @@ if beside:
     print(f'without effect beside --{way}: {", ".join(sorted(beside))}', file=sys.stderr)
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
-idle = given & {'top_k', 'top_p', 'min_p', 'seed'} if temperature == 0 else set()
+of_draws = {'top_k', 'top_p', 'min_p', 'seed'}
+idle = given & of_draws if temperature == 0 else set()
 if idle:
     print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)
+penalties = {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
+idle = (
+    given & {*of_draws, *penalties, 'temperature'} if num_beams > 1 else given & {'length_penalty'}
+)
+if idle:
+    print(f'without effect with num_beams={num_beams}: {", ".join(sorted(idle))}', file=sys.stderr)
 if system and not (ask or chat):
     print('without effect without --ask or --chat: system', file=sys.stderr)
 
 # ---- the model, and how its tokens are drawn
 machine = Machine(device, dtype)
 model, path, tokenizer = load(machine, init_from, out_dir, quantize, compile)
+has_encoder = model.config.n_encoder_layer > 0
+if has_encoder and (chat or ask):
+    raise UserError(f'{path} is an encoder-decoder: --start is its source, it does not converse')
 ends, stops = ends_of(stop, tokenizer)
 known = {field.name for field in fields(Sampling)} & globals().keys()
 settings = {name: globals()[name] for name in known - {'stop', 'ends'}}
 sampling = Sampling(**settings, stop=stops, ends=ends)
-if prompts and 'num_samples' not in given:
+if 'num_samples' not in given and (prompts or num_beams > 1):
     num_samples = 1
 samplings = [replace(sampling, seed=seed + i) for i in range(num_samples)]
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
@@ -124,8 +137,6 @@ if chat:
     raise SystemExit
 
 if prompts:
-    from fledge.prompts import answer_all, read_prompts
-
     recorded = dict(settings, model=path, stop=stop, num_samples=num_samples, dtype=dtype)
     n = answer_all(model, tokenizer, read_prompts(prompts), samplings, batch_size, output, recorded)
     print(f'{output}: {n} prompts answered')
@@ -134,14 +145,14 @@ if prompts:
     raise SystemExit
 
 # ---- the prompt
-if ask:
-    start = ''  # what was asked need not be said again
-    messages = [dict(role='system', content=system)] if system else []
-    messages.append(dict(role='user', content=ask))
-    prompt = tokenizer.encode_chat_prompt(messages)
+if ask:  # which need not be said again
+    start, asked = '', [dict(role='system', content=system)] if system else []
+    asked.append(dict(role='user', content=ask))
 else:
-    start = text_of(start)
-    prompt = tokenizer.encode_prompt(start)
+    start = asked = text_of(start)
+replies = [new_reply(model, tokenizer, asked, sampling) for sampling in samplings]
+prompt = replies[0].source or replies[0].prompt
+start = '' if has_encoder else start
 if attention:
     from fledge.attention import draw_attention
 
@@ -150,7 +161,6 @@ if attention:
     raise SystemExit
 
 # ---- the samples, drawn together; they are shown one after the other, each as it comes
-replies = [Reply(tokenizer, prompt, sampling) for sampling in samplings]
 number, began = 0, time.monotonic()
 read_seconds = n_first = 0  # until the prompt was read, and the tokens that were drawn by then
 print(start, end='', flush=True)
@@ -180,5 +190,10 @@ print(
 if json:
     samples = [start + reply.text for reply in replies]
     reasons = [reply.finish_reason for reply in replies]
-    result = dict(start=start or ask, samples=samples, tokens=counts, finish_reasons=reasons)
+    result = dict(
+        start=ask or (asked if has_encoder else start),
+        samples=samples,
+        tokens=counts,
+        finish_reasons=reasons,
+    )
     print(json_.dumps(result))

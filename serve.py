@@ -107,6 +107,10 @@ address = listening.getsockname()
 # ---- the model
 machine = Machine(device, dtype)
 model, path, tokenizer = load(machine, init_from, out_dir, quantize, compile)
+if model.config.n_encoder_layer:
+    raise UserError(
+        f'{path} is an encoder-decoder, for which this API has no place: python sample.py --prompts'
+    )
 context = model.config.block_size
 if os.path.isfile(path):  # a run's: the folder's name, and the file's unless it is the latest
     folder, name = os.path.split(os.path.abspath(path))

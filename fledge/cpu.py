@@ -162,8 +162,7 @@ class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
     def encode(self, *source):
         found = super().encode(*source)
         if self.packed:  # as the KVCache is
-            found.keys = [keys.float() for keys in found.keys]
-            found.values = [values.float() for values in found.values]
+            found.keys, found.values = found.keys.float(), found.values.float()
         return found
 
 

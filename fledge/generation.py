@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from encoder_decoder import beam_search, join
 from fledge import UserError, checkpoint, cpu, quantize
 from fledge.formats import huggingface
 from fledge.tokenizer import TextStream
-from model import penalize, sample_token
+from model import pad, penalize, sample_token
 
 
 def load(machine, init_from, out_dir, kind='none', compile=False):
@@ -54,6 +55,8 @@ class Sampling:
     stop: tuple = ()  # texts in front of which a reply ends
     ends: tuple = ()  # token ids with which it ends
     seed: int | None = None  # of the draws; None: another each time
+    num_beams: int = 1  # above 1 nothing is drawn: see encoder_decoder.beam_search
+    length_penalty: float = 1.0  # of beams
     n_logprobs: int | None = None  # keep the log probabilities of each token and of so many more
 
     def __post_init__(self):
@@ -66,14 +69,15 @@ class Sampling:
 class Reply:
     """A prompt and what a model says behind it, as far as it has come.
 
-    prompt: token ids. ids: those of the reply, its end token included. text: all of it that no
-    later token changes, without the end token and the stop text. finish_reason: None, 'stop' or
+    prompt: token ids. source: those that an encoder reads. ids: those of the reply, its end token
+    included. text: all of it that no later token changes, without the end token and the stop text. finish_reason: None, 'stop' or
     'length'. logprobs: where asked for, (id, log probability, [(id, log probability), ...]) of each
     token and of the likeliest in its place, before any penalty or temperature.
     """
 
-    def __init__(self, tokenizer, prompt, sampling):
-        self.prompt, self.sampling = list(prompt), sampling
+    def __init__(self, tokenizer, prompt, sampling, source=()):
+        self.prompt, self.sampling, self.source = list(prompt), sampling, list(source)
+        self.encoded = None  # the Source of its source
         self.ids, self.logprobs = [], []
         self.text, self.finish_reason = '', None
         self.n_read = 0  # tokens of the prompt that were not in the cache
@@ -164,6 +168,7 @@ class Batch:
         self.cached = []  # replies; the row of each is its place here
         self.sliding = []  # replies that have no room in a row any more
         self.rows_in_use = None  # the KVCache of the rows of those in `cached`
+        self.source_in_use = None  # and their Source, of an encoder-decoder
 
     @property
     def replies(self):
@@ -181,12 +186,15 @@ class Batch:
         """
         if not reply.prompt:
             raise ValueError('a prompt is empty: it needs one token at least')
-        vocab_size = self.model.config.vocab_size
-        if max(reply.prompt) >= vocab_size:
+        vocab_size, largest = self.model.config.vocab_size, max(reply.prompt + reply.source)
+        if largest >= vocab_size:
             raise ValueError(
-                f'the prompt has token {max(reply.prompt)}, and the model has {vocab_size}: '
+                f'the prompt has token {largest}, and the model has {vocab_size}: '
                 'it was trained with another tokenizer'
             )
+        device = self.cache.lengths.device
+        if reply.source:
+            reply.encoded = self.model.encode(torch.tensor([reply.source], device=device))
         if len(reply.prompt) >= self.length:
             self.sliding.append(reply)
             self.choose([reply], self.slide([reply]))
@@ -194,8 +202,9 @@ class Batch:
         row = len(self.cached)
         n_held = self.take_row(row, reply.prompt)
         reply.n_read = len(reply.prompt) - n_held
-        new = torch.tensor([reply.prompt[n_held:]], device=self.cache.lengths.device)
-        logits = self.model(new, cache=self.cache.rows(row, row + 1))[0][:, -1]
+        new = torch.tensor([reply.prompt[n_held:]], device=device)
+        cache = self.cache.rows(row, row + 1)
+        logits = self.model(new, cache=cache, source=reply.encoded)[0][:, -1]
         self.held[row] = list(reply.prompt)
         self.cached.append(reply)
         self.rows_in_use = None
@@ -212,11 +221,14 @@ class Batch:
         if self.cached:
             if self.rows_in_use is None:
                 self.rows_in_use = self.cache.rows(0, len(self.cached))
+                if self.cached[0].encoded:
+                    self.source_in_use = join([reply.encoded for reply in self.cached])
             last = [reply.ids[-1] for reply in self.cached]
             for held, token in zip(self.held, last, strict=False):
                 held.append(token)
             last = torch.tensor(last, device=self.cache.lengths.device)
-            logits.append(self.model(last[:, None], cache=self.rows_in_use)[0][:, -1])
+            cache, source = self.rows_in_use, self.source_in_use
+            logits.append(self.model(last[:, None], cache=cache, source=source)[0][:, -1])
         if self.sliding:
             logits.append(self.slide(self.sliding))
         if logits:
@@ -224,10 +236,12 @@ class Batch:
 
     def slide(self, replies):
         """The logits (B, vocab_size) behind the last tokens of each, as many as the context has."""
-        window = self.model.config.block_size
-        ids = [(reply.prompt + reply.ids)[-window:] for reply in replies]
-        device = self.cache.lengths.device
-        return torch.cat([self.model(torch.tensor([row], device=device))[0][:, -1] for row in ids])
+        window, logits = self.model.config.block_size, []
+        for reply in replies:
+            last = (reply.prompt + reply.ids)[-window:]
+            idx = torch.tensor([last], device=self.cache.lengths.device)
+            logits.append(self.model(idx, source=reply.encoded)[0][:, -1])
+        return torch.cat(logits)
 
     def choose(self, replies, logits):
         """Draw the next token of each reply from its row of logits (B, vocab_size)."""
@@ -309,9 +323,13 @@ class Batch:
 def generate(model, replies, size):
     """Go on with all replies, at most `size` at once, until each has ended.
 
-    A generator that yields at each step those that have ended by it, a list.
+    A generator that yields at each step those that have ended by it, a list. All are searched by
+    beams, or none.
     """
     replies = list(replies)
+    if replies and replies[0].sampling.num_beams > 1:
+        yield from search(model, replies, size)
+        return
     size = min(size, len(replies)) or 1  # a row of the cache is not there for nothing
     longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in replies), default=1)
     batch, waiting, going = Batch(model, size, longest), deque(replies), []
@@ -324,3 +342,23 @@ def generate(model, replies, size):
         if not (waiting or going):
             return
         batch.step()
+
+
+def search(model, replies, size):
+    """What generate() does, by beams: `size` of them at once."""
+    sampling = replies[0].sampling
+    together, device = max(1, size // sampling.num_beams), model.transformer.wte.weight.device
+    options = sampling.max_new_tokens, sampling.num_beams, sampling.length_penalty, sampling.ends
+    for first in range(0, len(replies), together):
+        part = replies[first : first + together]
+        source = None
+        if part[0].source:
+            source = model.encode(pad([reply.source for reply in part], device, filler=-1))
+        found = beam_search(model, [reply.prompt for reply in part], *options, source)
+        for reply, ids in zip(part, found, strict=True):
+            for token in ids[len(reply.prompt) :]:
+                if not reply.finish_reason:
+                    reply.receive(token)
+            if not reply.finish_reason:
+                reply.finish('length')
+        yield part

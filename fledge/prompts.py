@@ -56,6 +56,21 @@ def encode(prompt, tokenizer):
     return tokenizer.encode_chat_prompt(prompt)
 
 
+def new_reply(model, tokenizer, prompt, sampling):
+    """The Reply to a prompt of read_prompts(), which is the source of an encoder-decoder.
+
+    UserError for messages to an encoder-decoder, and for a source that is longer than it reads.
+    """
+    if not model.config.n_encoder_layer:
+        return Reply(tokenizer, encode(prompt, tokenizer), sampling)
+    if not isinstance(prompt, str):
+        raise UserError('an encoder-decoder has no form for conversations: its prompt is a source')
+    source, context = tokenizer.encode_source(prompt), model.config.block_size
+    if len(source) > context:
+        raise UserError(f'the source has {len(source):,} tokens, and the model reads {context:,}')
+    return Reply(tokenizer, [tokenizer.end_of_text], sampling, source)
+
+
 def answer_all(model, tokenizer, prompts, samplings, batch_size, output, settings):
     """Write what a model says to prompts to a file; returns how many prompts were left to do.
 
@@ -73,10 +88,9 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     replies = {}  # of each prompt that is left
     for i, prompt in enumerate(prompts):
         if i not in done:
-            ids = encode(prompt, tokenizer)
-            replies[i] = [Reply(tokenizer, ids, sampling) for sampling in samplings]
+            replies[i] = [new_reply(model, tokenizer, prompt, each) for each in samplings]
     # of like lengths together; and the longest first, so that none is left to run alone at the end
-    by_length = sorted(replies, key=lambda i: -len(replies[i][0].prompt))
+    by_length = sorted(replies, key=lambda i: -len(replies[i][0].source or replies[i][0].prompt))
     in_order = [reply for i in by_length for reply in replies[i]]
     prompt_of = {reply: i for i in replies for reply in replies[i]}
     try:

@@ -1,0 +1,57 @@
+"""How well a model gives the targets of sources: exact match, chrF and BLEU."""
+
+import logging
+from dataclasses import replace
+
+from fledge import UserError
+from fledge.generation import Reply, generate
+from fledge.tasks import share_interval
+
+AT_ONCE = 32  # rows: replies, or beams
+
+
+def measure_targets(model, tokenizer, data, numbers, sampling):
+    """What a model says to sources, against their targets: a dict.
+
+    data: a documents.Documents with_sources. numbers: of the documents that are asked. exact_match:
+    the share of which every token is right, with its 95% interval. chrf (Popovic 2015) and bleu
+    (Papineni et al. 2002), 0 to 100: sacrebleu's of the texts, by its defaults; BLEU is None where
+    no target has the four words that it counts by. A decoder alone reads the source as its prompt. UserError where sacrebleu is not installed, ValueError for
+    logits that are not finite.
+    """
+    try:
+        import sacrebleu
+    except ImportError:
+        raise UserError('chrF and BLEU need sacrebleu: pip install -r requirements.txt') from None
+    replies, targets = [], []
+    for number in numbers:
+        source, target = data.source_and_target(number)
+        prompt = source
+        if model.config.n_encoder_layer:
+            prompt = [tokenizer.end_of_text]
+        else:
+            source = []
+        room = max(1, model.config.block_size - len(prompt))
+        shorter = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        replies.append(Reply(tokenizer, prompt, shorter, source))
+        targets.append(target)
+    for _ in generate(model, replies, AT_ONCE):
+        pass
+    n_right, texts = 0, []
+    for reply, target in zip(replies, targets, strict=True):
+        n_right += reply.ids == target
+        # the target as a reply, so that the two texts are made of tokens in the same way
+        right = Reply(tokenizer, reply.prompt, replace(sampling, max_new_tokens=len(target)))
+        for token in target:
+            right.receive(token)
+        texts.append(right.text)
+    logging.getLogger('sacrebleu').setLevel(logging.ERROR)  # it suspects texts of being tokenized
+    said, share = [reply.text for reply in replies], n_right / len(replies)
+    has_four_words = any(len(text.split()) >= 4 for text in texts)  # or no n-gram of the longest
+    return dict(
+        examples=len(replies),
+        exact_match=share,
+        exact_match_interval=share_interval(share, len(replies)),
+        chrf=sacrebleu.corpus_chrf(said, [texts]).score,
+        bleu=sacrebleu.corpus_bleu(said, [texts]).score if has_four_words else None,
+    )
