@@ -70,9 +70,10 @@ class Reply:
     """A prompt and what a model says behind it, as far as it has come.
 
     prompt: token ids. source: those that an encoder reads. ids: those of the reply, its end token
-    included. text: all of it that no later token changes, without the end token and the stop text. finish_reason: None, 'stop' or
-    'length'. logprobs: where asked for, (id, log probability, [(id, log probability), ...]) of each
-    token and of the likeliest in its place, before any penalty or temperature.
+    included. text: all of it that no later token changes, without the end token and the stop text.
+    finish_reason: None, 'stop' or 'length'. logprobs: where asked for, (id, log probability, [(id,
+    log probability), ...]) of each token and of the likeliest in its place, before any penalty or
+    temperature.
     """
 
     def __init__(self, tokenizer, prompt, sampling, source=()):

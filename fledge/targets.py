@@ -16,8 +16,8 @@ def measure_targets(model, tokenizer, data, numbers, sampling):
     data: a documents.Documents with_sources. numbers: of the documents that are asked. exact_match:
     the share of which every token is right, with its 95% interval. chrf (Popovic 2015) and bleu
     (Papineni et al. 2002), 0 to 100: sacrebleu's of the texts, by its defaults; BLEU is None where
-    no target has the four words that it counts by. A decoder alone reads the source as its prompt. UserError where sacrebleu is not installed, ValueError for
-    logits that are not finite.
+    no target has the four words that it counts by. A decoder alone reads the source as its prompt.
+    UserError where sacrebleu is not installed, ValueError for logits that are not finite.
     """
     try:
         import sacrebleu
