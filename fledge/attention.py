@@ -14,16 +14,19 @@ MOST_INCHES = 30  # of a picture's longer side
 TOKEN_INCHES = 0.16  # of each token, where there is room
 LABEL_INCHES = 0.1  # of its label, which is left out where tokens are closer
 LABEL_CHARACTERS = 12
+GAP_INCHES = 1.6  # between the parts of a picture
 FONT = 'DejaVu Sans Mono'  # matplotlib's own, at hand everywhere
 
 
 @torch.no_grad()
-def attention_of(model, idx):
+def attention_of(model, idx, modules=None, source=None):
     """The attention probabilities of a text: n_layer tensors (n_head, T, T), on idx's device.
 
     idx: (1, T) int64. Entry [h, i, j] is how much of token j the head h reads at token i; each row
     sums to 1. They are those of the forward pass itself, by whatever attention model.py has. Call
-    it in eval mode. ValueError for T beyond block_size.
+    it in eval mode. modules: of which attention, None: self-attention; source: (1, S) int64, of an
+    encoder-decoder, whose cross-attention is (n_head, T, S) and whose encoder's (n_head, S, S).
+    ValueError for T or S beyond block_size.
     """
     layers = []
 
@@ -39,11 +42,11 @@ def attention_of(model, idx):
 
         attention.attend = attend_and_keep  # this one's, in front of its class's
 
-    attentions = [block.attn for block in model.transformer.h]
+    attentions = modules or [block.attn for block in model.transformer.h]
     for attention in attentions:
         keep_probabilities(attention)
     try:
-        model.hidden(idx)
+        model.hidden(idx, source=source)
     finally:
         for attention in attentions:
             del attention.attend
@@ -53,8 +56,10 @@ def attention_of(model, idx):
 def draw_attention(model, tokenizer, ids, path):
     """Write the attention of token ids, a list, as a PNG at path: see attention_of and draw.
 
-    A long text's first MOST_TOKENS are drawn, which it says in one line: they see no later ones.
-    UserError where path cannot be written, and for a token that the model does not have.
+    A long text's first MOST_TOKENS are drawn, which it says in one line: they see no later ones. Of
+    an encoder-decoder ids are the source: its greedy target is drawn with it, and what of the
+    source each token of the target reads. UserError where path cannot be written, and for a token
+    that the model does not have.
     """
     shown = ids[: min(MOST_TOKENS, model.config.block_size)]
     if len(shown) < len(ids):
@@ -62,33 +67,80 @@ def draw_attention(model, tokenizer, ids, path):
     if max(shown) >= model.config.vocab_size:
         raise UserError(f'token {max(shown)} is beyond the vocabulary of the model')
     device = model.transformer.wte.weight.device
-    layers = attention_of(model, torch.tensor([shown], device=device))
+    idx = torch.tensor([shown], device=device)
     tokens = [tokenizer.token_bytes.get(i, b'') for i in shown]
-    draw(layers, tokens, tokens, path)
+    if not model.config.n_encoder_layer:
+        draw([('', attention_of(model, idx), tokens, tokens)], path)
+        return
+    start, options = [[tokenizer.end_of_text]], dict(temperature=0, stop=tokenizer.end_of_text)
+    n_new = min(MOST_TOKENS, model.config.block_size) - 1
+    target = model.generate(start, n_new, source=idx, **options)[0][:-1]  # what predicts the last
+    said = [tokenizer.token_bytes.get(i, b'') for i in target]
+    encoder = [block.attn for block in model.transformer.encoder]
+    cross = [block.cross_attn for block in model.transformer.h]
+    of_pair = torch.tensor([target], device=device)
+    draw(
+        [
+            (
+                'self-attention of the encoder',
+                attention_of(model, of_pair, encoder, idx),
+                tokens,
+                tokens,
+            ),
+            ('self-attention of the decoder', attention_of(model, of_pair, None, idx), said, said),
+            ('cross-attention', attention_of(model, of_pair, cross, idx), said, tokens),
+        ],
+        path,
+    )
 
 
-def draw(layers, queries, keys, path):
+def draw(parts, path):
     """Write attention as a PNG at path: a row of heat maps a layer, and in it one a head.
 
-    layers: tensors (n_head, len(queries), len(keys)) of probabilities. queries, keys: the bytes of
-    the tokens that read and of those that are read. UserError where path cannot be written.
+    parts: one below the other, (title, layers, queries, keys). layers: tensors (n_head,
+    len(queries), len(keys)) of probabilities. queries, keys: the bytes of the tokens that read and
+    of those that are read. UserError where path cannot be written.
     """
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
-    n_layer, n_head = len(layers), len(layers[0])
-    rows, columns = len(queries) + 1, len(keys) + 1  # of a heat map and the gap behind it
-    picture = np.full((n_layer * rows, n_head * columns), np.nan)
+    pictures = [in_one_picture(layers) for _, layers, _, _ in parts]
+    n_rows = sum(len(picture) for picture in pictures)
+    token_inches = MOST_INCHES / max(n_rows, *(picture.shape[1] for picture in pictures))
+    token_inches = min(TOKEN_INCHES, token_inches)
+    inches = [[token_inches * n for n in picture.shape] for picture in pictures]
+    width = max(width for _, width in inches)
+    height = sum(height for height, _ in inches) + GAP_INCHES * (len(parts) - 1)
+    figure, top = Figure((width, height)), height
+    for picture, part, (part_height, part_width) in zip(pictures, parts, inches, strict=True):
+        place = (0, (top - part_height) / height, part_width / width, part_height / height)
+        image = draw_part(figure.add_axes(place), picture, *part, token_inches)
+        top -= part_height + GAP_INCHES
+    bar = figure.add_axes((1 + 0.8 / width, 0, 0.15 / width, 1))
+    figure.colorbar(image, cax=bar, label='probability')
+    try:
+        with replacing(path, 'wb') as f:
+            figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
+    except OSError as e:
+        raise UserError(f'{path} cannot be written: {e.strerror}') from None
+
+
+def in_one_picture(layers):
+    """The maps of all layers and heads as one array, with NaN between them."""
+    n_head, n_queries, n_keys = layers[0].shape
+    picture = np.full((len(layers) * (n_queries + 1), n_head * (n_keys + 1)), np.nan)
     for layer, heads in enumerate(layers):
         for head, probabilities in enumerate(heads.float().cpu().numpy()):
-            top, left = layer * rows, head * columns
-            picture[top : top + len(queries), left : left + len(keys)] = probabilities
-    picture = picture[:-1, :-1]  # nothing is behind the last gaps
+            top, left = layer * (n_queries + 1), head * (n_keys + 1)
+            picture[top : top + n_queries, left : left + n_keys] = probabilities
+    return picture[:-1, :-1]  # nothing is behind the last gaps
 
-    token_inches = min(TOKEN_INCHES, MOST_INCHES / max(picture.shape))
-    height, width = (token_inches * n for n in picture.shape)
-    figure = Figure((width, height))
-    axes = figure.add_axes((0, 0, 1, 1), facecolor='silver')  # the colour of the gaps
+
+def draw_part(axes, picture, title, layers, queries, keys, token_inches):
+    """Draw in_one_picture() of layers, with the names of tokens, heads and layers around it."""
+    from matplotlib.colors import PowerNorm
+
+    n_layer, n_head, rows, columns = len(layers), len(layers[0]), len(queries) + 1, len(keys) + 1
+    axes.set_facecolor('silver')  # the colour of the gaps
     # most probabilities are small, and their square roots differ more
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     image = axes.imshow(picture, norm=norm, cmap='Blues', aspect='auto')
@@ -99,15 +151,9 @@ def draw(layers, queries, keys, path):
     heads, layers = axes.secondary_xaxis('top'), axes.secondary_yaxis('right')
     heads.set_xticks((np.arange(n_head) + 0.5) * columns - 1, range(n_head))
     layers.set_yticks((np.arange(n_layer) + 0.5) * rows - 1, range(n_layer))
-    heads.set_xlabel('head')
+    heads.set_xlabel(f'{title}: head' if title else 'head')
     layers.set_ylabel('layer')
-    bar = axes.inset_axes((1 + 0.8 / width, 0, 0.15 / width, 1))
-    figure.colorbar(image, cax=bar, label='probability')
-    try:
-        with replacing(path, 'wb') as f:
-            figure.savefig(f, format='png', dpi=100, bbox_inches='tight')
-    except OSError as e:
-        raise UserError(f'{path} cannot be written: {e.strerror}') from None
+    return image
 
 
 def name_tokens(axis, tokens, n_maps, step, **look):

@@ -8,6 +8,7 @@ from torch import nn
 
 from encoder_decoder import EncoderDecoder, beam_search, make_model
 from fledge import cpu
+from fledge.attention import attention_of, draw_attention
 from fledge.generation import Reply, Sampling, generate
 from fledge.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
@@ -206,6 +207,28 @@ def test_it_computes_what_marian_computes(marian):
     with torch.no_grad():
         logits = theirs(**inputs, decoder_input_ids=idx).logits
         assert torch.allclose(ours(idx, idx, source=source)[0], logits, atol=1e-4)
+
+
+def test_the_attention_that_is_drawn_is_marians(marian, tmp_path):
+    theirs, ours = marian
+    theirs.set_attn_implementation('eager')
+    source, idx = sources([9]), sources([7], seed=2)
+    with torch.no_grad():
+        found = theirs(input_ids=source, decoder_input_ids=idx, output_attentions=True)
+    encoder = [block.attn for block in ours.transformer.encoder]
+    cross = [block.cross_attn for block in ours.transformer.h]
+    for modules, expected in (
+        (encoder, found.encoder_attentions),
+        (None, found.decoder_attentions),
+        (cross, found.cross_attentions),
+    ):
+        for layer, of_theirs in zip(
+            attention_of(ours, idx, modules, source), expected, strict=True
+        ):
+            assert torch.allclose(layer, of_theirs[0], atol=1e-4)
+    path = tmp_path / 'attention.png'
+    draw_attention(ours, byte_tokenizer(), source[0].tolist(), str(path))
+    assert path.read_bytes().endswith(b'IEND\xaeB`\x82')
 
 
 @pytest.mark.parametrize('length_penalty', [1.0, 0.0, 2.5, -0.5])
