@@ -98,12 +98,12 @@ weight_decay = 0.1  # of the matrices (and embeddings, with adamw)
 beta1 = 0.9  # of AdamW's first moment
 beta2 = 0.95  # of AdamW's second moment
 grad_clip = 1.0  # clip the gradient's norm to this; 0: do not
-# learning rate schedule
+# learning rate schedule; noam's own height is learning_rate = (n_embd * warmup_iters) ** -0.5
 decay_lr = True  # False: learning_rate throughout
-lr_schedule = 'linear'  # linear, cosine, wsd (constant, then linear over the last fifth)
+lr_schedule = 'linear'  # linear, cosine, wsd (linear over the last fifth), noam (1 / sqrt(step))
 warmup_iters = 20  # steps of linear warmup
 lr_decay_iters = 0  # the step at which min_lr is reached; 0: max_iters
-min_lr = 0.0  # where the schedule ends
+min_lr = 0.0  # where the schedule ends; noam's floor
 # the machine
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
@@ -293,22 +293,13 @@ def train_step(step, lr):
     return total_loss, grad_norm, total_numbers
 
 
-def learning_rate_at(step, time_share):
-    """The learning rate of a step; time_share: how much of max_minutes is spent."""
-    if not decay_lr:
-        return learning_rate
-    if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    end = lr_decay_iters or max_iters
+def learning_rate_now(spent):
+    """The learning rate of the next step; spent: how much of max_minutes is."""
+    position, end = state.step, lr_decay_iters or max_iters
     if last_token and not lr_decay_iters:  # earlier steps may have had another size
-        step, end = state.tokens / tokens_per_step, last_token / tokens_per_step
-    position = max(step, time_share * end)  # a run that is short of time moves on faster
-    if position >= end:
-        return min_lr
-    begin = max(warmup_iters, 0.8 * end) if lr_schedule == 'wsd' else warmup_iters
-    decayed = max(0.0, (position - begin) / (end - begin))  # 0 to 1
-    share = 0.5 * (1 + math.cos(math.pi * decayed)) if lr_schedule == 'cosine' else 1 - decayed
-    return min_lr + share * (learning_rate - min_lr)
+        position, end = state.tokens / tokens_per_step, last_token / tokens_per_step
+    position = max(position, spent * end)  # a run that is short of time moves on faster
+    return optimizers.learning_rate_at(config, state.step, position, end)
 
 
 def time_share():
@@ -394,7 +385,7 @@ if dry_run:
 # ---- the training loop
 stop = run.StopSignals(machine.main)
 state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
-if state.step > warmup_iters and learning_rate_at(state.step, time_share()) > 1.05 * state.lr > 0:
+if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.lr > 0:
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
@@ -429,7 +420,7 @@ while True:
         break
 
     # one step
-    state.lr = learning_rate_at(state.step, spent)
+    state.lr = learning_rate_now(spent)
     loss, grad_norm, numbers = train_step(state.step, state.lr)
     recent.add(loss, numbers)
 

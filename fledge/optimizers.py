@@ -1,5 +1,6 @@
-"""AdamW and Muon over the right parameters."""
+"""AdamW and Muon over the right parameters, and the learning rate of each step."""
 
+import math
 import sys
 
 import torch
@@ -15,6 +16,7 @@ RATES = {
     ('adamw', 'weights'): 1e-4,
     ('adamw', 'adapters'): 1e-3,
 }
+SCHEDULES = ('linear', 'cosine', 'wsd', 'noam')
 
 
 def orthogonalize(x, dtype):
@@ -132,6 +134,30 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch
         return [muon]
     adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)
     return [adamw, muon]
+
+
+def learning_rate_at(settings, step, position, end):
+    """The learning rate of a step, counted from 0, by train.py's settings.
+
+    It rises linearly to learning_rate at warmup_iters, and then falls to min_lr as position, which
+    is step in a run that has the time for all of its steps, comes to end. noam (Vaswani et al.
+    2017, arXiv:1706.03762) falls with the root of the step and has no end: min_lr is its floor. The
+    paper's own height is learning_rate = (n_embd * warmup_iters) ** -0.5.
+    """
+    highest, lowest = settings['learning_rate'], settings['min_lr']
+    warmup, schedule = settings['warmup_iters'], settings['lr_schedule']
+    if not settings['decay_lr']:
+        return highest
+    if step < warmup:
+        return highest * (step + 1) / (warmup + 1)
+    if schedule == 'noam':  # without warmup as with one step of it
+        return max(lowest, highest * math.sqrt(max(1, warmup) / max(1, step)))
+    if position >= end:
+        return lowest
+    begin = max(warmup, 0.8 * end) if schedule == 'wsd' else warmup
+    decayed = max(0.0, (position - begin) / (end - begin))  # 0 to 1
+    share = 0.5 * (1 + math.cos(math.pi * decayed)) if schedule == 'cosine' else 1 - decayed
+    return lowest + share * (highest - lowest)
 
 
 def set_learning_rate(optimizers, learning_rate):

@@ -454,7 +454,7 @@ def dry_run_report(train_step, model, tokens_per_step, max_iters, opts, machine)
 
 def check_settings(settings):
     """UserError for a setting of train.py that no run can have."""
-    one_of(settings, lr_schedule=('linear', 'cosine', 'wsd'))
+    one_of(settings, lr_schedule=optimizers.SCHEDULES)
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
     one_of(settings, optimizer=('auto', 'muon', 'adamw'), quantize_base=('none', 'nf4', 'int8'))
     if settings['quantize_base'] != 'none' and not settings['lora_rank']:
@@ -477,15 +477,17 @@ def check_settings(settings):
 def without_effect(settings, given):
     """Those of the given settings that others make idle, in words."""
     s = settings
+    has_end = s['decay_lr'] and s['lr_schedule'] != 'noam'
     idle = [
         (not s['decay_lr'], 'lr_schedule warmup_iters lr_decay_iters min_lr', 'decay_lr=False'),
+        (s['decay_lr'] and not has_end, 'lr_decay_iters', 'lr_schedule=noam'),
         (s['target_tokens'], 'max_iters target_epochs', 'target_tokens'),
         (s['target_epochs'], 'max_iters', 'target_epochs'),
         (not s['sample_interval'], 'sample_start sample_ask sample_tokens', 'sample_interval=0'),
         (s['sample_ask'], 'sample_start', 'sample_ask'),
         (not s['sample_interval'], 'sample_repetition_penalty', 'sample_interval=0'),
         (
-            s['decay_lr'] and not s['min_lr'] and 0 < s['lr_decay_iters'] < s['max_iters'],
+            has_end and not s['min_lr'] and 0 < s['lr_decay_iters'] < s['max_iters'],
             'max_iters',
             'the learning rate is 0 from lr_decay_iters on',
         ),

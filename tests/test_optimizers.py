@@ -1,9 +1,16 @@
-"""Muon: its update against one written out, and its state against torch's."""
+"""Muon against one written out, its state against torch's; the schedules of the learning rate."""
 
 import pytest
 import torch
 
-from fledge.optimizers import Muon, make_optimizers, orthogonalize, set_learning_rate
+from fledge.optimizers import (
+    SCHEDULES,
+    Muon,
+    learning_rate_at,
+    make_optimizers,
+    orthogonalize,
+    set_learning_rate,
+)
 from model import GPT, GPTConfig
 
 
@@ -103,3 +110,40 @@ def test_a_groups_own_rate_survives():
     optimizer = torch.optim.SGD(groups, lr=1.0)
     set_learning_rate([optimizer], 0.5)
     assert [group['lr'] for group in optimizer.param_groups] == [0.05, 0.5]
+
+
+def rates(schedule, steps, end=1000, short_of_time=1, **changes):
+    settings = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=100, decay_lr=True)
+    settings |= dict(lr_schedule=schedule) | changes
+    return [learning_rate_at(settings, step, short_of_time * step, end) for step in steps]
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_every_schedule_rises_to_the_learning_rate_and_may_be_off(schedule):
+    assert rates(schedule, [0, 49, 99, 100]) == [1 / 101, 50 / 101, 100 / 101, 1]
+    assert rates(schedule, [0, 50, 5000], decay_lr=False) == [1, 1, 1]
+    assert rates(schedule, [0, 1], warmup_iters=0)[0] == 1
+
+
+def test_schedules_fall_to_min_lr_at_their_end():
+    assert rates('linear', [550, 1000, 2000]) == pytest.approx([0.55, 0.1, 0.1])
+    assert rates('cosine', [325, 550, 1000]) == pytest.approx([0.55 + 0.45 * 0.5**0.5, 0.55, 0.1])
+    assert rates('wsd', [800, 900, 1000]) == pytest.approx([1, 0.55, 0.1])
+    # a run that has the time for half of its steps is through in half of them
+    assert rates('linear', [275, 500], short_of_time=2) == pytest.approx([0.55, 0.1])
+
+
+def test_noam_is_the_papers_and_has_no_end():
+    width, warmup = 512, 4000
+
+    def of_the_paper(step):  # equation 3
+        return width**-0.5 * min(step**-0.5, step * warmup**-1.5)
+
+    height = (width * warmup) ** -0.5
+    changes = dict(learning_rate=height, warmup_iters=warmup, min_lr=0.0)
+    steps = [4000, 4001, 10_000, 100_000]
+    expected = [of_the_paper(step) for step in steps]
+    assert rates('noam', steps, end=5000, short_of_time=9, **changes) == pytest.approx(expected)
+    # warmup counts from 1, and reaches the top a step later
+    assert rates('noam', [999], **changes)[0] == pytest.approx(of_the_paper(1000), rel=1e-3)
+    assert rates('noam', [400, 10_000, 10**6]) == [0.5, 0.1, 0.1]

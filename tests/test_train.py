@@ -595,10 +595,11 @@ def test_a_config_file_may_bring_its_own_loss(workdir):
             '--min_lr=1e-4',
         ],
         ['--decay_lr=False', '--grad_clip=0', '--activation=relu2', '--dtype=bfloat16'],
+        ['--lr_schedule=noam', '--lr_decay_iters=10', '--min_lr=0.0025'],
     ],
 )
 def test_settings_train(workdir, flags):
-    run(workdir, 'train.py', *TINY, *flags, '--max_iters=40')
+    out = run(workdir, 'train.py', *TINY, *flags, '--max_iters=40')
     lines = metrics(workdir / 'out')
     assert lines[-1]['val_loss'] < lines[0]['val_loss'] - 0.1
     lr = [m['lr'] for m in lines[:-1]]
@@ -612,6 +613,9 @@ def test_settings_train(workdir, flags):
         )
     if '--decay_lr=False' in flags:
         assert set(lr) == {0.006}
+    if '--lr_schedule=noam' in flags:
+        assert lr[5] == 0.006 and lr[20] == 0.003 and lr[30] == lr[39] == 0.0025
+        assert 'without effect here: lr_decay_iters (lr_schedule=noam)\n' in out
 
 
 @pytest.mark.slow
