@@ -91,11 +91,11 @@ def draw_tasks(results, path):
     save(axes.figure, path)
 
 
-def new_axes(size=None):
-    """Axes in a figure of their own; size: (width, height) in inches."""
+def new_axes(size=None, **grid):
+    """Axes in a figure of their own; size: (width, height) in inches; grid: see Figure.subplots."""
     from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
-    return Figure(figsize=size).subplots()
+    return Figure(figsize=size).subplots(**grid)
 
 
 def save(figure, path):

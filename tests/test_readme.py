@@ -70,8 +70,9 @@ def test_readmes_map_is_true():
 def test_readmes_commands_run(tmp_path):
     if not os.path.isdir(SHARED):
         pytest.skip('the real data is not at hand')
-    for name in ('model.py', 'train.py', 'sample.py', 'evaluate.py', 'export.py', 'bench.py'):
-        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
     for name in ('fledge', 'prepare', 'config'):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name)
     (tmp_path / 'notes').mkdir()
@@ -130,7 +131,8 @@ def test_readmes_commands_run(tmp_path):
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
         if not feed and words[:2] in (
-            [sys.executable, name] for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py')
+            [sys.executable, name]
+            for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py', 'draw.py')
         ):
             code, out, err = forked(tmp_path, str(tmp_path / words[1]), *words[2:])
         else:
