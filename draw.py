@@ -68,9 +68,10 @@ if gradients:
     common_tokenizer(data_dir, tokenizer, path)
     context, vocab_size = model.config.block_size, model.config.vocab_size
     row_length = min(context, settings.get('block_size', 1024))
-    data = open_split(data_dir, split, row_length, vocab_size)
+    with_sources = model.config.n_encoder_layer > 0
+    data = open_split(data_dir, split, row_length, vocab_size, with_sources=with_sources)
     machine = Machine(device, 'float32')
     batch = machine.move(data.evaluation_batch(data.evaluation_rows(batch_size)))
     loss, norms = pictures.gradient_norms(model.to(machine.device), batch)
-    title = f'Norm of the gradient in each matrix ({split} of {dataset}, loss {loss:.2f})'
+    title = f'Norm of the gradient in each matrix ({split} of {dataset}, loss {loss:.3g})'
     pictures.draw_gradients(norms, model.config.tie_embeddings, title, gradients)

@@ -64,7 +64,7 @@ def draw_positions(model, path):
         title += f' (the first {len(table)} of {config.block_size:,} positions)'
     left, right = new_axes((12, 5), ncols=2, width_ratios=(6, 5))
     figure = left.figure
-    figure.set_layout_engine('constrained')
+    figure.set_layout_engine('constrained', wspace=0.05)
     figure.suptitle(title)
     # a few numbers of those that are learned are far beyond the others
     most = table.abs().quantile(0.99).item() if is_learned else 1.0
@@ -183,7 +183,9 @@ def draw_gradients(norms, tied, title, path):
     both = new_axes(size, nrows=2, height_ratios=(len(layers), 1))
     figure = both[0].figure
     figure.set_layout_engine('constrained')
-    figure.suptitle(f'{title}\nmuch smaller in the first layers: it vanishes; larger: it explodes')
+    figure.suptitle(
+        f'{title}\nmuch smaller in the first layers: it vanishes; much larger: it explodes'
+    )
     draw_numbers(both[0], rows, layers, [kind.replace('.', '\n') for kind in kinds], scale)
     image = draw_numbers(both[1], [list(others.values())], [''], list(others), scale)
     figure.colorbar(image, ax=both, label='norm of the gradient')

@@ -10,6 +10,7 @@ from conftest import TINY, fails, metrics, run, start, write_tiny
 from test_attention import size_of_png
 from torch.nn import functional as F
 
+from encoder_decoder import make_model
 from fledge import checkpoint, optimizers
 from fledge.pictures import (
     gradient_norms,
@@ -27,7 +28,10 @@ SMALL = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=50)
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """data/tiny, out/ (RoPE) with int8.pt, lora/ on it, gpt2/ (learned positions) with hf/."""
+    """Runs in a folder: out/ with int8.pt, lora/ on it, gpt2/ with hf/, and copies/.
+
+    Their positions are RoPE's, learned and, of the encoder-decoder in copies/, sinusoidal.
+    """
     folder = tmp_path_factory.mktemp('draw')
     write_tiny(folder / 'data' / 'tiny')
     flags = [*TINY, '--max_iters=24', '--sample_interval=0']
@@ -39,10 +43,13 @@ def runs(tmp_path_factory):
     run(folder, 'train.py', *flags, *gpt2, '--lr_schedule=noam', '--out_dir=gpt2')
     run(folder, 'export.py', '--out_dir=gpt2')
     run(folder, 'export.py', '--out_dir=out', '--quantize=int8')
+    run(folder, 'prepare/copy_task.py', '--examples=300')
+    pairs = ['--dataset=copy_task', '--n_encoder_layer=2', '--position=sinusoidal']
+    run(folder, 'train.py', *flags, *pairs, '--norm_first=False', '--out_dir=copies')
     return folder
 
 
-@pytest.mark.parametrize('out_dir', ['out', 'lora', 'gpt2'])
+@pytest.mark.parametrize('out_dir', ['out', 'lora', 'gpt2', 'copies'])
 def test_a_run_is_drawn(runs, out_dir):
     names = [f'{out_dir}-{picture}.png' for picture in PICTURES]
     flags = [f'--{picture}={name}' for picture, name in zip(PICTURES, names, strict=True)]
@@ -140,6 +147,21 @@ def test_the_gradient_is_the_one_that_is_worked_out_by_hand():
         model.transformer.h[0].attn.c_proj.weight.zero_()
     _, norms = gradient_norms(model, batch)
     assert norms['transformer.h.0.attn.c_attn'] == 0 < norms['transformer.h.0.attn.c_proj']
+
+
+def test_an_encoder_has_a_gradient_through_cross_attention():
+    torch.manual_seed(0)
+    model = make_model(GPTConfig(n_encoder_layer=1, position='sinusoidal', **SMALL)).eval()
+    batch = numbers()
+    batch['source'] = batch['inputs']
+    _, norms = gradient_norms(model, batch)
+    in_encoder = [norm for name, norm in norms.items() if '.encoder.0.' in name]
+    assert len(in_encoder) == 4 and min(in_encoder) > 0
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.cross_attn.c_attn.weight.zero_()
+    _, norms = gradient_norms(model, batch)
+    assert not any(norm for name, norm in norms.items() if '.encoder.0.' in name)
 
 
 def test_the_table_names_every_matrix():
