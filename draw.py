@@ -9,6 +9,7 @@ Several can be drawn at once. What each token looks at is drawn by sample.py --a
 the loss by train.py itself.
 """
 
+import math
 import os
 import sys
 
@@ -73,5 +74,7 @@ if gradients:
     machine = Machine(device, 'float32')
     batch = machine.move(data.evaluation_batch(data.evaluation_rows(batch_size)))
     loss, norms = pictures.gradient_norms(model.to(machine.device), batch)
+    if not math.isfinite(loss):
+        raise UserError(f'the loss of {path} on {split} of {dataset} is {loss}: it has no gradient')
     title = f'Norm of the gradient in each matrix ({split} of {dataset}, loss {loss:.3g})'
     pictures.draw_gradients(norms, model.config.tie_embeddings, title, gradients)

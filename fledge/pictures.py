@@ -11,7 +11,7 @@ from fledge.objectives import next_token
 from fledge.optimizers import SCHEDULES, learning_rate_at
 from fledge.report import new_axes, save
 
-MOST_POSITIONS = 512  # in a picture
+MOST_POSITIONS = 256  # in a picture, so that each is a line of its own
 # by config.position: what is drawn, its columns, its numbers
 POSITIONS = {
     'learned': ('Learned positions, added to the embedding of a token', 'dimension', 'value'),
@@ -68,8 +68,10 @@ def draw_positions(model, path):
     figure.suptitle(title)
     # a few numbers of those that are learned are far beyond the others
     most = table.abs().quantile(0.99).item() if is_learned else 1.0
-    image = left.imshow(table, cmap='RdBu', vmin=-most, vmax=most, aspect='auto')
+    sharp = dict(aspect='auto', interpolation='nearest')  # neighbours do not run into each other
+    image = left.imshow(table, cmap='RdBu', vmin=-most, vmax=most, **sharp)
     figure.colorbar(image, ax=left, label=unit)
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel=columns, ylabel='position')
     right.set_title('how alike two positions are')
     alike = likeness(table, config.position)

@@ -81,7 +81,7 @@ def test_ropes_cosines_and_learned_positions_are_the_models_own():
     model = GPT(GPTConfig(**SMALL))
     assert torch.equal(position_table(model), model.transformer.wpe.weight)
     long = GPT(GPTConfig(**SMALL | dict(block_size=2000)))
-    assert len(position_table(long)) == 512
+    assert len(position_table(long)) == 256
 
 
 def test_how_alike_positions_are_is_their_dot_product():
@@ -196,6 +196,14 @@ def test_the_table_names_every_matrix():
 def test_bad_input_is_one_line(runs, flags, words):
     assert words in fails(runs, 'draw.py', *flags)
     assert not list(runs.rglob('*.tmp')) and not os.path.exists(runs / 'a.png')
+
+
+def test_a_loss_that_is_not_finite_has_no_picture(runs):
+    state = checkpoint.load(str(runs / 'out' / 'ckpt.pt'))
+    state['model']['transformer.ln_f.weight'].fill_(3e38)
+    checkpoint.save(str(runs / 'out' / 'huge.pt'), state)
+    words = 'the loss of out/huge.pt on val of tiny is nan: it has no gradient'
+    assert words in fails(runs, 'draw.py', '--init_from=out/huge.pt', '--gradients=a.png')
 
 
 def test_what_is_missing_or_idle_is_said(runs):
