@@ -301,7 +301,7 @@ def test_bounds_are_those_of_the_scripts_numbers():
     assert set(BOUNDS) == set().union({'learning_rate'}, *map(numbers_of, SCRIPTS))
 
 
-SIGNED = ['seed', 'presence_penalty', 'frequency_penalty']
+SIGNED = ['seed', 'presence_penalty', 'frequency_penalty', 'length_penalty']
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

@@ -227,7 +227,12 @@ def test_the_attention_that_is_drawn_is_marians(marian, tmp_path):
         ):
             assert torch.allclose(layer, of_theirs[0], atol=1e-4)
     path = tmp_path / 'attention.png'
-    draw_attention(ours, byte_tokenizer(), source[0].tolist(), str(path))
+    draw_attention(
+        ours,
+        char_tokenizer('abcdefghijklmnopqrstuvwxyz0123456789.,!?'),
+        source[0].tolist(),
+        str(path),
+    )
     assert path.read_bytes().endswith(b'IEND\xaeB`\x82')
 
 

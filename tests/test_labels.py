@@ -16,7 +16,7 @@ from fledge.documents import Documents
 from fledge.evaluation import evaluate_labels, label_logits
 from fledge.labels import find_labels, label_scores, label_tables
 from fledge.tokenizer import load_tokenizer
-from fledge.tokens import read_bin
+from fledge.tokens import Batch, read_bin
 
 SENTIMENT = os.path.join(ROOT, 'config', 'sentiment.py')
 # GPT-2's architecture, which a Hugging Face folder can hold as well as our checkpoints
@@ -94,7 +94,8 @@ def test_logits_are_those_of_each_document_alone(films):
     data = Documents(str(films / 'data/films'), 'val', 64, model.config.vocab_size)
     assert data.n_rows < 45  # several documents are in a row
     rows = data.evaluation_rows()
-    batch = {k: torch.from_numpy(v) for k, v in data.evaluation_batch(rows).items()}
+    arrays = data.evaluation_batch(rows)
+    batch = Batch({name: torch.from_numpy(array) for name, array in arrays.items()})
     with torch.no_grad():
         own, logits = label_logits(model, batch, torch.tensor(labels), model.hidden)
     order = data.documents_of(rows)
