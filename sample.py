@@ -181,10 +181,12 @@ except ValueError as e:
     raise UserError(f'{path}: {e}') from None
 counts = [len(reply.ids) for reply in replies]
 seconds = time.monotonic() - began - read_seconds
-speed = (sum(counts) - n_first) / max(seconds, 1e-3)
+speeds = len(prompt) / read_seconds, (sum(counts) - n_first) / max(seconds, 1e-3)
+if num_beams > 1:  # which are all there at once
+    speeds = len(prompt) / read_seconds, sum(counts) / read_seconds
 print(
-    f'prompt: {len(prompt):,} tokens, {len(prompt) / read_seconds:,.0f} tokens/s; '
-    f'generated: {sum(counts):,} tokens, {speed:,.0f} tokens/s',
+    f'prompt: {len(prompt):,} tokens, {speeds[0]:,.0f} tokens/s; '
+    f'generated: {sum(counts):,} tokens, {speeds[1]:,.0f} tokens/s',
     file=sys.stderr,
 )
 if json:

@@ -1,9 +1,9 @@
-# Sequence to sequence on your own pairs of texts: 9M parameters of today's blocks, with an encoder.
-#   python prepare/translate.py --input=pairs.tsv --name=translate --tokenizer=train --vocab_size=8000
+# Sequence to sequence on your own pairs of texts: 7M parameters (and the vocabulary) of today's blocks, with an encoder.
+#   python prepare/translate.py --input=pairs.tsv --name=translate --tokenizer=train
 #   python train.py config/translate.py
 #   python evaluate.py --out_dir=out-translate --num_beams=4       exact_match, chrf, bleu
 #   python sample.py --out_dir=out-translate --num_beams=4 --start="Good morning."
-#   python sample.py --out_dir=out-translate --num_beams=4 --prompts=sources.txt --output=targets.txt
+#   python sample.py --out_dir=out-translate --num_beams=4 --prompts=texts.txt --output=out.jsonl
 out_dir = 'out-translate'
 dataset = 'translate'
 block_size = 128  # the longest source, and the longest target

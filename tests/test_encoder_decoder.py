@@ -10,7 +10,7 @@ from encoder_decoder import EncoderDecoder, beam_search, make_model
 from fledge import cpu
 from fledge.attention import attention_of, draw_attention
 from fledge.generation import Reply, Sampling, generate
-from fledge.tokenizer import byte_tokenizer
+from fledge.tokenizer import byte_tokenizer, char_tokenizer
 from model import GPT, GPTConfig
 
 PAPER = dict(
