@@ -1,4 +1,4 @@
-# Sequence to sequence on your own pairs of texts: 7M parameters (and the vocabulary) of today's blocks, with an encoder.
+# Sequence to sequence on your own pairs of texts: 7M parameters of today's blocks, with an encoder.
 #   python prepare/translate.py --input=pairs.tsv --name=translate --tokenizer=train
 #   python train.py config/translate.py
 #   python evaluate.py --out_dir=out-translate --num_beams=4       exact_match, chrf, bleu

@@ -227,12 +227,9 @@ def test_the_attention_that_is_drawn_is_marians(marian, tmp_path):
         ):
             assert torch.allclose(layer, of_theirs[0], atol=1e-4)
     path = tmp_path / 'attention.png'
-    draw_attention(
-        ours,
-        char_tokenizer('abcdefghijklmnopqrstuvwxyz0123456789.,!?'),
-        source[0].tolist(),
-        str(path),
-    )
+    letters = 'abcdefghijklmnopqrstuvwxyz0123456789.,!?'
+    tokenizer = char_tokenizer(letters, ('<|endoftext|>',))
+    draw_attention(ours, tokenizer, source[0].tolist(), str(path))
     assert path.read_bytes().endswith(b'IEND\xaeB`\x82')
 
 
