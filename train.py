@@ -140,7 +140,7 @@ trained_by = optimizers.trained_by(start) if start else optimizer
 # ---- data and its tokenizer
 data_dir = os.path.join('data', dataset)
 if machine.main:
-    find_data(dataset, vocab_size, make_default=not dry_run)
+    find_data(dataset, vocab_size, not dry_run, with_sources=n_encoder_layer > 0)
 machine.wait_for_all()
 theirs = None
 if start:  # the tokenizer comes along with the weights

@@ -127,10 +127,11 @@ def has_masks(folder):
     return bool(glob.glob(os.path.join(glob.escape(folder), 'train*.mask.bin')))
 
 
-def find_data(dataset, vocab_size, make_default):
+def find_data(dataset, vocab_size, make_default, with_sources=False):
     """UserError where data/dataset has nothing to train on; it names the command that makes it.
 
-    make_default: what needs no network (OFFLINE) is made on the spot instead.
+    make_default: what needs no network (OFFLINE) is made on the spot instead. with_sources: it is
+    for an encoder.
     """
     folder = os.path.join('data', dataset)
     if split_files(folder, 'train'):
@@ -141,6 +142,8 @@ def find_data(dataset, vocab_size, make_default):
         flags = ['--tokenizer=train', f'--vocab_size={vocab_size}']
     if not os.path.exists(os.path.join(root, script)) or dataset in NO_DATASETS:
         script, flags = 'prepare/text.py', flags or ['--tokenizer=gpt2']
+        if with_sources:
+            script, flags = 'prepare/translate.py', ['--tokenizer=train']
         flags = ['--input=YOUR_FILES', f'--name={dataset}', *flags]
     command = shlex.join(['python', script, *flags])
     if dataset not in OFFLINE or not make_default:
