@@ -32,7 +32,7 @@ from fledge.device import (
 )
 from fledge.formats import families
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import split_files, write_bin
+from fledge.tokens import find_data, split_files, write_bin
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 # -----------------------------------------------------------------------------
@@ -78,8 +78,11 @@ def clock(f, least):
 def train_script():
     """train.py's names, when it has made all of these settings and --dry_run stops it.
 
-    Where there is no data it trains on random tokens, which are as fast as any.
+    Where there is no data it trains on random tokens, which are as fast as any; an encoder needs
+    real sources and targets.
     """
+    if s.n_encoder_layer:
+        find_data(s.dataset, s.vocab_size, make_default=True, with_sources=True)
     values = {name: config[name] for name in read_settings(TRAIN) if name in config}
     values |= dict(vocab_size=gpt_config().vocab_size, gradient_accumulation_steps=1)
     values |= dict(init_from='scratch', dry_run=True)
@@ -206,10 +209,18 @@ def generate_fledge():
     elif machine.type == 'cpu':
         cpu.speed_up(model, packed=True)
 
+    has_encoder = model.config.n_encoder_layer > 0
+
     def generate(prompts, n):
+        if has_encoder:  # the prompt is a source
+            return model.generate(prompts[:, :1], n, temperature=0, source=prompts)
         return model.generate(prompts, n, temperature=0)
 
-    return generating(model, generate, torch.no_grad()(model))
+    @torch.no_grad()
+    def forward(prompt):
+        return model(prompt, source=prompt if has_encoder else None)
+
+    return generating(model, generate, forward)
 
 
 def generate_nanogpt(path):

@@ -148,7 +148,7 @@ def find_data(dataset, vocab_size, make_default, with_sources=False):
     command = shlex.join(['python', script, *flags])
     if dataset not in OFFLINE or not make_default:
         others = 'conversations by chat.py, preferences by preferences.py, labels by classify.py'
-        others = f' ({others}, pairs by translate.py)' if 'YOUR_FILES' in command else ''
+        others = f' ({others}, pairs by translate.py)' if script == 'prepare/text.py' else ''
         raise UserError(f'{folder} has no train.bin; make it with: {command}{others}')
     if subprocess.run([sys.executable, os.path.join(root, script), *flags]).returncode:
         raise UserError(f'{command} failed; see above')

@@ -1141,7 +1141,7 @@ def test_what_does_nothing_is_said(flags, said, trained):
 
 EDITS = {
     'a window': (
-        'attn_mask=mask, dropout_p=dropout, is_causal=mask is None',
+        'attn_mask=mask, dropout_p=dropout, is_causal=causal',
         'attn_mask=torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril().triu(-499)',
     ),
     'quick GELU': (
@@ -1155,7 +1155,7 @@ EDITS = {
 def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
     """The prompt and the model's context show nothing of a window of 500 tokens."""
     shutil.copytree(os.path.join(ROOT, 'fledge'), tmp_path / 'fledge')
-    for name in ('model.py', 'export.py'):
+    for name in ('model.py', 'encoder_decoder.py', 'export.py'):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
     config = GPTConfig(block_size=64, vocab_size=259, n_layer=1, n_head=2, n_embd=16)
     state = dict(model=GPT(config).state_dict(), model_args=checkpoint.model_args(config))

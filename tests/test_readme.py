@@ -86,7 +86,8 @@ def test_readmes_commands_run(tmp_path):
         '{"instruction": "Say 1.", "output": "1"}\n{"messages": [{"role": "user", '
         '"content": "2?"}, {"role": "assistant", "content": "2"}]}\n'
     )
-    (tmp_path / 'pairs.tsv').write_text('one\teins\ntwo\tzwei\n')
+    pairs = (f'{i} and one\t{i} und eins\n' for i in range(300))
+    (tmp_path / 'pairs.tsv').write_text(''.join(pairs))
     (tmp_path / 'prompts.txt').write_text('one\ntwo\n')
     (tmp_path / 'their_config.py').write_text("dataset = 'tiny'\nlearning_rate = 1e-3\n")
     (tmp_path / 'theirs').mkdir()
@@ -112,7 +113,7 @@ def test_readmes_commands_run(tmp_path):
             words += SMALL.split() + (['--dataset=tiny', '--vocab_size=64'] if missing else [])
             if 'config/dpo.py' in words:  # a pair has to fit in a row
                 words += ['--block_size=256', '--target_epochs=0']
-            if 'config/sft.py' in words:
+            if {'config/sft.py', 'config/translate.py'} & set(words):
                 words += ['--target_epochs=0']
         if 'bench.py' in words:
             words += SMALL.split() + [

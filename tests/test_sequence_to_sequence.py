@@ -169,8 +169,27 @@ def test_settings_that_cannot_be_are_a_line(few):
     line = fails(few, 'train.py', *config, '--objective=dpo')
     assert 'pairs of chosen and rejected' in line
     assert 'position=' in fails(few, 'train.py', *config, '--position=sine')
-    line = fails(few, 'train.py', *config, '--dataset=translate')
-    assert 'prepare/translate.py' in line
+
+
+def test_pairs_are_prepared_as_the_error_says_and_translated(few):
+    config = (os.path.join(ROOT, 'config/translate.py'), *SMALL, '--head_dim=8')
+    command = fails(few, 'train.py', *config).split('make it with: python ')[1]
+    numbers = ['one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+    pairs = (
+        f'{a} times {b} and {c}\t{c} plus {a} x {b}'
+        for a in numbers
+        for b in numbers
+        for c in numbers
+    )
+    (few / 'pairs.tsv').write_text('\n'.join(pairs))
+    run(few, *command.replace('YOUR_FILES', 'pairs.tsv').split(), '--val_fraction=0.1')
+    run(few, 'train.py', *config, '--target_epochs=60', '--eval_interval=60')
+    for options in ((), ('--num_beams=3', '--length_penalty=0.5')):
+        asked = ('--out_dir=out-translate', '--eval_iters=3', '--max_new_tokens=30', '--json')
+        found = last_json(run(few, 'evaluate.py', *asked, *options))
+        assert 0 < found['chrf'] <= 100 and 0 <= found['bleu'] <= 100 and found['examples'] == 12
+    out = run(few, 'sample.py', '--out_dir=out-translate', '--start=two times two and two')
+    assert out.count('-----') == 10
 
 
 def test_a_decoder_alone_learns_the_same_data(few):
