@@ -382,13 +382,13 @@ class GPT(nn.Module):
     def prefill(self, rows, cache_length, source=None):
         """Read lists of token ids, equal ones once: a KVCache of all, logits (B, vocab_size)."""
         rows = list(map(tuple, rows))
-        unique = rows if source else list(dict.fromkeys(rows))
+        unique = list(dict.fromkeys(rows)) if source is None else rows
         device = self.transformer.wte.weight.device
         padded = pad(unique, device, filler=0)
         lengths = torch.tensor([len(row) for row in unique], device=device)
         cache = self.make_cache(len(unique), cache_length)
         logits = self(padded, cache=cache, lengths=lengths, source=source)[0][:, -1]
-        if source:  # they may look at different ones
+        if source is not None:  # equal ones may look at different sources
             return cache, logits
         places = {row: i for i, row in enumerate(unique)}
         chosen = torch.tensor([places[row] for row in rows], device=device)
