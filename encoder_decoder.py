@@ -193,7 +193,7 @@ def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop
         if logs.isnan().any():
             raise ValueError('the logits are not finite: no token can be chosen by them')
         sums = (scores.view(-1, 1) + logs).view(len(rows), -1)  # (B, n * vocab_size)
-        best = sums.topk(min(n_best, sums.shape[1]))
+        best = sums.topk(min(n_best, sums.shape[1]))  # best first, which the rest relies on
         going = []  # n of each row: (score, new tokens, the beam that it goes on from)
         for i, places in enumerate(best.indices.tolist()):
             row_going = []

@@ -42,6 +42,7 @@ class GPTConfig:
 
     def __post_init__(self):
         check_config(self)
+        # what is settled here, checkpoint.model_args knows as well
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.qkv_bias is None:

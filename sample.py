@@ -102,15 +102,14 @@ if beside:
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
 of_draws = {'top_k', 'top_p', 'min_p', 'seed'}
-idle = given & of_draws if temperature == 0 else set()
-if idle:
-    print(f'without effect at temperature=0: {", ".join(sorted(idle))}', file=sys.stderr)
-penalties = {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
-idle = (
-    given & {*of_draws, *penalties, 'temperature'} if num_beams > 1 else given & {'length_penalty'}
-)
-if idle:
-    print(f'without effect with num_beams={num_beams}: {", ".join(sorted(idle))}', file=sys.stderr)
+why, idle = 'with num_beams=1', {'length_penalty'}
+if num_beams > 1:  # the one best is searched
+    why, idle = f'with num_beams={num_beams}', of_draws | {'temperature', 'num_samples'}
+    idle |= {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
+elif temperature == 0:
+    why, idle = 'at temperature=0', of_draws | {'length_penalty'}
+if given & idle:
+    print(f'without effect {why}: {", ".join(sorted(given & idle))}', file=sys.stderr)
 if system and not (ask or chat):
     print('without effect without --ask or --chat: system', file=sys.stderr)
 
@@ -124,7 +123,7 @@ ends, stops = ends_of(stop, tokenizer)
 known = {field.name for field in fields(Sampling)} & globals().keys()
 settings = {name: globals()[name] for name in known - {'stop', 'ends'}}
 sampling = Sampling(**settings, stop=stops, ends=ends)
-if 'num_samples' not in given and (prompts or num_beams > 1):
+if num_beams > 1 or (prompts and 'num_samples' not in given):
     num_samples = 1
 samplings = [replace(sampling, seed=seed + i) for i in range(num_samples)]
 sys.stdout.reconfigure(errors='replace')  # a terminal that cannot show a character shows another
@@ -157,7 +156,7 @@ if attention:
     from fledge.attention import draw_attention
 
     draw_attention(model, tokenizer, prompt, attention)
-    print(f'{attention} shows what each token of the prompt looks at')
+    print(f'{attention} shows what each token looks at')
     raise SystemExit
 
 # ---- the samples, drawn together; they are shown one after the other, each as it comes

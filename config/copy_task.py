@@ -3,7 +3,9 @@
 #   python train.py config/copy_task.py
 #   python evaluate.py --out_dir=out-copy-task        exact_match
 #   python sample.py --out_dir=out-copy-task --start=transformer --num_samples=1
-# --task=reverse and --task=sort of prepare/copy_task.py are harder.
+# Harder, and learned as well:
+#   python prepare/copy_task.py --task=sort --name=sort_task
+#   python train.py config/copy_task.py --dataset=sort_task --out_dir=out-sort-task
 out_dir = 'out-copy-task'
 dataset = 'copy_task'
 block_size = 32

@@ -236,9 +236,15 @@ def matmul_params(model):
 
 
 def flops_per_token(model, row_length):
-    """FLOPs of training on a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    """FLOPs of training on a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    Of an encoder-decoder, on a token of the target and one of the source.
+    """
     c = model.config
-    attention = 12 * c.n_layer * c.n_head * c.head_dim * row_length
+    n_attention = c.n_layer
+    if c.n_encoder_layer:
+        n_attention += c.n_encoder_layer + c.n_layer  # the encoder's, and cross-attention
+    attention = 12 * n_attention * c.n_head * c.head_dim * row_length
     return 6 * matmul_params(model) + attention
 
 

@@ -340,10 +340,11 @@ class Documents:
         kind, count = 'documents', self.n_documents
         if self.pairs:
             kind, count = 'pairs', count // 2
+        tokens = "their targets' tokens" if self.with_sources else 'their tokens'
         learned_share = self.n_learned / int(self.lengths.sum())
         line = (
             f'{count:,} {kind} in {self.n_rows:,} rows of {self.block_size:,}, '
-            f'{self.used:.1%} of them used; {learned_share:.1%} of their tokens are learned'
+            f'{self.used:.1%} of them used; {learned_share:.1%} of {tokens} are learned'
         )
         notes = []
         if self.n_cut:

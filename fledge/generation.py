@@ -349,13 +349,14 @@ def search(model, replies, size):
     """What generate() does, by beams: `size` of them at once."""
     sampling = replies[0].sampling
     together, device = max(1, size // sampling.num_beams), model.transformer.wte.weight.device
-    options = sampling.max_new_tokens, sampling.num_beams, sampling.length_penalty, sampling.ends
+    options = dict(num_beams=sampling.num_beams, length_penalty=sampling.length_penalty)
+    options |= dict(max_new_tokens=sampling.max_new_tokens, stop=sampling.ends)
     for first in range(0, len(replies), together):
         part = replies[first : first + together]
         source = None
         if part[0].source:
             source = model.encode(pad([reply.source for reply in part], device, filler=-1))
-        found = beam_search(model, [reply.prompt for reply in part], *options, source)
+        found = beam_search(model, [reply.prompt for reply in part], source=source, **options)
         for reply, ids in zip(part, found, strict=True):
             for token in ids[len(reply.prompt) :]:
                 if not reply.finish_reason:

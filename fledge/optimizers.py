@@ -16,6 +16,7 @@ RATES = {
     ('adamw', 'weights'): 1e-4,
     ('adamw', 'adapters'): 1e-3,
 }
+# what learning_rate_at knows; run.without_effect says which settings some of them leave idle
 SCHEDULES = ('linear', 'cosine', 'wsd', 'noam')
 
 

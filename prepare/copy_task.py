@@ -16,7 +16,7 @@ from fledge import UserError
 from fledge.configurator import one_of
 from fledge.corpus import Made, Stage, configure, prepare, translated
 
-name = 'copy_task'  # folder under data/
+name = 'copy_task'  # folder under data/, whatever the task
 task = 'copy'  # or reverse, or sort: what is done to the letters
 examples = 10000  # of them; those that come twice are left out
 min_letters = 4  # of the shortest
