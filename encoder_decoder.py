@@ -50,12 +50,16 @@ def join(sources):
 
 
 class CrossAttention(CausalSelfAttention):
-    """Queries of the target's tokens; keys and values of the source's."""
+    """Queries of the target's tokens; keys and values of the source's.
+
+    It attends as self-attention does, but no token of the source lies in the future.
+    """
 
     causal = False
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
+        # its one matrix for all three gives way: queries are of one text, the others of another
         n_q, n_kv = config.n_head * config.head_dim, 2 * config.n_kv_head * config.head_dim
         self.q_attn = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
         self.c_attn = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
@@ -155,6 +159,8 @@ class EncoderDecoder(GPT):
         """
         if not isinstance(source, Source):
             if not torch.is_tensor(source):
+                if not all(source):
+                    raise ValueError('a source is empty: it needs one token at least')
                 source = pad(source, self.transformer.wte.weight.device, filler=-1)
             source = self.encode(source)
         if num_beams == 1:
@@ -179,6 +185,8 @@ def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop
     prompts = [row[-limit:] for row in rows for _ in range(n)]
     longest = max(map(len, prompts))
     n_tokens = min(max_new_tokens, limit - longest + 1)  # a beam ends where the context does
+    if n_tokens < 1:
+        return [list(row) for row in rows]
     if source is not None:
         source = source.select(torch.arange(len(rows), device=device).repeat_interleave(n))
     cache, logits = model.prefill(prompts, longest + n_tokens - 1, source)
@@ -210,7 +218,7 @@ def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop
             if row_going and len(ended[i]) == n:
                 hope = row_going[0][0] / length**length_penalty
                 settled[i] = settled[i] or hope <= ended[i][-1][0]
-        if length == n_tokens or all(settled):
+        if length == n_tokens or all(settled) or not going:
             break
         scores, beams, parents = zip(*going, strict=True)
         scores = torch.tensor(scores, device=device)

@@ -40,7 +40,6 @@ from fledge.device import Machine
 from fledge.documents import open_split
 from fledge.evaluation import Windows, evaluate, evaluate_labels, in_words
 from fledge.formats import huggingface
-from fledge.formats.huggingface import ends
 from fledge.generation import Sampling
 from fledge.labels import draw_confusion, find_labels, label_scores, label_tables
 from fledge.prompts import read_prompts
@@ -192,14 +191,17 @@ for source, folder in sources:
         result.setdefault('tasks', {})[name] = measured
 
     # ---- what it says, and how fast
+    idle = given & {'num_beams', 'length_penalty'}
+    if idle and not targets:
+        print(f'without effect without sources and targets: {", ".join(sorted(idle))}')
     if targets or texts or questions or speed:
         model.to(machine.dtype)
         if machine.type == 'cpu':
             cpu.speed_up(model, packed=True)
     try:
         if targets:
-            sampling = Sampling(max_new_tokens, 0.0, num_beams=num_beams, ends=ends(tokenizer))
-            sampling.length_penalty = length_penalty
+            beams = dict(num_beams=num_beams, length_penalty=length_penalty)
+            sampling = Sampling(temperature=0, ends=tuple(huggingface.ends(tokenizer)), **beams)
             numbers = spread(range(targets.n_documents), eval_iters * batch_size or None)
             result |= measure_targets(model, tokenizer, targets, numbers, sampling)
         if texts:

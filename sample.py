@@ -95,14 +95,18 @@ except UnicodeError:  # the command line may have any bytes
     raise UserError('--ask and --system must be UTF-8 text') from None
 ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
 way = ways[0] if ways else 'start'
-unused = dict(chat={'attention', 'batch_size', 'json', 'num_samples'}, prompts={'attention'})
+unused = dict(
+    chat={'attention', 'batch_size', 'json', 'length_penalty', 'num_beams', 'num_samples'},
+    prompts={'attention'},
+)
+num_beams = 1 if chat else num_beams
 beside = given & {*ways[1:], *unused.get(way, ())}
 if beside:
     print(f'without effect beside --{way}: {", ".join(sorted(beside))}', file=sys.stderr)
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
 of_draws = {'top_k', 'top_p', 'min_p', 'seed'}
-why, idle = 'with num_beams=1', {'length_penalty'}
+why, idle = 'without --num_beams', {'length_penalty'}
 if num_beams > 1:  # the one best is searched
     why, idle = f'with num_beams={num_beams}', of_draws | {'temperature', 'num_samples'}
     idle |= {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
@@ -151,7 +155,8 @@ else:
     start = asked = text_of(start)
 replies = [new_reply(model, tokenizer, asked, sampling) for sampling in samplings]
 prompt = replies[0].source or replies[0].prompt
-start = '' if has_encoder else start
+from_source = has_encoder or bool(tokenizer.separator)  # the prompt is one, and no beginning
+start = '' if from_source else start
 if attention:
     from fledge.attention import draw_attention
 
@@ -192,7 +197,7 @@ if json:
     samples = [start + reply.text for reply in replies]
     reasons = [reply.finish_reason for reply in replies]
     result = dict(
-        start=ask or (asked if has_encoder else start),
+        start=ask or asked,
         samples=samples,
         tokens=counts,
         finish_reasons=reasons,

@@ -61,37 +61,34 @@ def draw_attention(model, tokenizer, ids, path):
     source each token of the target reads. UserError where path cannot be written, and for a token
     that the model does not have.
     """
-    shown = ids[: min(MOST_TOKENS, model.config.block_size)]
-    if len(shown) < len(ids):
-        print(f'{path}: the first {len(shown)} of {len(ids)} tokens', file=sys.stderr)
-    if max(shown) >= model.config.vocab_size:
-        raise UserError(f'token {max(shown)} is beyond the vocabulary of the model')
+    n_most = min(MOST_TOKENS, model.config.block_size)
+    if len(ids) > n_most:
+        print(f'{path}: the first {n_most} of {len(ids)} tokens', file=sys.stderr)
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f'token {max(ids)} is beyond the vocabulary of the model')
     device = model.transformer.wte.weight.device
-    idx = torch.tensor([shown], device=device)
-    tokens = [tokenizer.token_bytes.get(i, b'') for i in shown]
+    tokens = [tokenizer.token_bytes.get(i, b'') for i in ids[:n_most]]
     if not model.config.n_encoder_layer:
+        idx = torch.tensor([ids[:n_most]], device=device)
         draw([('', attention_of(model, idx), tokens, tokens)], path)
         return
+    source = torch.tensor([ids], device=device)  # all of it: an encoder sees what is not drawn
     start, options = [[tokenizer.end_of_text]], dict(temperature=0, stop=tokenizer.end_of_text)
-    n_new = min(MOST_TOKENS, model.config.block_size) - 1
-    target = model.generate(start, n_new, source=idx, **options)[0][:-1]  # what predicts the last
+    target = model.generate(start, n_most, source=source, **options)[0][:-1]  # what was read
+    idx = torch.tensor([target], device=device)
     said = [tokenizer.token_bytes.get(i, b'') for i in target]
     encoder = [block.attn for block in model.transformer.encoder]
     cross = [block.cross_attn for block in model.transformer.h]
-    of_pair = torch.tensor([target], device=device)
-    draw(
-        [
-            (
-                'self-attention of the encoder',
-                attention_of(model, of_pair, encoder, idx),
-                tokens,
-                tokens,
-            ),
-            ('self-attention of the decoder', attention_of(model, of_pair, None, idx), said, said),
-            ('cross-attention', attention_of(model, of_pair, cross, idx), said, tokens),
-        ],
-        path,
-    )
+    parts = []
+    for title, modules, queries, keys in (
+        ('self-attention of the encoder', encoder, tokens, tokens),
+        ('self-attention of the decoder', None, said, said),
+        ('cross-attention', cross, said, tokens),
+    ):
+        layers = attention_of(model, idx, modules, source)
+        shown = [layer[:, : len(queries), : len(keys)] for layer in layers]
+        parts.append((title, shown, queries, keys))
+    draw(parts, path)
 
 
 def draw(parts, path):

@@ -347,20 +347,24 @@ def generate(model, replies, size):
 
 def search(model, replies, size):
     """What generate() does, by beams: `size` of them at once."""
-    sampling = replies[0].sampling
-    together, device = max(1, size // sampling.num_beams), model.transformer.wte.weight.device
-    options = dict(num_beams=sampling.num_beams, length_penalty=sampling.length_penalty)
-    options |= dict(max_new_tokens=sampling.max_new_tokens, stop=sampling.ends)
-    for first in range(0, len(replies), together):
-        part = replies[first : first + together]
-        source = None
-        if part[0].source:
-            source = model.encode(pad([reply.source for reply in part], device, filler=-1))
-        found = beam_search(model, [reply.prompt for reply in part], source=source, **options)
-        for reply, ids in zip(part, found, strict=True):
-            for token in ids[len(reply.prompt) :]:
+    device, alike = model.transformer.wte.weight.device, {}
+    for reply in replies:  # those that have the same room
+        alike.setdefault((len(reply.prompt), reply.sampling.max_new_tokens), []).append(reply)
+    for group in alike.values():
+        sampling = group[0].sampling
+        options = dict(num_beams=sampling.num_beams, length_penalty=sampling.length_penalty)
+        options |= dict(max_new_tokens=sampling.max_new_tokens, stop=sampling.ends)
+        together = max(1, size // sampling.num_beams)
+        for first in range(0, len(group), together):
+            part = group[first : first + together]
+            source = None
+            if part[0].source:
+                source = model.encode(pad([reply.source for reply in part], device, filler=-1))
+            found = beam_search(model, [reply.prompt for reply in part], source=source, **options)
+            for reply, ids in zip(part, found, strict=True):
+                for token in ids[len(reply.prompt) :]:
+                    if not reply.finish_reason:
+                        reply.receive(token)
                 if not reply.finish_reason:
-                    reply.receive(token)
-            if not reply.finish_reason:
-                reply.finish('length')
-        yield part
+                    reply.finish('length')
+            yield part

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -57,18 +58,23 @@ def encode(prompt, tokenizer):
 
 
 def new_reply(model, tokenizer, prompt, sampling):
-    """The Reply to a prompt of read_prompts(), which is the source of an encoder-decoder.
+    """The Reply to a prompt of read_prompts(), a source where the model learned from pairs.
 
-    UserError for messages to an encoder-decoder, and for a source that is longer than it reads.
+    UserError for messages to an encoder-decoder, and for a source that it cannot read.
     """
     if not model.config.n_encoder_layer:
+        if tokenizer.separator and isinstance(prompt, str):
+            return Reply(tokenizer, tokenizer.encode_source(prompt), sampling)
         return Reply(tokenizer, encode(prompt, tokenizer), sampling)
     if not isinstance(prompt, str):
         raise UserError('an encoder-decoder has no form for conversations: its prompt is a source')
     source, context = tokenizer.encode_source(prompt), model.config.block_size
-    if len(source) > context:
-        raise UserError(f'the source has {len(source):,} tokens, and the model reads {context:,}')
-    return Reply(tokenizer, [tokenizer.end_of_text], sampling, source)
+    if not 0 < len(source) <= context:
+        raise UserError(
+            f'the source has {len(source):,} tokens, and the model reads 1 to {context:,}'
+        )
+    shorter = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
+    return Reply(tokenizer, [tokenizer.end_of_text], shorter, source)
 
 
 def answer_all(model, tokenizer, prompts, samplings, batch_size, output, settings):

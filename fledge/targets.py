@@ -16,25 +16,27 @@ def measure_targets(model, tokenizer, data, numbers, sampling):
     data: a documents.Documents with_sources. numbers: of the documents that are asked. exact_match:
     the share of which every token is right, with its 95% interval. chrf (Popovic 2015) and bleu
     (Papineni et al. 2002), 0 to 100: sacrebleu's of the texts, by its defaults; BLEU is None where
-    no target has the four words that it counts by. A decoder alone reads the source as its prompt.
-    UserError where sacrebleu is not installed, ValueError for logits that are not finite.
+    no target has the four words that it counts by. A decoder alone reads the source as its prompt;
+    a reply ends at twice the longest target. UserError where sacrebleu is not installed, ValueError
+    for logits that are not finite.
     """
     try:
         import sacrebleu
     except ImportError:
         raise UserError('chrF and BLEU need sacrebleu: pip install -r requirements.txt') from None
-    replies, targets = [], []
-    for number in numbers:
-        source, target = data.source_and_target(number)
+    pairs = [data.source_and_target(number) for number in numbers]
+    targets = [target for _, target in pairs]
+    longest = 2 * max(map(len, targets))
+    replies = []
+    for source, _ in pairs:
         prompt = source
         if model.config.n_encoder_layer:
             prompt = [tokenizer.end_of_text]
         else:
             source = []
-        room = max(1, model.config.block_size - len(prompt))
-        shorter = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        replies.append(Reply(tokenizer, prompt, shorter, source))
-        targets.append(target)
+        room = max(1, model.config.block_size - len(prompt) + 1)  # the last token is not read
+        own = replace(sampling, max_new_tokens=min(longest, room))
+        replies.append(Reply(tokenizer, prompt, own, source))
     for _ in generate(model, replies, AT_ONCE):
         pass
     n_right, texts = 0, []

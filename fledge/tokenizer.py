@@ -220,10 +220,14 @@ class Tokenizer:
         return start + ids or [self.end_of_text or 0]
 
     def encode_source(self, text):
-        """The ids of a source, as encode_prompt's, with the separator behind it."""
-        if self.separator and not text.endswith(self.separator):
-            text += self.separator
-        return self.encode_prompt(text)
+        """The ids of a source with the separator behind it, as prepared data has them.
+
+        Spaces around it are left out, and special tokens spelled out are text.
+        """
+        if self.separator:
+            text = text.strip().removesuffix(self.separator).rstrip() + self.separator
+        ids = self.encode(text)
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
     def encode_chat(self, messages):
         """ids of a conversation and, for each, whether it is learned: uint32 and uint8.

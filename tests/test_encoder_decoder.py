@@ -287,7 +287,9 @@ def test_padding_packing_and_a_cache_change_nothing(position, fast):
         packed[name] = torch.cat((packed[name], more), dim=1)
     packed_idx = torch.cat((packed_idx, more * 0), dim=1)
     in_one_row = model(packed_idx, packed_idx, **packed)[0][0]
-    assert in_one_row.isfinite().all()
+    # padding of the target alone has no source, and must not become NaN, which a gradient spreads
+    target_alone = packed | {name: packed[name][:, :-9] for name in ('source', 'source_documents')}
+    assert model(packed_idx, packed_idx, **target_alone)[0].isfinite().all()
     cache, encoded, start = model.make_cache(4, 300), model.encode(source), 0
     for row, of_row in enumerate(expected):
         n = len(of_row)
@@ -328,10 +330,10 @@ def test_one_beam_is_greedy_and_the_engine_says_what_generate_says(half_trained)
     assert beam_search(half_trained, rows, 12, 1, stop=0, source=encoded) == greedy
     assert half_trained.generate(rows, 12, stop=0, source=source, num_beams=1, top_k=1) == greedy
     as_lists = [[token for token in row if token >= 0] for row in source.tolist()]
-    for num_beams in (1, 3):
-        options = dict(stop=0, source=as_lists, num_beams=num_beams, temperature=0)
-        expected = half_trained.generate(rows, 12, **options)
-        sampling = Sampling(12, temperature=0, num_beams=num_beams, ends=(0,))
+    for num_beams, length_penalty in ((1, 1.0), (3, 1.0), (5, 4.0)):
+        beams = dict(num_beams=num_beams, length_penalty=length_penalty)
+        expected = half_trained.generate(rows, 12, stop=0, source=as_lists, temperature=0, **beams)
+        sampling = Sampling(12, temperature=0, ends=(0,), **beams)
         tokenizer = byte_tokenizer()
         replies = [Reply(tokenizer, [0], sampling, source) for source in as_lists]
         for size in (1, 4):
@@ -349,6 +351,12 @@ def test_a_row_that_fills_the_context_goes_on(half_trained):
         idx = torch.tensor([row[-32:]])
         row.append(int(half_trained(idx, source=source)[0][0, -1].argmax()))
     assert found == row
+    tokenizer, sampling, replies = byte_tokenizer(), Sampling(6, temperature=0), []
+    for of_row in (source[0].tolist(), [5, 6]):
+        replies.append(Reply(tokenizer, [0] * 30, sampling, of_row))
+    for _ in generate(half_trained, replies, 2):
+        pass
+    assert replies[0].ids == found[30:] and replies[1].ids != found[30:]
     beams = half_trained.generate([[0] * 30], 6, source=source, num_beams=2)[0]
     assert beams[:30] == [0] * 30 and len(beams) == 33  # the last is not read
 
@@ -369,6 +377,36 @@ def test_a_beam_search_of_a_decoder_alone_finds_no_less_than_greedy():
     beams = beam_search(model, [[3, 4], [5, 6]], 8, 6)
     assert all(log_probability(b) >= log_probability(g) for b, g in zip(beams, greedy, strict=True))
     assert beams != greedy
+
+
+def test_beams_are_the_same_alone_and_beside_others_and_end_where_each_was_told_to():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(24, 259, 2, 2, 16, tie_embeddings=False)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    tokenizer = byte_tokenizer()
+
+    def answers(prompts, limits):
+        replies = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            replies.append(Reply(tokenizer, prompt, Sampling(limit, num_beams=2)))
+        for _ in generate(model, replies, 4):
+            pass
+        return [reply.ids for reply in replies]
+
+    prompts = [[65, 66], list(range(70, 92)), [67, 68]]
+    together = answers(prompts, (10, 10, 4))
+    assert [len(ids) for ids in together] == [10, 3, 4]  # the second fills the context
+    assert together == [answers([p], [n])[0] for p, n in zip(prompts, (10, 10, 4), strict=True)]
+
+
+def test_beams_of_nothing(half_trained):
+    source = sources([3])
+    assert half_trained.generate([[0]], 0, source=source, num_beams=2) == [[0]]
+    everything = list(range(41))
+    assert len(half_trained.generate([[0]], 5, source=source, num_beams=2, stop=everything)[0]) == 2
+    with pytest.raises(ValueError, match='a source is empty'):
+        half_trained.generate([[0]], 5, source=[[]])
 
 
 def test_without_a_source_it_says_so(half_trained):

@@ -11,6 +11,8 @@ from conftest import ROOT, fails, metrics, run
 from fledge import checkpoint
 from fledge.attention import attention_of
 from fledge.documents import Documents, open_split
+from fledge.generation import Sampling
+from fledge.targets import measure_targets
 from fledge.tokenizer import load_tokenizer
 
 CONFIG = os.path.join(ROOT, 'config/copy_task.py')
@@ -35,10 +37,9 @@ def copies(tmp_path_factory):
         '--n_head=4',
         '--n_layer=2',
     )
-    assert (
-        'data/copy_task' in out
-        and 'transformer>' in next(folder.glob('out-copy-task/samples_step_*.txt')).read_text()
-    )
+    assert 'data/copy_task' in out
+    samples = next(folder.glob('out-copy-task/samples_step_*300.txt')).read_text()
+    assert 'transformer>transformer<|endoftext|>\n' in samples
     return folder
 
 
@@ -55,9 +56,25 @@ def test_it_copies_what_it_has_not_seen(copies):
 
 
 @pytest.mark.slow
+def test_a_target_that_fills_the_context_is_right_and_what_is_not_said_costs(copies):
+    path = str(copies / 'out-copy-task/ckpt.pt')
+    model = checkpoint.load_model(checkpoint.load(path), path).eval()
+    tokenizer = load_tokenizer(str(copies / 'out-copy-task'))
+    data = open_split(str(copies / 'data/copy_task'), 'val', 32, 64, with_sources=True)
+    longest = [i for i in range(data.n_documents) if len(data.source_and_target(i)[1]) == 13]
+    model.config.block_size = 13  # 12 letters and an end
+    ends = (tokenizer.end_of_text,)
+    found = measure_targets(model, tokenizer, data, longest, Sampling(temperature=0, ends=ends))
+    assert found['exact_match'] > 0.9 and found['examples'] == len(longest) > 20
+    stop = Sampling(temperature=0, ends=ends, stop=('a', 'e', 'i'))
+    cut = measure_targets(model, tokenizer, data, longest, stop)
+    assert cut['exact_match'] < 0.5 and cut['chrf'] < 90
+
+
+@pytest.mark.slow
 def test_a_sample_is_the_target_of_its_prompt(copies):
     of_run = ('--out_dir=out-copy-task', '--temperature=0', '--num_samples=1')
-    for start in ('penguin', 'penguin>'):
+    for start in ('penguin', 'penguin>', ' penguin\n'):
         found = last_json(run(copies, 'sample.py', *of_run, f'--start={start}', '--json'))
         assert found['samples'] == ['penguin'] and found['start'] == start
     options = ('--out_dir=out-copy-task', '--num_beams=3', '--start=penguin')
@@ -102,7 +119,7 @@ def test_what_has_no_place_for_it_says_so_in_a_line(copies):
         line = fails(copies, 'evaluate.py', of_run, flag)
         assert 'measured on sources and targets' in line
     line = fails(copies, 'sample.py', of_run, f'--start={"a" * 40}')
-    assert 'the source has 41 tokens, and the model reads 32' in line
+    assert 'the source has 41 tokens, and the model reads 1 to 32' in line
     assert 'character' in fails(copies, 'sample.py', of_run, '--start=Umlaut: ä')
 
 
@@ -197,6 +214,12 @@ def test_a_decoder_alone_learns_the_same_data(few):
     run(few, 'train.py', CONFIG, *SMALL, *decoder)
     found = last_json(run(few, 'evaluate.py', '--out_dir=decoder', '--json'))
     assert 0 <= found['exact_match'] < 1 and found['examples'] > 5
+    assert found['chrf'] < 100
+    asked = ['--out_dir=decoder', '--start=abc', '--temperature=0', '--num_samples=1', '--json']
+    with_separator = run(few, 'sample.py', *asked[:1], '--start=abc>', *asked[2:])
+    assert (
+        last_json(with_separator)['samples'] == last_json(run(few, 'sample.py', *asked))['samples']
+    )
     line = fails(few, 'export.py', '--out_dir=decoder', '--format=hf')
     assert 'position=sinusoidal' in line
 
