@@ -127,8 +127,10 @@ for source, folder in sources:
         data_dir = os.path.join('data', dataset)
         of_split = (data_dir, split, row_length, vocab_size)
         data = open_split(*of_split, with_sources=has_encoder)
-        if has_encoder or read_meta(data_dir).get('separator'):
-            targets = data if has_encoder else open_split(*of_split, with_sources=True)
+        if has_encoder:
+            targets = data
+        elif read_meta(data_dir).get('separator'):
+            targets = open_split(*of_split, with_sources=True)
         if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
             print(
                 f'documents of {data_dir} do not begin with the tokens that they began with for '

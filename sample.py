@@ -155,8 +155,8 @@ else:
     start = asked = text_of(start)
 replies = [new_reply(model, tokenizer, asked, sampling) for sampling in samplings]
 prompt = replies[0].source or replies[0].prompt
-from_source = has_encoder or bool(tokenizer.separator)  # the prompt is one, and no beginning
-start = '' if from_source else start
+if has_encoder or tokenizer.separator:
+    start = ''  # it is a source, which the samples do not begin with
 if attention:
     from fledge.attention import draw_attention
 
