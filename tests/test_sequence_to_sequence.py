@@ -24,6 +24,11 @@ def last_json(out):
     return json.loads(out.splitlines()[-1])
 
 
+def quick_start(test):
+    """A test of what the quick start leaves: all in one process, so that it is trained once."""
+    return pytest.mark.slow(pytest.mark.xdist_group('quick start')(test))
+
+
 @pytest.fixture(scope='module')
 def copies(tmp_path_factory):
     """A folder in which the README's quick start has run, for a third of its steps."""
@@ -43,7 +48,7 @@ def copies(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@quick_start
 def test_it_copies_what_it_has_not_seen(copies):
     found = last_json(run(copies, 'evaluate.py', '--out_dir=out-copy-task', '--json'))
     assert found['exact_match'] >= 0.99 and found['chrf'] > 99 and found['bleu'] is None
@@ -55,7 +60,7 @@ def test_it_copies_what_it_has_not_seen(copies):
     assert len(sources['val']) == found['examples'] and not sources['val'] & sources['train']
 
 
-@pytest.mark.slow
+@quick_start
 def test_a_target_that_fills_the_context_is_right_and_what_is_not_said_costs(copies):
     path = str(copies / 'out-copy-task/ckpt.pt')
     model = checkpoint.load_model(checkpoint.load(path), path).eval()
@@ -71,7 +76,7 @@ def test_a_target_that_fills_the_context_is_right_and_what_is_not_said_costs(cop
     assert cut['exact_match'] < 0.5 and cut['chrf'] < 90
 
 
-@pytest.mark.slow
+@quick_start
 def test_a_sample_is_the_target_of_its_prompt(copies):
     of_run = ('--out_dir=out-copy-task', '--temperature=0', '--num_samples=1')
     for start in ('penguin', 'penguin>', ' penguin\n'):
@@ -88,7 +93,7 @@ def test_a_sample_is_the_target_of_its_prompt(copies):
         assert [json.loads(line)['samples'] for line in lines] == [[word] for word in words]
 
 
-@pytest.mark.slow
+@quick_start
 def test_cross_attention_is_a_diagonal(copies):
     path = str(copies / 'out-copy-task/ckpt.pt')
     model = checkpoint.load_model(checkpoint.load(path), path).eval()
@@ -104,7 +109,7 @@ def test_cross_attention_is_a_diagonal(copies):
     assert 'a.png' in out and (copies / 'a.png').stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@quick_start
 def test_what_has_no_place_for_it_says_so_in_a_line(copies):
     of_run = '--out_dir=out-copy-task'
     for form in ('hf', 'gguf', 'onnx', 'peft'):
@@ -123,7 +128,7 @@ def test_what_has_no_place_for_it_says_so_in_a_line(copies):
     assert 'character' in fails(copies, 'sample.py', of_run, '--start=Umlaut: ä')
 
 
-@pytest.mark.slow
+@quick_start
 def test_in_8_bits_it_copies_too(copies):
     of_run = '--out_dir=out-copy-task'
     out = run(copies, 'export.py', of_run, '--quantize=int8', '--start=owl', '--json')
@@ -132,7 +137,7 @@ def test_in_8_bits_it_copies_too(copies):
     assert 'heron' in found['samples']
 
 
-@pytest.mark.slow
+@quick_start
 def test_adapters_learn_another_task(copies):
     """LoRA on all of its layers, cross-attention among them."""
     run(copies, 'prepare/copy_task.py', '--task=reverse', '--name=reverse', '--examples=3000')
