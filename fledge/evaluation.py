@@ -241,8 +241,9 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
 
     Of an encoder-decoder, the text with the targets that follow it.
     """
-    has_encoder = model.config.n_encoder_layer > 0
-    prompt, source = [tokenizer.end_of_text], [tokenizer.end_of_text] if has_encoder else []
+    has_encoder, source = model.config.n_encoder_layer > 0, []
+    if has_encoder:  # what a target begins with; it serves as a source as well, if need be
+        prompt = source = [tokenizer.end_of_text]
     try:
         if has_encoder:
             source = tokenizer.encode_source(start)
@@ -260,7 +261,9 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
         stop = ends(tokenizer) if ask or has_encoder else None  # an answer ends; a text goes on
         rows = model.generate([prompt] * count, n_tokens, 0.8, stop=stop, seed=seed, **filters)
     model.train(was_training)
-    return [tokenizer.decode(source + row[len(source) > 0 :]) for row in rows]
+    if has_encoder:
+        rows = [source + row[1:] for row in rows]
+    return [tokenizer.decode(row) for row in rows]
 
 
 def in_words(result):
