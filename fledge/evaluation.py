@@ -241,25 +241,26 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
 
     Of an encoder-decoder, the text with the targets that follow it.
     """
-    has_encoder, source = model.config.n_encoder_layer > 0, []
-    if has_encoder:  # what a target begins with; it serves as a source as well, if need be
-        prompt = source = [tokenizer.end_of_text]
+    has_encoder = model.config.n_encoder_layer > 0
+    prompt, source = [tokenizer.end_of_text if has_encoder else 0], [0]
     try:
         if has_encoder:
-            source = tokenizer.encode_source(start)
+            source = tokenizer.encode_source(start)[: model.config.block_size] or [0]
         elif ask:
             prompt = tokenizer.encode_chat_prompt([dict(role='user', content=ask)])
         else:
             prompt = tokenizer.encode_prompt(start)
     except UserError:  # a vocabulary of characters, or one that has no form for conversations
-        prompt = prompt if has_encoder else [0]
+        pass
     was_training = model.training
     model.eval()
     with machine.autocast():
-        filters = dict(top_p=0.95, repetition_penalty=repetition_penalty)
-        filters |= dict(source=[source] * count) if has_encoder else {}
-        stop = ends(tokenizer) if ask or has_encoder else None  # an answer ends; a text goes on
-        rows = model.generate([prompt] * count, n_tokens, 0.8, stop=stop, seed=seed, **filters)
+        options = dict(top_p=0.95, repetition_penalty=repetition_penalty, seed=seed)
+        if ask or has_encoder:  # an answer ends; a text goes on
+            options['stop'] = ends(tokenizer)
+        if has_encoder:
+            options['source'] = [source] * count
+        rows = model.generate([prompt] * count, n_tokens, 0.8, **options)
     model.train(was_training)
     if has_encoder:
         rows = [source + row[1:] for row in rows]
