@@ -24,31 +24,26 @@ def last_json(out):
     return json.loads(out.splitlines()[-1])
 
 
-def quick_start(test):
-    """A test of what the quick start leaves: all in one process, so that it is trained once."""
-    return pytest.mark.slow(pytest.mark.xdist_group('quick start')(test))
-
-
 @pytest.fixture(scope='module')
 def copies(tmp_path_factory):
-    """A folder in which the README's quick start has run, for a third of its steps."""
+    """A folder in which the README's quick start has run, for half of its steps."""
     folder = tmp_path_factory.mktemp('copies')
     out = run(
         folder,
         'train.py',
         CONFIG,
-        '--max_iters=300',
+        '--max_iters=400',
         '--n_embd=128',
         '--n_head=4',
         '--n_layer=2',
     )
     assert 'data/copy_task' in out
-    samples = next(folder.glob('out-copy-task/samples_step_*300.txt')).read_text()
+    samples = next(folder.glob('out-copy-task/samples_step_*400.txt')).read_text()
     assert 'transformer>transformer<|endoftext|>\n' in samples
     return folder
 
 
-@quick_start
+@pytest.mark.slow
 def test_it_copies_what_it_has_not_seen(copies):
     found = last_json(run(copies, 'evaluate.py', '--out_dir=out-copy-task', '--json'))
     assert found['exact_match'] >= 0.99 and found['chrf'] > 99 and found['bleu'] is None
@@ -60,7 +55,7 @@ def test_it_copies_what_it_has_not_seen(copies):
     assert len(sources['val']) == found['examples'] and not sources['val'] & sources['train']
 
 
-@quick_start
+@pytest.mark.slow
 def test_a_target_that_fills_the_context_is_right_and_what_is_not_said_costs(copies):
     path = str(copies / 'out-copy-task/ckpt.pt')
     model = checkpoint.load_model(checkpoint.load(path), path).eval()
@@ -76,7 +71,7 @@ def test_a_target_that_fills_the_context_is_right_and_what_is_not_said_costs(cop
     assert cut['exact_match'] < 0.5 and cut['chrf'] < 90
 
 
-@quick_start
+@pytest.mark.slow
 def test_a_sample_is_the_target_of_its_prompt(copies):
     of_run = ('--out_dir=out-copy-task', '--temperature=0', '--num_samples=1')
     for start in ('penguin', 'penguin>', ' penguin\n'):
@@ -93,7 +88,7 @@ def test_a_sample_is_the_target_of_its_prompt(copies):
         assert [json.loads(line)['samples'] for line in lines] == [[word] for word in words]
 
 
-@quick_start
+@pytest.mark.slow
 def test_cross_attention_is_a_diagonal(copies):
     path = str(copies / 'out-copy-task/ckpt.pt')
     model = checkpoint.load_model(checkpoint.load(path), path).eval()
@@ -109,7 +104,7 @@ def test_cross_attention_is_a_diagonal(copies):
     assert 'a.png' in out and (copies / 'a.png').stat().st_size > 10_000
 
 
-@quick_start
+@pytest.mark.slow
 def test_what_has_no_place_for_it_says_so_in_a_line(copies):
     of_run = '--out_dir=out-copy-task'
     for form in ('hf', 'gguf', 'onnx', 'peft'):
@@ -128,7 +123,7 @@ def test_what_has_no_place_for_it_says_so_in_a_line(copies):
     assert 'character' in fails(copies, 'sample.py', of_run, '--start=Umlaut: ä')
 
 
-@quick_start
+@pytest.mark.slow
 def test_in_8_bits_it_copies_too(copies):
     of_run = '--out_dir=out-copy-task'
     out = run(copies, 'export.py', of_run, '--quantize=int8', '--start=owl', '--json')
@@ -137,7 +132,7 @@ def test_in_8_bits_it_copies_too(copies):
     assert 'heron' in found['samples']
 
 
-@quick_start
+@pytest.mark.slow
 def test_adapters_learn_another_task(copies):
     """LoRA on all of its layers, cross-attention among them."""
     run(copies, 'prepare/copy_task.py', '--task=reverse', '--name=reverse', '--examples=3000')
