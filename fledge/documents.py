@@ -160,36 +160,34 @@ class Documents:
             raise UserError(f'{self.paths[0]} has {problem}: prepare it again')
         _, lengths, learned = self._find_learned(starts, ends - starts - 1)
         teaches = (learned.reshape(-1, 2) > 0).all(axis=1)
-        pair_lengths = lengths.reshape(-1, 2).sum(axis=1)
-        fits = pair_lengths <= self.block_size
-        self.n_left_out = int(np.count_nonzero(~(teaches & fits)))
-        self.n_too_long = int(np.count_nonzero(teaches & ~fits))
-        if teaches.any() and not fits[teaches].any():
-            raise UserError(
-                f'no pair of {self.paths[0]} fits in a row of block_size={self.block_size}: '
-                f'the shortest needs --block_size={pair_lengths[teaches].min()}'
-            )
-        self._keep(np.repeat(teaches & fits, 2), starts, lengths, learned)
+        chosen = self._fitting(teaches, lengths.reshape(-1, 2).sum(axis=1), 'pair')
+        self._keep(np.repeat(chosen, 2), starts, lengths, learned)
 
     def _choose_targets(self, starts, ends):
         """What is packed: the targets that fit in a row and whose sources do."""
         first, lengths, learned = self._find_learned(starts, ends - starts - 1)
         source_lengths = first - starts
         lengths = lengths - source_lengths + 1  # without what is the source's
-        teaches = learned > 0
         longer = np.maximum(source_lengths, lengths)
-        fits = longer <= self.block_size
+        chosen = self._fitting(learned > 0, longer, 'source and target')
+        # the input in front of the first target is the end of text, in place of the source's last
+        self._keep(chosen, first - 1, lengths, learned)
+        self.source_lengths = source_lengths[chosen]
+
+    def _fitting(self, teaches, sizes, what):
+        """Which of those that teach something fit in a row; counts the others.
+
+        sizes: the positions that each takes. what: each is, in words. UserError where none fits.
+        """
+        fits = sizes <= self.block_size
         self.n_left_out = int(np.count_nonzero(~(teaches & fits)))
         self.n_too_long = int(np.count_nonzero(teaches & ~fits))
         if teaches.any() and not fits[teaches].any():
             raise UserError(
-                f'no source and target of {self.paths[0]} fit in rows of '
-                f'block_size={self.block_size}: the shortest need '
-                f'--block_size={longer[teaches].min()}'
+                f'no {what} of {self.paths[0]} fits in a row of block_size={self.block_size}: '
+                f'the shortest needs --block_size={sizes[teaches].min()}'
             )
-        # the input in front of the first target is the end of text, in place of the source's last
-        self._keep(teaches & fits, first - 1, lengths, learned)
-        self.source_lengths = source_lengths[teaches & fits]
+        return teaches & fits
 
     def _keep(self, chosen, starts, lengths, learned):
         """Keep the chosen documents: where each starts, its positions, its learned targets."""
