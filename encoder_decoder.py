@@ -89,17 +89,17 @@ class CrossAttention(CausalSelfAttention):
 
 
 class EncoderDecoder(GPT):
-    def __init__(self, config):
-        super().__init__(config)
+    def parts(self, config):
+        parts = super().parts(config)
         encoder = [Block(config, layer) for layer in range(config.n_encoder_layer)]
         for block in encoder:
             block.attn.causal = False
-        self.transformer['encoder'] = nn.ModuleList(encoder)
-        self.transformer['ln_encoder'] = norm(config) if config.norm_first else nn.Identity()
-        for layer, block in enumerate(self.transformer.h):
+        parts['encoder'] = nn.ModuleList(encoder)
+        parts['ln_encoder'] = norm(config) if config.norm_first else nn.Identity()
+        for layer, block in enumerate(parts['h']):
             block.ln_cross = norm(config)
             block.cross_attn = CrossAttention(config, layer)
-        self.init_weights()
+        return parts
 
     @property
     def blocks(self):

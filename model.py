@@ -191,14 +191,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # True: the backward pass computes each block again
-        parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.position == 'learned':
-            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['drop'] = nn.Dropout(config.dropout)
-        parts['h'] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        # without norm_first the last block has ended in a norm
-        parts['ln_f'] = norm(config) if config.norm_first else nn.Identity()
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = nn.ModuleDict(self.parts(config))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:  # Press and Wolf 2016, arXiv:1608.05859
             self.transformer.wte.weight = self.lm_head.weight
@@ -207,18 +200,26 @@ class GPT(nn.Module):
                 self.register_buffer(name, table, persistent=False)
         if config.position == 'sinusoidal':
             self.register_buffer('sinusoids', sinusoidal_table(config), persistent=False)
-        self.init_weights()
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):  # GPT-2: more layers add no more variance
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def parts(self, config):
+        """What the model is made of besides its head, by name."""
+        parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == 'learned':
+            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        parts['drop'] = nn.Dropout(config.dropout)
+        parts['h'] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        # without norm_first the last block has ended in a norm
+        parts['ln_f'] = norm(config) if config.norm_first else nn.Identity()
+        return parts
 
     @property
     def blocks(self):
         """All blocks, of which an encoder-decoder has two kinds."""
         return list(self.transformer.h)
-
-    def init_weights(self):
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):  # GPT-2: more layers add no more variance
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -278,10 +279,10 @@ class GPT(nn.Module):
 
     def run(self, blocks, idx, context):
         """Embed tokens (B, T) and take them through blocks: (B, T, n_embd)."""
-        positions = context.positions
-        if idx.shape[1] > self.config.block_size:
-            longer = f'longer than block_size={self.config.block_size}'
-            raise ValueError(f'{idx.shape[1]} tokens are {longer}')
+        length, positions = idx.shape[1], context.positions
+        if length > self.config.block_size:
+            limit = self.config.block_size
+            raise ValueError(f'{length} tokens are longer than block_size={limit}')
         x = self.embed(idx, positions)
         if self.config.position == 'rope':
             cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (B or 1, T, head_dim)
