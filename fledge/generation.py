@@ -8,7 +8,7 @@ tokens alone.
 import os
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -151,6 +151,18 @@ class Reply:
         self.finish_reason = self.finish_reason or reason
 
 
+def reply_to_source(model, tokenizer, source, sampling):
+    """The Reply that is the target of a source, token ids, and ends where the context does.
+
+    A decoder alone has the source as its prompt.
+    """
+    has_encoder = model.config.n_encoder_layer > 0
+    prompt = [tokenizer.end_of_text] if has_encoder else source
+    room = max(1, model.config.block_size - len(prompt) + 1)  # the last token is not read
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    return Reply(tokenizer, prompt, sampling, source if has_encoder else ())
+
+
 class Batch:
     """At most `size` replies that go on together, a token each at every step.
 
@@ -222,7 +234,7 @@ class Batch:
         if self.cached:
             if self.rows_in_use is None:
                 self.rows_in_use = self.cache.rows(0, len(self.cached))
-                if self.cached[0].encoded:
+                if self.cached[0].encoded is not None:
                     self.source_in_use = join([reply.encoded for reply in self.cached])
             last = [reply.ids[-1] for reply in self.cached]
             for held, token in zip(self.held, last, strict=False):

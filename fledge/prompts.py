@@ -2,12 +2,11 @@
 
 import json
 import os
-from dataclasses import replace
 
 from tqdm import tqdm
 
 from fledge import UserError, read_records, replacing
-from fledge.generation import Reply, generate
+from fledge.generation import Reply, generate, reply_to_source
 
 FORMATS = ('.jsonl', '.json', '.txt')
 
@@ -73,8 +72,7 @@ def new_reply(model, tokenizer, prompt, sampling):
         raise UserError(
             f'the source has {len(source):,} tokens, and the model reads 1 to {context:,}'
         )
-    shorter = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context))
-    return Reply(tokenizer, [tokenizer.end_of_text], shorter, source)
+    return reply_to_source(model, tokenizer, source, sampling)
 
 
 def answer_all(model, tokenizer, prompts, samplings, batch_size, output, settings):

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from fledge import UserError
-from fledge.generation import Reply, generate
+from fledge.generation import Reply, generate, reply_to_source
 from fledge.tasks import share_interval
 
 AT_ONCE = 32  # rows: replies, or beams
@@ -26,17 +26,8 @@ def measure_targets(model, tokenizer, data, numbers, sampling):
         raise UserError('chrF and BLEU need sacrebleu: pip install -r requirements.txt') from None
     pairs = [data.source_and_target(number) for number in numbers]
     targets = [target for _, target in pairs]
-    longest = 2 * max(map(len, targets))
-    replies = []
-    for source, _ in pairs:
-        prompt = source
-        if model.config.n_encoder_layer:
-            prompt = [tokenizer.end_of_text]
-        else:
-            source = []
-        room = max(1, model.config.block_size - len(prompt) + 1)  # the last token is not read
-        own = replace(sampling, max_new_tokens=min(longest, room))
-        replies.append(Reply(tokenizer, prompt, own, source))
+    sampling = replace(sampling, max_new_tokens=2 * max(map(len, targets)))
+    replies = [reply_to_source(model, tokenizer, source, sampling) for source, _ in pairs]
     for _ in generate(model, replies, AT_ONCE):
         pass
     n_right, texts = 0, []
