@@ -195,7 +195,8 @@ for source, folder in sources:
     # ---- what it says, and how fast
     idle = given & {'num_beams', 'length_penalty'}
     if idle and not targets:
-        print(f'without effect without sources and targets: {", ".join(sorted(idle))}')
+        names = ', '.join(sorted(idle))
+        print(f'without effect without sources and targets: {names}', file=sys.stderr)
     if targets or texts or questions or speed:
         model.to(machine.dtype)
         if machine.type == 'cpu':

@@ -196,10 +196,5 @@ print(
 if json:
     samples = [start + reply.text for reply in replies]
     reasons = [reply.finish_reason for reply in replies]
-    result = dict(
-        start=ask or asked,
-        samples=samples,
-        tokens=counts,
-        finish_reasons=reasons,
-    )
+    result = dict(start=ask or asked, samples=samples, tokens=counts, finish_reasons=reasons)
     print(json_.dumps(result))
