@@ -18,7 +18,7 @@ from fledge.configurator import configure, given
 from fledge.device import Machine
 from fledge.documents import open_split
 from fledge.formats import huggingface
-from fledge.run import read_metrics
+from fledge.log import read_metrics
 from fledge.tokenizer import common_tokenizer
 
 # -----------------------------------------------------------------------------

@@ -10,18 +10,20 @@ import functools
 import math
 import os
 import shlex
+import threading
 import time
 
 import numpy as np
 import torch
 
 from encoder_decoder import make_model
-from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run
+from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run, saving
 from fledge.configurator import configure, given
 from fledge.device import Machine, flops_per_token, peak_flops
 from fledge.documents import open_split
 from fledge.evaluation import evaluate, in_words, samples
 from fledge.formats import huggingface
+from fledge.log import RunLog
 from fledge.objectives import loss_and_numbers
 from fledge.tokenizer import common_tokenizer, find_tokenizer
 from fledge.tokens import digest, find_data
@@ -33,13 +35,14 @@ from fledge.tokens import digest, find_data
 # where the run lives
 out_dir = 'out'  # checkpoints, metrics.jsonl, train.log, settings.json, samples, loss.png
 init_from = 'scratch'  # scratch, resume, a checkpoint file, or a Hugging Face folder or name
-auto_resume = False  # resume where out_dir has a checkpoint, else start
+auto_resume = False  # resume where out_dir has a checkpoint, else start: the same command again
 seed = 1337  # of the weights, the order of the data, dropout and samples
 # evaluation, checkpoints, logs
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 eval_iters = 0  # batches of val in one evaluation, always the same ones; 0: all of val
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # False: only where val loss improved
+keep_checkpoints = 2  # the latest, ckpt.pt, and those before it, ckpt_step_*.pt; best.pt stays too
 early_stopping_patience = 0  # stop after so many evaluations without a better val loss; 0: never
 log_interval = 20  # steps between lines of progress
 sample_interval = 500  # steps between samples_step_*.txt; 0: none
@@ -98,6 +101,7 @@ weight_decay = 0.1  # of the matrices (and embeddings, with adamw)
 beta1 = 0.9  # of AdamW's first moment
 beta2 = 0.95  # of AdamW's second moment
 grad_clip = 1.0  # clip the gradient's norm to this; 0: do not
+max_bad_steps = 10  # so many in a row without a finite loss and gradient: back to a checkpoint
 # learning rate schedule; noam's own height is learning_rate = (n_embd * warmup_iters) ** -0.5
 decay_lr = True  # False: learning_rate throughout
 lr_schedule = 'linear'  # linear, cosine, wsd (linear over the last fifth), noam (1 / sqrt(step))
@@ -110,17 +114,18 @@ dtype = 'auto'  # auto, float32, bfloat16, float16
 compile = 'auto'  # auto, True, False: torch.compile; auto is on for CUDA alone
 backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
 config = configure(globals())
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-if auto_resume and os.path.exists(ckpt_path):
+if auto_resume and saving.files(out_dir):
     init_from = 'resume'
 resuming = init_from == 'resume'
-start, source, changed = None, init_from, {}
+start, source, changed, skipped = None, init_from, {}, []
 if resuming:  # the run's own settings hold, but for those given now
-    start, source = huggingface.load(ckpt_path), ckpt_path
+    source, start = saving.newest(out_dir, skipped.append)
+    start = huggingface.with_base(start, source)
     of_this_start = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
     saved = {k: v for k, v in start['config'].items() if k not in of_this_start}
     config = configure(globals(), saved=saved)
     changed = {k: v for k, v in saved.items() if config.get(k, v) != v}
+    run.check_resume(source, start, changed, config)
     config['init_from'] = start['config'].get('init_from', 'scratch')  # how the run began
 elif init_from != 'scratch':
     start = huggingface.load(init_from)
@@ -133,7 +138,9 @@ machine = Machine(device, dtype, backend)
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
-log = run.RunLog(machine.main, None if dry_run or eval_only else out_dir)
+log = RunLog(machine.main, None if dry_run or eval_only else out_dir)
+for problem in skipped:
+    log.say(problem)
 optimizer, learning_rate, why = optimizers.choose(config, start)
 trained_by = optimizers.trained_by(start) if start else optimizer
 
@@ -188,7 +195,7 @@ if not eval_only:
 # ---- the state of the run
 state = run.RunState()
 if resuming:
-    state = run.RunState.from_checkpoint(start, ckpt_path)
+    state = run.RunState.from_checkpoint(start, source)
     state.meet_changes(start, changed, config, data_digest)
     if opts:
         optimizers.load_state_dict(opts, start.get('optimizer'))
@@ -231,9 +238,6 @@ if resuming:
     log.say(f'resuming at step {state.step}' + ''.join(changes))
 
 
-DIVERGED = ': the run diverged; lower learning_rate (what was saved before is kept)'
-
-
 def loss_of(network, batch):
     """The objective's loss and numbers of a tokens.Batch of numpy arrays."""
     batch = machine.move(batch)
@@ -254,10 +258,10 @@ of_val = (val_data, machine, batch_size, eval_iters, tokenizer, objective)
 evaluate_val = functools.partial(evaluate, model, *of_val)
 
 
-def train_step(step, lr):
-    """Forward, backward and update on the rows of a step.
+def gradients_of(step):
+    """Forward and backward on the rows of a step; the parameters hold the gradients then.
 
-    Returns this process's mean loss, the gradient's norm, and the objective's mean numbers.
+    Returns the mean loss of all processes, the gradient's norm, and the objective's mean numbers.
     """
     # dropout's randomness is a function of the step, as the rows are: nothing to save or replay
     entropy = np.random.SeedSequence([seed, step, machine.rank])
@@ -281,16 +285,26 @@ def train_step(step, lr):
         scaler.unscale_(opt)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm(gradients)
-    if grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
-    optimizers.set_learning_rate(opts, lr)
-    # an overflow in float16 skips the step, in all optimizers alike
-    if not scaler.is_enabled() or math.isfinite(grad_norm):
+    loss, *means = machine.mean(torch.stack([total_loss, *total_numbers.values()]))
+    return loss, grad_norm, dict(zip(total_numbers, means, strict=True))
+
+
+def update(lr, grad_norm):
+    """Change the weights by the gradients, unless these are not finite."""
+    if math.isfinite(grad_norm):
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
+        optimizers.set_learning_rate(opts, lr)
         for opt in opts:
             scaler.step(opt)
     scaler.update()
     model.zero_grad(set_to_none=True)
-    return total_loss, grad_norm, total_numbers
+
+
+def train_step(step, lr):
+    """One step by itself, as a dry run times it."""
+    _, grad_norm, _ = gradients_of(step)
+    update(lr, grad_norm)
 
 
 def learning_rate_now(spent):
@@ -317,24 +331,23 @@ def evaluation_is_due(spent):
 
 
 def evaluate_and_save():
-    """Evaluate, and save a checkpoint where one is due."""
+    """Evaluate, and save a checkpoint where one is due; returns whether val loss is finite."""
     began = time.monotonic()
     evaluation = evaluate_val()
-    is_best = state.note_evaluation(evaluation, time.monotonic() - began)
-    log.say(f'step {state.step}: val {in_words(evaluation)}')
     if not math.isfinite(evaluation['loss']):
-        raise UserError(f'val loss is {evaluation["loss"]} at step {state.step}{DIVERGED}')
-    if (state.step > 0 or resuming) and (is_best or always_save_checkpoint):
-        save_checkpoint(is_best)
+        return False
+    with between_steps:
+        is_best = state.note_evaluation(evaluation, time.monotonic() - began)
+        log.say(f'step {state.step}: val {in_words(evaluation)}')
+        if (state.step > 0 or resuming) and (is_best or always_save_checkpoint):
+            save_checkpoint(is_best)
+    return True
 
 
 def save_checkpoint(is_best):
+    """Take a copy of all that the run is, which a thread writes to the disk."""
     global saved_step
-    losses = recent.all_losses(machine)
-    if not math.isfinite(sum(losses)):
-        raise UserError(f'the loss is not finite at step {state.step}{DIVERGED}')
     saved_step = state.step
-    state.recent_losses, state.recent_numbers = losses, recent.all_numbers(machine)
     saved = dict(
         model=model.state_dict(),
         optimizer=optimizers.state_dict(opts),
@@ -352,25 +365,89 @@ def save_checkpoint(is_best):
     if base:
         saved |= dict(model=adapters.tensors(model), base=base)
     if machine.main:
-        checkpoint.save(ckpt_path, saved)
-        if is_best:
-            checkpoint.link(ckpt_path, log.path('best.pt'))
+        saver.save(saved, is_best)
+
+
+def save_now():
+    """Save the state after the last whole step, while another is under way, and end the process."""
+    with between_steps:
+        if not stop.is_done:
+            save_and_stop()
+            os._exit(0)
+
+
+def save_and_stop():
+    """Save because of a signal, and say so."""
+    # what has led to steps that are not finite is no good checkpoint
+    if saved_step != state.step and not (state.bad_steps and saved_step >= 0):
+        save_checkpoint(is_best=False)
+    saver.finish()
+    log.say(f'stopped at step {saved_step} after {clock.elapsed() / 60:.1f} minutes; {GOES_ON}')
+
+
+def go_back(why):
+    """Take the run back to its last good checkpoint, with its data in a fresh order.
+
+    Once: UserError the second time, and where there is no checkpoint.
+    """
+    global state, saved_step
+    saver.wait()
+    machine.wait_for_all()
+    problem = f'{why} at step {state.step}: the run diverged'
+    if state.fresh_orders or saved_step < 0:
+        again = 'again, in another order of the data' if state.fresh_orders else 'at its beginning'
+        raise UserError(f'{problem} {again}; lower learning_rate (what was saved before is kept)')
+    path, good = saving.newest(out_dir, log.say)
+    with between_steps, torch.no_grad():
+        own = adapters.tensors(model) if base else model.state_dict()
+        for name, tensor in good['model'].items():
+            own[name].copy_(tensor)
+        optimizers.load_state_dict(opts, good['optimizer'])
+        scaler.load_state_dict(good['scaler'])
+        skipped_steps = state.skipped_steps
+        state = run.RunState.from_checkpoint(good, path)
+        state.skipped_steps, state.fresh_orders = skipped_steps, 1
+        take_fresh_order()
+        recent.restore(state)
+        saved_step = state.step
+        log.rewind(state.step)
+    log.say(f'{problem}; it goes on from step {state.step} with its data in a fresh order')
+
+
+def take_fresh_order():
+    train_data.seed, train_data.epoch = seed + 10**9 * state.fresh_orders, None
+
+
+def note_step(loss, grad_norm, numbers):
+    """Count a step: its loss and numbers, or that it is skipped."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        state.bad_steps = 0
+        recent.add(loss, numbers)
+        usual = state.note_loss(loss)
+        if usual:
+            seen = train_data.documents_seen(state.rows, rows_per_step)
+            log.spike(state, loss, usual, seen, tokenizer)
+        return
+    state.bad_steps += 1
+    state.skipped_steps += 1
+    what = 'gradient' if math.isfinite(loss) else 'loss'
+    log.say(f'step {state.step}: the {what} is not finite; skipped, {state.bad_steps} in a row')
 
 
 def log_steps(grad_norm):
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
-    losses = recent.all_losses(machine)  # waits for an accelerator
-    own_numbers = {n: sum(v) / len(v) for n, v in recent.all_numbers(machine).items()}
+    if not recent.losses:  # all were skipped
+        log.metrics(**state.metrics())
+        return
+    losses = recent.losses
+    own_numbers = {name: sum(values) / len(values) for name, values in recent.numbers.items()}
     loss, speed = sum(losses) / len(losses), recent.n_timed * tokens_per_step / clock.interval()
     line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed, **own_numbers)
     line['grad_norm'] = grad_norm.item()
     line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
-    if math.isfinite(loss):
-        line['step_losses'] = [round(each, 5) for each in losses]
+    line['step_losses'] = [round(each, 5) for each in losses]
     log.metrics(**state.metrics(), **line)
     log.progress(state, max_iters, line, own_numbers)
-    if not math.isfinite(loss):
-        raise UserError(f'the loss is {loss} at step {state.step}{DIVERGED}')
     recent.clear()
     clock.start_interval()
 
@@ -383,13 +460,18 @@ if dry_run:
     raise SystemExit
 
 # ---- the training loop
-stop = run.StopSignals(machine.main)
+GOES_ON = f'To go on: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}'
+between_steps = threading.Lock()  # held where the state of the run changes, and where it is saved
+stop = run.StopSignals(machine.main, save_now if machine.main else None)
 state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
 if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.lr > 0:
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
-recent = run.RecentSteps(state.recent_losses, state.recent_numbers, machine.device)
+recent = run.RecentSteps(state)
+take_fresh_order()
+on_disk = state.step if source == os.path.join(out_dir, 'ckpt.pt') else None
+saver = saving.Saver(out_dir, keep_checkpoints, on_disk)
 saved_step = state.step if resuming else -1
 while True:
     state.elapsed = clock.elapsed()
@@ -398,13 +480,16 @@ while True:
     steps_share = state.tokens / last_token if last_token else state.step / max(max_iters, 1)
     state.progress = max(steps_share, spent)
     done = state.step >= max_iters or spent >= 1
+    saver.tend(log.say)
 
     # once in a while: evaluate, save, sample
     with clock.not_training():
         if (evaluation_is_due(spent) or done) and not stopping:
             if state.evaluated_step != state.step:  # else it was made before the checkpoint
                 state.evaluated_at = spent
-                evaluate_and_save()
+                if not evaluate_and_save():
+                    go_back('val loss is not finite')
+                    continue
             if early_stopping_patience and state.evaluations_since_best >= early_stopping_patience:
                 n = state.evaluations_since_best
                 log.say(f'no better val loss in {n} evaluations: stopping early')
@@ -420,35 +505,42 @@ while True:
         break
 
     # one step
-    state.lr = learning_rate_now(spent)
-    loss, grad_norm, numbers = train_step(state.step, state.lr)
-    recent.add(loss, numbers)
-
-    # log
-    if state.step % log_interval == 0 or state.evaluated_step == state.step:
-        log_steps(grad_norm)
-    state.step += 1
-    state.rows += rows_per_step
-    state.tokens += tokens_per_step
+    lr = learning_rate_now(spent)
+    loss, grad_norm, numbers = gradients_of(state.step)
+    with between_steps:
+        state.lr = lr
+        update(lr, grad_norm)
+        note_step(loss, grad_norm, numbers)
+        if state.step % log_interval == 0 or state.evaluated_step == state.step:
+            log_steps(grad_norm)
+        state.step += 1
+        state.rows += rows_per_step
+        state.tokens += tokens_per_step
+    if state.bad_steps >= max_bad_steps:
+        go_back(f'no loss and gradient was finite in {state.bad_steps} steps')
     log.advance(state, max_iters)
 
 log.close_bar()
-if saved_step != state.step:  # the last weights are kept in any case
-    save_checkpoint(is_best=False)
-if recent.n_timed and not stopping:
+with between_steps:
+    stop.is_done = True
+    if stopping:
+        save_and_stop()
+        machine.leave()
+        raise SystemExit
+    if saved_step != state.step:  # the last weights are kept in any case
+        save_checkpoint(is_best=False)
+    saver.finish()
+if recent.n_timed:
     log_steps(grad_norm)
-elif not stopping:
+else:
     log.metrics(**state.metrics())
+log.draw()
 folder = shlex.quote(out_dir)
-goes_on = f'To go on: python train.py --init_from=resume --out_dir={folder}'
-if not stopping:
-    log.draw()
-    goes_on = f'Try it: python sample.py --out_dir={folder}'
 time_is_up = ', all of max_minutes' if spent >= 1 else ''
 best = f' ({folder}/best.pt, step {state.best_step})' if state.best_step > 0 else ''
 log.say(
-    f'{"stopped" if stopping else "done"} at step {state.step} after {clock.elapsed() / 60:.1f} '
-    f'minutes{time_is_up} ({clock.aside:.1f} s went to evaluations, checkpoints and samples); '
-    f'best val loss {state.best_val_loss:.4f}{best}. {goes_on}'
+    f'done at step {state.step} after {clock.elapsed() / 60:.1f} minutes{time_is_up} '
+    f'({clock.aside:.1f} s went to evaluations, checkpoints and samples); best val loss '
+    f'{state.best_val_loss:.4f}{best}. Try it: python sample.py --out_dir={folder}'
 )
 machine.leave()

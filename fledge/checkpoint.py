@@ -4,11 +4,9 @@ The file is nanoGPT's, a torch.save of model, optimizer, model_args, iter_num, b
 config.
 """
 
-import contextlib
 import os
 import pickle
 import re
-import shutil
 from dataclasses import asdict, fields
 
 import torch
@@ -20,34 +18,31 @@ from fledge.tokenizer import GPT2_SIZE, is_gpt2_size, padded_vocab_size
 from model import ACTIVATIONS, GPTConfig
 
 
-def save(path, checkpoint):
+def save(path, checkpoint, older=None):
     """Write a dict of tensors and plain values; the old file stays until the new one is whole.
 
-    UserError for a full disk, and for weights that are not finite: those are worth no file.
+    older: the name that the old file takes then. UserError for a full disk, and for weights that
+    are not finite: those are worth no file.
     """
-    for name, tensor in checkpoint['model'].items():
-        if not tensor.isfinite().all():
-            raise UserError(f'{name} has weights that are not finite: {path} is not written')
+    check_finite(checkpoint, path)
     try:
         with replacing(path, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+            check_sums(f.name)
+            if older:
+                os.replace(path, older)
     except (OSError, RuntimeError) as e:  # a full disk surfaces as either
         why = getattr(e, 'strerror', None) or e
         raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
 
 
-def link(path, other):
-    """Give the file at path a second name, which keeps it when path is replaced by a later one."""
-    temporary = other + '.tmp'
-    with contextlib.suppress(FileNotFoundError):  # of a process that was killed right here
-        os.remove(temporary)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
+def check_finite(checkpoint, path):
+    """UserError where a checkpoint has weights that are infinite or no numbers."""
+    for name, tensor in checkpoint['model'].items():
+        if not tensor.isfinite().all():
+            raise UserError(f'{name} has weights that are not finite: {path} is not written')
 
 
 def load(path):

@@ -31,6 +31,7 @@ for least, most, names in (
     (0, 10**9, 'max_iters warmup_iters lr_decay_iters sample_interval early_stopping_patience'),
     (0, 10**9, 'eval_iters top_k min_length lora_rank stride'),
     (1, 10**9, 'eval_interval log_interval document documents max_tokens cap'),
+    (1, 10**6, 'keep_checkpoints max_bad_steps'),
     (2, 10**9, 'examples'),
     (0, 10**15, 'target_tokens'),
     (1, 10**15, 'train_bytes'),

@@ -253,6 +253,19 @@ class Documents:
         """What a mean over these rows of training is over: their learned targets, or pairs."""
         return int(self.weight_per_row[self._training_rows(first, count)].sum())
 
+    def documents_seen(self, first, count):
+        """[(path, position, ids)] of the documents in rows of training: where each is, and what."""
+        seen = []
+        for number in self.documents_of(self._training_rows(first, count)).tolist():
+            start, length = int(self.starts[number]), int(self.lengths[number])
+            if self.with_sources:
+                start -= int(self.source_lengths[number]) - 1
+                length += int(self.source_lengths[number]) - 1
+            shard = int(np.searchsorted(self.first_token, start, side='right')) - 1
+            ids = self._read(self.shards, start + np.arange(length + 1))
+            seen.append((self.paths[shard], start - int(self.first_token[shard]), ids))
+        return seen
+
     def _training_rows(self, first, count):
         places = np.arange(first, first + count)
         rows = np.empty(count, np.int64)

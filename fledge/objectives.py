@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fledge import UserError
-from fledge.run import KEYS
+from fledge.log import KEYS
 
 TAKEN = {'bytes', 'step_losses', *KEYS}  # names of the log's own numbers
 

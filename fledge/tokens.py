@@ -230,11 +230,7 @@ class Tokens:
         Each epoch sees every row once, in a fresh permutation; the grid that the rows are cut on
         shifts as well, so that another epoch cuts the text elsewhere.
         """
-        places = np.arange(first, first + count)
-        shards, starts = np.empty((2, count), np.int64)
-        for epoch in np.unique(places // self.n_rows).tolist():
-            here = places // self.n_rows == epoch
-            shards[here], starts[here] = self._find(epoch, places[here] % self.n_rows)
+        shards, starts = self._places(first, count)
         out = np.empty((count, self.block_size + 1), np.int64)
         for shard in np.unique(shards).tolist():
             here = shards == shard
@@ -244,6 +240,14 @@ class Tokens:
                 self._read(shard, start, self.block_size + 1)  # names the place
         return Batch(inputs=out[:, :-1], targets=out[:, 1:])
 
+    def documents_seen(self, first, count):
+        """[(path, position, ids)] of rows of training: where in the data they are, and what."""
+        shards, starts = self._places(first, count)
+        seen = []
+        for shard, start in zip(shards.tolist(), starts.tolist(), strict=True):
+            seen.append((self.paths[shard], start, self._read(shard, start, self.block_size)))
+        return seen
+
     def weight(self, first, count):
         """What a mean over these rows of training is over: their targets, all of them learned."""
         return count * self.block_size
@@ -251,6 +255,15 @@ class Tokens:
     def summary(self):
         """What is in the rows, in one line for the log; of a stream there is nothing to say."""
         return ''
+
+    def _places(self, first, count):
+        """The shards, and the starts in them, of rows of training's endless order."""
+        places = np.arange(first, first + count)
+        shards, starts = np.empty((2, count), np.int64)
+        for epoch in np.unique(places // self.n_rows).tolist():
+            here = places // self.n_rows == epoch
+            shards[here], starts[here] = self._find(epoch, places[here] % self.n_rows)
+        return shards, starts
 
     def _find(self, epoch, places):
         """The shards, and the starts in them, of the rows at these places in the epoch's order."""

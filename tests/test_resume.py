@@ -4,12 +4,12 @@ import json
 import os
 import socket
 
-import torch
 from conftest import TINY, fails, metrics, run, start, write_tiny
 
 from fledge import checkpoint
-from fledge.run import RunLog
-from fledge.tokenizer import char_tokenizer
+from fledge.log import RunLog
+from fledge.tokenizer import char_tokenizer, load_tokenizer
+from fledge.tokens import Tokens
 
 PLAIN = [*TINY, '--sample_interval=0', '--eval_interval=1000']
 
@@ -109,42 +109,148 @@ def test_data_that_changed_under_a_run_is_refused(workdir):
         assert 'trained with another tokenizer than the one beside it' in fails(workdir, script)
     (workdir / 'out/tokenizer.json').write_text(mine)
     tokenizer.write_text(mine)
-    # other data by name is a change like any other, if its tokens are the same
-    write_tiny(workdir / 'data/more', n_train=3000)
-    out = run(workdir, 'train.py', '--init_from=resume', '--dataset=more', '--max_iters=12')
-    assert "dataset was 'tiny', now 'more'" in out
-    state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
-    assert (state['rows'], state['tokens']) == (16, 12 * 64)
 
 
-def test_no_checkpoint_is_made_of_what_is_not_finite(workdir):
+def test_settings_that_a_run_cannot_go_on_with_are_named(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=4')
-    before = checkpoint.load(str(workdir / 'out/ckpt.pt'))
-    (workdir / 'nan.py').write_text("""
+    write_tiny(workdir / 'data/more', n_train=3000)
+    flags = ['--dataset=more', '--n_layer=3', '--n_kv_head=2', '--optimizer=adamw', '--n_inner=0']
+    words = fails(workdir, 'train.py', '--init_from=resume', *flags, '--learning_rate=1e-3')
+    for problem in (
+        "dataset='more' (it has 'tiny')",
+        'n_layer=3 (it has 2)',
+        'n_kv_head=2 (it has 1)',
+        "optimizer='adamw' (it has 'muon')",
+    ):
+        assert problem in words
+    assert 'n_inner' not in words and 'learning_rate' not in words
+    changes = ['--learning_rate=1e-3', '--batch_size=2', '--max_iters=6', '--seed=5']
+    out = run(workdir, 'train.py', '--init_from=resume', *changes)
+    for change in (
+        'learning_rate was 0.006, now 0.001',
+        'batch_size was 4, now 2',
+        'max_iters was 4, now 6',
+        'seed was 1337, now 5',
+    ):
+        assert change in out
+
+
+# a config file whose loss is what `calls`, the number of training's calls so far, makes of it
+BROKEN = """
 def objective(model, batch):
     import os, signal
     loss = model(*batch, return_logits=False)[1]
     global calls
     calls = globals().get('calls', 0) + model.training
-    if calls == 3:  # between two lines of the log
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loss * float('nan') if calls >= WHEN else loss
+    return loss * float('nan') if model.training and (WHEN) else loss
+"""
+
+
+def test_a_step_that_is_not_finite_is_skipped(workdir):
+    (workdir / 'own.py').write_text(BROKEN.replace('WHEN', 'calls in (3, 6, 7)'))
+    out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=12', '--max_bad_steps=3')
+    assert 'step 6: the loss is not finite; skipped, 2 in a row' in out
+    lines = metrics(workdir / 'out')
+    assert [m['train_loss'] is None for m in lines] == [i in (2, 5, 6, 12) for i in range(13)]
+    assert lines[-1]['skipped_steps'] == 3 and 'skipped_steps' not in lines[1]
+    saved = checkpoint.load(str(workdir / 'out/ckpt.pt'))
+    assert saved['run']['skipped_steps'] == 3
+    # a skipped step changes no weight: without its updates the others come to the same
+    momenta = saved['optimizer'][0]['state']
+    assert {int(entry['step']) for entry in momenta.values()} == {9}
+
+
+def test_a_gradient_alone_that_is_not_finite_is_skipped(workdir):
+    (workdir / 'own.py').write_text("""
+import torch
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float('inf')
+
+def objective(model, batch):
+    global calls
+    calls = globals().get('calls', 0) + model.training
+    loss = model(*batch, return_logits=False)[1]
+    return Broken.apply(loss) if calls == 3 else loss
 """)
-    for when in (1, 3):  # the weights are broken, or the last loss alone
-        text = (workdir / 'nan.py').read_text().replace('WHEN', str(when))
-        (workdir / 'now.py').write_text(text)
-        flags = ['--init_from=resume', '--max_iters=60', '--log_interval=100']
-        words = run(workdir, 'train.py', 'now.py', *flags, code=2)
-        assert 'the loss is not finite' in words and 'the run diverged' in words
-        after = checkpoint.load(str(workdir / 'out/ckpt.pt'))
-        assert all(torch.equal(after['model'][k], v) for k, v in before['model'].items())
-    broken = dict(before, model=dict(before['model']))
-    name = next(iter(broken['model']))
-    broken['model'][name] = broken['model'][name] * float('inf')
-    torch.save(broken, workdir / 'out/broken.pt')
-    words = fails(workdir, 'export.py', '--init_from=out/broken.pt', '--format=ckpt')
-    assert 'not finite' in words or 'off by' in words
-    assert not (workdir / 'out/model.pt').exists()
+    out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=5')
+    assert 'step 2: the gradient is not finite; skipped, 1 in a row' in out
+    assert metrics(workdir / 'out')[-1]['skipped_steps'] == 1
+
+
+def test_a_run_goes_back_once_and_then_stops(workdir):
+    flags = [*PLAIN, '--max_iters=20', '--eval_interval=5', '--max_bad_steps=3']
+    (workdir / 'own.py').write_text(BROKEN.replace('WHEN', '12 < calls < 16'))
+    out = run(workdir, 'train.py', *flags, 'own.py', recording(workdir), '--out_dir=whole')
+    steps = rows_seen(workdir)
+    assert 'skipped' not in out  # record.py's objective is the later one
+    own = (
+        (workdir / 'own.py')
+        .read_text()
+        .replace(
+            '    return',
+            """    if model.training:
+        with open('rows.txt', 'a') as f:
+            f.writelines(f'{row.tolist()}\\n' for row in batch['inputs'])
+    return""",
+        )
+    )
+    (workdir / 'own.py').write_text(own)
+    out = run(workdir, 'train.py', *flags, 'own.py')
+    assert 'no loss and gradient was finite in 3 steps at step 15: the run diverged' in out
+    assert 'goes on from step 10 with its data in a fresh order' in out and 'done at step 20' in out
+    seen = rows_seen(workdir)
+    assert seen[:60] == steps[:60] and len(seen) == 100
+    assert set(seen[60:]) != set(steps[40:]) and seen[60:] != steps[40:]
+    assert [m['step'] for m in metrics(workdir / 'out')] == list(range(21))
+    state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
+    assert (state['fresh_orders'], state['skipped_steps']) == (1, 3)
+    # the fresh order is the run's from then on: a resume has it as well
+    (workdir / 'own.py').write_text(own.replace('12 < calls < 16', 'calls > 2'))
+    resume = ['own.py', '--init_from=resume', '--max_iters=30']
+    words = fails(workdir, 'train.py', *resume)
+    assert 'at step 25: the run diverged again, in another order of the data' in words
+    assert checkpoint.load(str(workdir / 'out/ckpt.pt'))['iter_num'] == 20
+    (workdir / 'own.py').write_text(BROKEN.replace('WHEN', 'True'))
+    words = fails(workdir, 'train.py', *flags, 'own.py', '--out_dir=new')
+    assert 'at step 3: the run diverged at its beginning; lower learning_rate' in words
+
+
+def test_a_val_loss_that_is_not_finite_takes_the_run_back(workdir):
+    (workdir / 'own.py').write_text("""
+def objective(model, batch):
+    loss = model(*batch, return_logits=False)[1]
+    global calls
+    calls = globals().get('calls', 0) + model.training
+    return loss * float('nan') if not model.training and calls == 10 else loss
+""")
+    out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=20', '--eval_interval=5')
+    assert 'val loss is not finite at step 10: the run diverged; it goes on from step 5' in out
+    assert [m['step'] for m in metrics(workdir / 'out')] == list(range(21))
+
+
+def test_a_spike_of_the_loss_is_logged_with_its_documents(workdir):
+    (workdir / 'own.py').write_text(
+        BROKEN.replace("float('nan')", '9').replace('WHEN', 'calls == 111')
+    )
+    out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=115', '--learning_rate=1e-4')
+    assert out.count('loss spike') == 1 and 'step 110: loss spike: ' in out
+    [line] = (workdir / 'out/spikes.jsonl').read_text().splitlines()
+    spike = json.loads(line)
+    assert spike['step'] == 110 and spike['loss'] > 5 * spike['mean']
+    data = Tokens(str(workdir / 'data/tiny'), 'train', 16, 64, seed=1337)
+    rows = data.rows(440, 4)['inputs']
+    tokenizer = load_tokenizer(str(workdir / 'data/tiny'))
+    for document, row in zip(spike['documents'], rows, strict=True):
+        assert document['file'] == 'data/tiny/train.bin' and document['tokens'] == 16
+        assert data.shards[0][document['position'] :][:16].tolist() == row.tolist()
+        assert document['begins'] == tokenizer.decode(row.tolist())
 
 
 def test_the_last_weights_are_kept_in_any_case(workdir):

@@ -21,7 +21,8 @@ from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
 from tqdm import tqdm
 
 from fledge import checkpoint, cpu
-from fledge.run import RunLog, RunState
+from fledge.log import RunLog
+from fledge.run import RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
@@ -79,6 +80,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert sorted(os.listdir(whole / 'out')) == [
         'best.pt',
         'ckpt.pt',
+        'ckpt_step_000030.pt',
         'loss.png',
         'metrics.jsonl',
         'samples_step_000030.txt',
@@ -532,9 +534,6 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
         '--learning_rate=0.001',
     )
     assert json.loads((workdir / 'out' / 'settings.json').read_text())['init_from'] == 'scratch'
-    assert 'n_layer=5 is ignored: the checkpoint has 2' in run(
-        workdir, 'train.py', 'own.py', '--init_from=resume', '--n_layer=5'
-    )
     assert (
         'resuming at step 3' in out
         and 'max_iters was 3, now 5' in out

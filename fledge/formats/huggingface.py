@@ -159,8 +159,7 @@ def load(source, block_size=0):
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        loaded = checkpoint.load(source)
-        return with_base(loaded, source) if 'base' in loaded else loaded
+        return with_base(checkpoint.load(source), source)
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
     if os.path.exists(os.path.join(folder, peft.CONFIG)):
         return load_peft(folder, block_size)
@@ -208,10 +207,12 @@ def load_base(source, folder, block_size=0):
 
 
 def with_base(loaded, path):
-    """The adapter checkpoint at path, with its base's tensors beside its own (see load).
+    """The checkpoint at path; one of adapters has its base's tensors beside its own (see load).
 
     UserError where the base is not what it was trained on.
     """
+    if 'base' not in loaded:
+        return loaded
     about, args = loaded['base'], loaded['model_args']
     parts = about if isinstance(about, dict) else {}
     vocab_size = args.get('vocab_size', GPTConfig.vocab_size)

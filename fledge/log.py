@@ -1,0 +1,302 @@
+"""What a run says and leaves to read: train.log, metrics.jsonl, samples, loss.png."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+
+from fledge import UserError, chat_template, lock_folder, replacing, saving
+
+RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
+RUN_FILES += ['spikes.jsonl', 'tokenizer.json', *chat_template.FILES]
+RUN_FILE_BEGINNINGS = ('samples_step_', 'ckpt_step_', 'best-before-step-')
+# of each line of metrics.jsonl, null where one has no value; no objective's number is called so
+KEYS = ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm']
+KEYS += ['tokens_per_second', 'mfu', 'elapsed']
+PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
+
+
+class RunLog:
+    """The one voice of a run. Silent in all processes but the first; no files where out_dir is
+    None.
+
+    wandb and tensorboard get the metrics as well, where they are asked for.
+    """
+
+    def __init__(self, speaks, out_dir=None):
+        self.speaks = speaks
+        self.out_dir = out_dir if speaks else None
+        self.bar = None
+        self.is_open = False
+        self.sinks = []  # functions of a step and its metrics
+        # of loss.png, [(tokens, minutes, loss), ...]: each step's, and means over log_interval
+        self.clear_curves()
+        self.pending = {}  # what a full disk has not taken yet, by the name of its file
+        self.disk_failed = False
+
+    def path(self, name):
+        return os.path.join(self.out_dir, name)
+
+    def open(self, settings, state, resuming):
+        """Open the run's files.
+
+        A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed: then
+        what comes after its state is dropped from metrics.jsonl, for it happens again.
+        """
+        if not self.out_dir:
+            return
+        path = self.path('metrics.jsonl')
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+            self.lock = lock_folder(self.out_dir, wait=False)
+            if resuming:
+                self.rewind(state.step)
+            else:
+                self.keep_previous()
+                with replacing(path):  # a run that has no step yet has no metrics
+                    pass
+            if (
+                resuming
+                and state.best_val_loss == math.inf
+                and os.path.exists(self.path('best.pt'))
+            ):
+                kept = f'best-before-step-{state.step}.pt'  # by a measure that has changed
+                os.replace(self.path('best.pt'), self.path(kept))
+                print(f'evaluations are others from here on: best.pt of before is now {kept}')
+            with replacing(self.path('settings.json')) as f:
+                json.dump(settings, f, indent=1)
+        except OSError as e:
+            raise UserError(f'cannot write to out_dir={self.out_dir}: {e.strerror}') from None
+        self.is_open = True
+        self.connect(settings, state)
+
+    def rewind(self, step):
+        """Drop what is in metrics.jsonl from a step on: it happens again."""
+        if not self.out_dir:
+            return
+        path, lines = self.path('metrics.jsonl'), []
+        if os.path.exists(path):
+            lines = [m for m in read_metrics(path) if m['step'] < step]
+        with replacing(path) as f:
+            f.writelines(json.dumps(line) + '\n' for line in lines)
+        self.clear_curves()
+        for line in lines:
+            self.add_to_curves(line)
+
+    def clear_curves(self):
+        self.curves = {'step_loss': [], 'train_loss': [], 'val_loss': []}
+        self.logged = (0, 0.0)  # tokens and minutes of the last line
+
+    def append(self, name, line):
+        """Add a line to a file; where the disk is full, it and later ones wait for their turn."""
+        waiting = self.pending.get(name, '') + line + '\n'
+        self.pending[name] = waiting
+        with self.disk_may_be_full(name), open(self.path(name), 'ab') as f:
+            end = f.tell()
+            try:
+                f.write(waiting.encode())
+                f.flush()
+            except OSError:
+                f.truncate(end)  # no half a line
+                raise
+            self.pending[name] = ''
+
+    @contextlib.contextmanager
+    def disk_may_be_full(self, name):
+        """Go on, and say so once, where a file cannot be written that the run can do without."""
+        try:
+            yield
+        except OSError as e:
+            if not self.disk_failed:
+                self.disk_failed = True
+                where, why = self.path(name), e.strerror
+                print(f'WARNING: cannot write {where}: {why}; training goes on', file=sys.stderr)
+        else:
+            self.disk_failed = False
+
+    def keep_previous(self):
+        if not saving.files(self.out_dir):
+            return
+        folders = (self.path(f'previous-{n}') for n in itertools.count(1))
+        folder = next(path for path in folders if not os.path.exists(path))
+        os.makedirs(folder)
+        for name in os.listdir(self.out_dir):
+            if name in RUN_FILES or name.startswith(RUN_FILE_BEGINNINGS):
+                os.replace(self.path(name), os.path.join(folder, name))
+        print(f'the run that was in {self.out_dir} is now in {folder}')
+
+    def connect(self, settings, state):
+        if settings['wandb_log']:
+            import wandb
+
+            project, name = settings['wandb_project'], settings['wandb_run_name']
+            same = dict(id=state.wandb_id or None, resume='allow')  # a resumed run goes on there
+            run = wandb.init(project=project, name=name, config=settings, dir=self.out_dir, **same)
+            state.wandb_id = run.id
+            self.sinks.append(lambda step, metrics: wandb.log(metrics, step=step))
+        if settings['tensorboard']:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(self.path('tensorboard'), purge_step=state.step or None)
+
+            def write(step, metrics):
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, step)
+
+            self.sinks.append(write)
+
+    def start_bar(self, step, max_iters):
+        """On a terminal, a progress bar with the time left; elsewhere plain lines serve."""
+        if self.speaks and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
+
+    def advance(self, state, max_iters):
+        """Move the bar on by a step; its end is where the run is expected to end."""
+        if self.bar is not None:
+            if state.progress > 0:
+                self.bar.total = min(max_iters, round(state.step / state.progress))
+            self.bar.update()
+
+    def close_bar(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def say(self, text):
+        """A line to the terminal and train.log."""
+        if not self.speaks:
+            return
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+        if self.is_open:
+            self.append('train.log', text)
+
+    def samples(self, step, texts):
+        """samples_step_*.txt."""
+        if self.out_dir:
+            name = f'samples_step_{step:06d}.txt'
+            with self.disk_may_be_full(name), replacing(self.path(name)) as f:
+                f.write('\n---------------\n'.join(texts) + '\n')
+
+    def spike(self, state, loss, usual, documents, tokenizer):
+        """Say that a step's loss is far above those before it, and what the step saw.
+
+        usual: their mean and deviation. documents: [(path, position, ids), ...] of the data. The
+        beginning of each document goes to spikes.jsonl.
+        """
+        words = f'{loss:.4f}, and was {usual[0]:.4f} ± {usual[1]:.4f}'
+        self.say(f'step {state.step}: loss spike: {words}; the documents are in spikes.jsonl')
+        if not self.out_dir:
+            return
+        seen = []
+        for path, position, ids in documents:
+            text = tokenizer.decode(ids[:100].tolist()) if tokenizer else ids[:100].tolist()
+            seen.append(dict(file=path, position=position, tokens=len(ids), begins=text))
+        line = dict(step=state.step, loss=loss, mean=usual[0], deviation=usual[1], documents=seen)
+        self.append('spikes.jsonl', json.dumps(line))
+
+    def metrics(self, **values):
+        """A line of metrics.jsonl: KEYS, null where one has no value, and what else is given."""
+        if not self.out_dir:
+            return
+        line = dict.fromkeys(KEYS) | values
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no infinity
+        self.append('metrics.jsonl', json.dumps(line))
+        self.add_to_curves(line)
+        # a list of losses is nothing for the sinks
+        known = {n: v for n, v in line.items() if v is not None and not isinstance(v, list)}
+        for sink in self.sinks:
+            sink(line['step'], known)
+
+    def progress(self, state, max_iters, line, own_numbers):
+        """A line of progress, of a training step's metrics and the objective's own numbers."""
+        text = f'loss {line["train_loss"]:.4f} | lr {line["lr"]:.2e}'
+        text += f' | norm {line["grad_norm"]:.2f} | {line["tokens_per_second"]:,.0f} tok/s'
+        text += f' | mfu {line["mfu"]:.1%}'
+        text += ''.join(f' | {name} {line[name]:.4g}' for name in own_numbers)
+        if self.bar is None:
+            self.say(f'step {state.step}/{max_iters} | {text} | {state.elapsed:.0f} s')
+        else:
+            val = f'val {state.evaluation["loss"]:.4f} | ' if state.evaluation else ''
+            self.bar.set_postfix_str(val + text)
+            self.append('train.log', f'step {state.step}/{max_iters} | {text}')
+
+    def add_to_curves(self, line):
+        tokens, minutes = line['tokens'], (line['elapsed'] or 0) / 60
+        tokens_before, minutes_before = self.logged
+
+        def between(share):
+            """A place on the way from the last line to this one, 0 to 1."""
+            place_in_tokens = tokens_before + share * (tokens - tokens_before)
+            return place_in_tokens, minutes_before + share * (minutes - minutes_before)
+
+        losses = line.get('step_losses') or []
+        for i, loss in enumerate(losses, 1):
+            self.curves['step_loss'].append((*between(i / len(losses)), loss))
+        if line['train_loss'] is not None:  # at the middle of its steps
+            n = max(1, len(losses))
+            self.curves['train_loss'].append((*between((n + 1) / (2 * n)), line['train_loss']))
+        if line['val_loss'] is not None:
+            self.curves['val_loss'].append((tokens, minutes, line['val_loss']))
+        for name, curve in self.curves.items():
+            if len(curve) > PLOT_POINTS:
+                self.curves[name] = thin_out(curve)
+        self.logged = tokens, minutes
+
+    def draw(self):
+        """loss.png: the losses against tokens, and against minutes."""
+        if not self.out_dir:
+            return
+        import matplotlib
+
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+
+        figure, both = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+        looks = dict(
+            step_loss=dict(color='C0', alpha=0.25, linewidth=0.8, label='a single step'),
+            train_loss=dict(color='C0', label='train, mean of some steps'),
+            val_loss=dict(color='C1', marker='o', markersize=4, label='val'),
+        )
+        for place, unit in enumerate(('tokens', 'minutes')):
+            axes = both[place]
+            for name, look in looks.items():
+                if self.curves[name]:
+                    points = list(zip(*self.curves[name], strict=True))
+                    axes.plot(points[place], points[2], **look)
+            axes.set(xlabel=unit)
+            axes.grid(alpha=0.3)
+        both[0].set(ylabel='loss (nats a token)')
+        both[0].legend()
+        figure.suptitle(self.out_dir)
+        with self.disk_may_be_full('loss.png'), replacing(self.path('loss.png'), 'wb') as f:
+            figure.savefig(f, dpi=120, bbox_inches='tight')
+        pyplot.close(figure)
+
+
+def thin_out(curve):
+    """Half of PLOT_POINTS at most of a curve's points, evenly spread over its tokens."""
+    distance = 2 * curve[-1][0] / PLOT_POINTS
+    kept = curve[:1]
+    for point in curve:
+        if point[0] - kept[-1][0] >= distance:
+            kept.append(point)
+    return kept
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl, dicts; a line that a crash left broken is passed over."""
+    lines = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            with contextlib.suppress(ValueError, TypeError):
+                lines.append(dict.fromkeys(KEYS) | json.loads(line))
+    return lines

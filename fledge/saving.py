@@ -1,0 +1,143 @@
+"""A run's checkpoints: ckpt.pt, the ones before it as ckpt_step_000500.pt, and best.pt."""
+
+import glob
+import os
+import threading
+import time
+
+import torch
+
+from fledge import UserError
+from fledge.checkpoint import load, save
+
+RETRY_SECONDS = 30  # until what could not be written is tried again
+
+
+def older_files(out_dir):
+    """[(step, path)] of a run's checkpoints before the latest, the newest first."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_step_*.pt')):
+        number = os.path.basename(path).removeprefix('ckpt_step_').removesuffix('.pt')
+        if number.isdecimal():
+            found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+def files(out_dir):
+    """The paths of a run's checkpoints, the newest first; [] where there are none."""
+    paths = [os.path.join(out_dir, 'ckpt.pt')]
+    paths += [path for _, path in older_files(out_dir)]
+    paths.append(os.path.join(out_dir, 'best.pt'))
+    return [path for path in paths if os.path.exists(path)]
+
+
+def newest(out_dir, say):
+    """The newest whole checkpoint of a run, as (path, what load gives).
+
+    say() tells of each that is skipped, and why. UserError where none is whole.
+    """
+    paths = files(out_dir)
+    problems = []
+    for path in paths:
+        try:
+            loaded = load(path)
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        for problem in problems:
+            say(f'skipped: {problem}')
+        return path, loaded
+    if problems:
+        raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
+    return paths, load(os.path.join(out_dir, 'ckpt.pt'))  # which says that there is none
+
+
+def snapshot(value, copies=None):
+    """A copy, on the CPU, of what a checkpoint is to hold; tensors that are one stay one."""
+    copies = {} if copies is None else copies
+    if torch.is_tensor(value):
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            copies[key] = value.detach().to('cpu', copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {name: snapshot(part, copies) for name, part in value.items()}
+    if isinstance(value, list):
+        return [snapshot(part, copies) for part in value]
+    return value
+
+
+class Saver:
+    """Writes a run's checkpoints from a thread of its own, while training goes on.
+
+    ckpt.pt is the latest, ckpt_step_*.pt are those before it, `keep` of them in all. What cannot be
+    written waits in memory and is tried again. on_disk: the step of the ckpt.pt that is there, None
+    where it is none, or not whole.
+    """
+
+    def __init__(self, out_dir, keep, on_disk):
+        self.out_dir, self.keep, self.on_disk = out_dir, keep, on_disk
+        self.latest = self.best = None  # snapshots that are not on the disk yet
+        self.thread = None
+        self.error, self.failed_at = '', 0.0
+        self.told = False  # whether the error has been said
+
+    def save(self, checkpoint, is_best):
+        """Begin to write a dict of tensors and plain values, of which a copy is taken now."""
+        self.wait()
+        self.latest = snapshot(checkpoint)
+        if is_best:
+            self.best = self.latest
+        self.start()
+
+    def start(self):
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+
+    def wait(self):
+        """Until what is being written is written, or has failed."""
+        if self.thread:
+            self.thread.join()
+
+    def write(self):
+        try:
+            if self.latest:
+                self.write_latest()
+            if self.best:
+                save(os.path.join(self.out_dir, 'best.pt'), self.best)
+                self.best = None
+            self.error = ''
+        except (UserError, OSError) as e:
+            self.error, self.failed_at, self.told = str(e), time.monotonic(), False
+
+    def write_latest(self):
+        path, older = os.path.join(self.out_dir, 'ckpt.pt'), None
+        step = self.latest['iter_num']
+        if self.on_disk not in (None, step) and os.path.exists(path):
+            older = os.path.join(self.out_dir, f'ckpt_step_{self.on_disk:06d}.pt')
+        save(path, self.latest, older)
+        self.on_disk, self.latest = step, None
+        # those of later steps were broken, or are of a way that the run has left
+        before = [path for n, path in older_files(self.out_dir) if n < step]
+        for _, path in older_files(self.out_dir):
+            if path not in before[: self.keep - 1]:
+                os.remove(path)
+
+    def tend(self, say):
+        """Say what could not be written, and try it again after a while: a call for each step."""
+        if not self.error or self.thread.is_alive():
+            return
+        if not self.told:
+            say(f'WARNING: {self.error}; training goes on, and tries again')
+            self.told = True
+        if time.monotonic() - self.failed_at > RETRY_SECONDS:
+            self.start()
+
+    def finish(self):
+        """Until all is written; UserError where that cannot be done."""
+        self.wait()
+        if self.error and (self.latest or self.best):
+            self.start()
+            self.wait()
+        if self.error:
+            raise UserError(self.error)
