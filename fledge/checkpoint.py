@@ -4,6 +4,7 @@ The file is nanoGPT's, a torch.save of model, optimizer, model_args, iter_num, b
 config.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -31,9 +32,15 @@ def save(path, checkpoint, older=None):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+            if hasattr(os, 'posix_fadvise'):  # read back what is on the disk, not in memory
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             check_sums(f.name)
             if older:
                 os.replace(path, older)
+        with contextlib.suppress(OSError):  # not on Windows: the new name survives a power cut too
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as e:  # a full disk surfaces as either
         why = getattr(e, 'strerror', None) or e
         raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
