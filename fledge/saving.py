@@ -101,11 +101,12 @@ class Saver:
 
     def write(self):
         try:
-            if self.latest:
-                self.write_latest()
+            # the best first: a run that is killed here goes on before it, and finds it again
             if self.best:
                 save(os.path.join(self.out_dir, 'best.pt'), self.best)
                 self.best = None
+            if self.latest:
+                self.write_latest()
             self.error = ''
         except (UserError, OSError) as e:
             self.error, self.failed_at, self.told = str(e), time.monotonic(), False
