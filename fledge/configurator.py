@@ -55,6 +55,8 @@ for least, most, names in (
     (1e-12, 0.1, 'norm_eps'),
     (0, 0.99, 'dropout lora_dropout'),
     (1e-6, 1e6, 'lora_alpha'),
+    (0, 10**5, 'world_size'),
+    (0, 10**6, 'price_per_hour'),
     (1e-6, 100, 'dpo_beta'),
     (0, 0.999999, 'beta1 beta2'),
     (0, 10, 'learning_rate min_lr weight_decay'),
