@@ -25,6 +25,7 @@ from fledge.evaluation import evaluate, in_words, samples
 from fledge.formats import huggingface
 from fledge.log import RunLog
 from fledge.objectives import loss_and_numbers
+from fledge.plan import dry_run_report, plan_report, why_not_measured
 from fledge.tokenizer import common_tokenizer, find_tokenizer
 from fledge.tokens import digest, find_data
 
@@ -51,6 +52,8 @@ sample_ask = ''  # in place of that: what a user says, in the form of the model'
 sample_tokens = 200  # length of each of the three samples
 sample_repetition_penalty = 1.2  # keeps small models out of loops; 1 for characters
 dry_run = False  # say what the run will take, from two real steps, and write nothing
+world_size = 0  # with dry_run: plan for so many GPUs as well; 0: do not
+price_per_hour = 0.0  # of one GPU, for the plan
 wandb_log = False  # log to Weights & Biases (WANDB_MODE=offline needs no account)
 wandb_project = 'fledge'  # the project there
 wandb_run_name = 'run'  # the name of the run there
@@ -143,6 +146,12 @@ for problem in skipped:
     log.say(problem)
 optimizer, learning_rate, why = optimizers.choose(config, start)
 trained_by = optimizers.trained_by(start) if start else optimizer
+if dry_run and world_size:
+    log.say(plan_report(config))
+    why_not = why_not_measured(config, machine)
+    if why_not:
+        log.say(f'no step was measured here: {why_not}')
+        raise SystemExit
 
 # ---- data and its tokenizer
 data_dir = os.path.join('data', dataset)
@@ -456,7 +465,7 @@ if eval_only:
     log.say(f'val {in_words(evaluate_val())}')
     raise SystemExit
 if dry_run:
-    log.say(run.dry_run_report(train_step, model, tokens_per_step, max_iters, opts, machine))
+    log.say(dry_run_report(train_step, model, config, tokens_per_step, max_iters, opts, machine))
     raise SystemExit
 
 # ---- the training loop

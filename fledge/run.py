@@ -215,28 +215,6 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def dry_run_report(train_step, model, tokens_per_step, max_iters, opts, machine):
-    """What a run will take, told from two real steps."""
-    train_step(0, 0.0)  # warms up
-    began = time.perf_counter()
-    train_step(1, 0.0)
-    seconds = time.perf_counter() - began
-    tokens = max_iters * tokens_per_step
-    n_params = model.get_num_params(non_embedding=False)
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = sum(p.nbytes for p in model.parameters()) + gradients + optimizers.state_bytes(opts)
-    peak = machine.peak_memory()
-    return (
-        f'parameters: {n_params:,}\n'
-        f'tokens: {tokens:,}\n'
-        f'FLOPs: {6 * n_params * tokens:.3g} (6ND)\n'
-        f'memory: {peak / 1e9:.2f} GB at the peak, of which weights, gradients and optimizer '
-        f'state are {held / 1e9:.2f} GB\n'
-        f'time: {seconds:.2f} s a step, {seconds * max_iters / 3600:.2f} hours in all '
-        f'({tokens_per_step / seconds:,.0f} tokens/s)'
-    )
-
-
 def check_resume(path, start, changed, settings):
     """UserError for settings that the run of a loaded checkpoint cannot go on with, naming each.
 
@@ -303,6 +281,8 @@ def without_effect(settings, given):
         (not s['lora_rank'], 'lora_alpha lora_dropout lora_targets', 'lora_rank=0'),
         (s['objective'] == 'next_token', 'dpo_beta', 'objective=next_token'),
         (not s['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log=False'),
+        (not s['dry_run'], 'world_size price_per_hour', 'dry_run=False'),
+        (not s['world_size'], 'price_per_hour', 'world_size=0'),
         (s['position'] != 'rope', 'rope_theta', f'position={s["position"]}'),
     ]
     words = []
