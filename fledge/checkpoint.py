@@ -19,6 +19,9 @@ from fledge import UserError, adapters, quantize, replacing
 from fledge.tokenizer import GPT2_SIZE, is_gpt2_size, padded_vocab_size
 from model import ACTIVATIONS, GPTConfig
 
+LARGEST_TABLE = 2**27  # numbers in a table of positions: a million of 128
+SMALL_MODEL = 10**6  # weights; a small one is made, and the tensor that does not fit it is named
+
 
 def save(path, checkpoint, older=None):
     """Write a dict of tensors and plain values; the old file stays until the new one is whole.
@@ -53,11 +56,19 @@ def check_finite(checkpoint, path):
             raise UserError(f'{name} has weights that are not finite: {path} is not written')
 
 
-def load(path):
+def load(path, own=False):
     """The checkpoint at path, ours or nanoGPT's, as a dict.
 
-    Raises UserError where it is missing, broken, or carries code.
+    own: it is of a run that goes on or is used where it was made, and so comes from nowhere else.
+    Raises UserError where it is missing, broken, or carries code, and where torch itself could be
+    made to run code by a file from elsewhere.
     """
+    if torch.__version__ < (2, 10) and not own:
+        raise UserError(
+            f'{path} is not read: torch {torch.__version__} can be made to run code by a file from '
+            "elsewhere (CVE-2026-24747): pip install 'torch>=2.10'; what a run here has saved is "
+            'read by its --out_dir'
+        )
     try:
         check_sums(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -93,17 +104,24 @@ def load(path):
 def check_sums(path):
     """UserError unless each record of a torch.save file has the CRC-32 that was written with it.
 
-    torch.load reads them without a look at it. 900 MB take 0.3 s. Files from before torch 1.6 are
-    no zips, and have none; nor have those that were saved under set_crc32_options(False).
+    torch.load reads them without a look at it. 900 MB take 0.3 s. Those that were saved under
+    torch's set_crc32_options(False) have none. Files from before torch 1.6 are no zips, and are
+    refused: nothing in them can be checked.
     """
     with open(path, 'rb') as f:
         if f.read(4) != b'PK\3\4':  # what torch.load tells a zip by
-            return
+            raise UserError(
+                f'{path} is no checkpoint as torch.save has written it since torch 1.6: '
+                'it is broken, or carries pickled code, which is never run'
+            )
         try:
             archive = zipfile.ZipFile(f)
             records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise UserError(f'{path} is no checkpoint: torch.save compresses nothing')
+            for record in records:
+                # of what says that it is a folder, torch.load reads whatever is in memory
+                is_folder = record.external_attr & 0x10
+                if is_folder or record.compress_type != zipfile.ZIP_STORED:
+                    raise UserError(f'{path} is broken, or torch.save has not written it')
             has_sums = any(record.CRC for record in records)
             broken = archive.testzip() if has_sums else None
         except UserError:
@@ -123,11 +141,16 @@ def check(checkpoint, path):
     if not isinstance(parts.get('model'), dict) or not isinstance(parts.get('model_args'), dict):
         raise UserError(f'{path} is no checkpoint: it lacks model or model_args')
     config = checkpoint.setdefault('config', {})
-    if not isinstance(config, dict) or not isinstance(config.get('dataset') or '', str):
+    if not isinstance(config, dict) or not isinstance(config.get('dataset'), (str, type(None))):
         raise UserError(f'{path} is no checkpoint: its config is no settings')
     for name, tensor in checkpoint['model'].items():
         if not isinstance(name, str) or not torch.is_tensor(tensor):
             raise UserError(f'{path} is no checkpoint: model holds more than named tensors')
+        is_plain = tensor.layout == torch.strided and tensor.device.type == 'cpu'
+        if not is_plain or tensor.is_complex():
+            raise UserError(f'{path} is no checkpoint: {name[:100]!r} is no tensor of real numbers')
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number that is repeated
+            raise UserError(f'{path} is broken: it holds less of {name[:100]!r} than its shape')
 
 
 def load_model(checkpoint, path, dropout=None):
@@ -140,7 +163,13 @@ def load_model(checkpoint, path, dropout=None):
         args['dropout'] = dropout
     try:
         state = adapters.merged(checkpoint, path)
-        model = empty_model(GPTConfig(**args))
+        config = GPTConfig(**args)
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.type is int and type(value) is not int:
+                raise TypeError(f'{field.name}={value!r} is no whole number')
+        check_size(config, [tensor.numel() for tensor in state.values()])
+        model = empty_model(config)
         quantized = any(tensor.dtype == torch.int8 for tensor in state.values())
         if quantized:
             for layer in model.modules():
@@ -158,6 +187,22 @@ def load_model(checkpoint, path, dropout=None):
         why = ' '.join(str(e).split())[:300]
         raise UserError(f'{path} does not fit this model: {why}') from None
     return model
+
+
+def check_size(config, sizes):
+    """ValueError where tensors of these sizes are far from enough for a GPTConfig's model.
+
+    It is asked before memory is taken for a model that a broken file describes.
+    """
+    n_layers, is_rope = config.n_layer + config.n_encoder_layer, config.position == 'rope'
+    rows = (config.n_head + config.n_kv_head) * config.head_dim + config.n_inner  # of n_embd each
+    rows = config.vocab_size + n_layers * rows
+    if config.position == 'learned':
+        rows += config.block_size
+    elif config.block_size > LARGEST_TABLE // (config.head_dim if is_rope else config.n_embd):
+        raise ValueError(f'block_size={config.block_size} is longer than any context')
+    if n_layers > len(sizes) + 1000 or rows * config.n_embd > sum(sizes) + SMALL_MODEL:
+        raise ValueError('it describes a larger model than its tensors are for')
 
 
 class NoInitialization(TorchFunctionMode):

@@ -40,7 +40,7 @@ def newest(out_dir, say):
     problems = []
     for path in paths:
         try:
-            loaded = load(path)
+            loaded = load(path, own=True)
         except UserError as e:
             problems.append(str(e))
             continue
@@ -49,7 +49,7 @@ def newest(out_dir, say):
         return path, loaded
     if problems:
         raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
-    return paths, load(os.path.join(out_dir, 'ckpt.pt'))  # which says that there is none
+    return paths, load(os.path.join(out_dir, 'ckpt.pt'), own=True)  # which says that there is none
 
 
 def snapshot(value, copies=None):
