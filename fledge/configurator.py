@@ -228,7 +228,7 @@ def check(name, value, default, where):
     An int serves as a float, a whole float as an int. Where 'auto' stands a bool does, or a number
     for a name in BOUNDS.
     """
-    where = f'{where}{name}={value!r}'
+    where = f'{where}{name}={value!r:.100}'
     if default == 'auto' and name in BOUNDS and value != 'auto':
         default = -1.0  # no number's default
     if type(value) in (int, float) and type(default) in (int, float) and value != default:

@@ -297,6 +297,8 @@ def read_metrics(path):
     lines = []
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
-            with contextlib.suppress(ValueError, TypeError):
-                lines.append(dict.fromkeys(KEYS) | json.loads(line))
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                values = dict.fromkeys(KEYS) | json.loads(line)
+                if all(type(values[key]) in (int, float, type(None)) for key in KEYS):
+                    lines.append(values)
     return lines
