@@ -51,7 +51,11 @@ def read_records(path):
 def read_meta(folder):
     """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
     path = os.path.join(folder, 'meta.json')
-    return read_json(path) if os.path.exists(path) else {}
+    meta = read_json(path) if os.path.exists(path) else {}
+    for name, kind in dict(splits=dict, begin=list, separator=str, source=str).items():
+        if not isinstance(meta.get(name, kind()), kind):
+            raise UserError(f'{path} is broken: {name} is no {kind.__name__}; prepare it again')
+    return meta
 
 
 def lock_folder(folder, wait):

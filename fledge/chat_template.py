@@ -88,7 +88,9 @@ def render(template, messages, add_generation_prompt=False):
     fresh = [dict(role=message['role'], content=message['content']) for message in messages]
     options = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)
     try:
-        return compiled(template.text).render(messages=fresh, **options, **template.tokens)
+        text = compiled(template.text).render(messages=fresh, **options, **template.tokens)
+        text.encode()  # which half a surrogate pair fails at
+        return text
     except Exception as e:  # its own raise_exception, or anything that code can run into
         reason = ' '.join(str(e).split())[:150] or type(e).__name__
         raise UserError(f'the chat template fails: {reason}') from None

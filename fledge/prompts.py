@@ -129,17 +129,19 @@ def read_part(path, header):
     with open(path, encoding='utf-8', errors='replace') as f:
         lines = f.read().splitlines(keepends=True)
     try:
-        whole = [json.loads(line) for line in lines if line.endswith('\n')]
-    except ValueError:  # another program's file
-        whole = [None]
-    if whole and whole[0] != header:
+        begun, *done = [json.loads(line) for line in lines if line.endswith('\n')] or [header]
+        done, keys = dict(done), result('', []).keys()
+        goes_on = begun == header and all(each.keys() == keys for each in done.values())
+    except (AttributeError, RecursionError, TypeError, ValueError):  # another program's file
+        goes_on = False
+    if not goes_on:
         raise UserError(
             f'{path} was begun with other settings or prompts: remove it, or name another --output'
         )
-    if whole and not lines[-1].endswith('\n'):  # a run ended within a line: it is written anew
+    if lines and not lines[-1].endswith('\n'):  # a run ended within a line: it is written anew
         with replacing(path) as f:
             f.write(''.join(lines[:-1]))
-    return dict(whole[1:])
+    return done
 
 
 def result(prompt, replies):

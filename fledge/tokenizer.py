@@ -7,10 +7,12 @@ dictionary, anything else on the `tokenizers` package.
 import codecs
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import pickle
+import pickletools
 import re
 import shlex
 
@@ -95,6 +97,11 @@ class Tokenizer:
         vocab = model.get('vocab')
         ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
         ids |= {t['id'] for t in added}
+        if not ids:
+            raise ValueError('it has no tokens')
+        for i in ids:
+            if type(i) is not int or not 0 <= i < 2**24:
+                raise ValueError(f'{i!r} is no id of a token')
         self.n_ids, self.vocab_size = len(ids), max(ids, default=-1) + 1
         self.bpe = self.chars = self.hf = None
         pattern = _byte_level_pattern(spec)
@@ -118,6 +125,11 @@ class Tokenizer:
         else:
             import tokenizers
 
+            prefix = model.get('continuing_subword_prefix') or ''
+            for merge in model.get('merges', []) if prefix else []:
+                _, second = merge.split(' ') if isinstance(merge, str) else merge
+                if not second.startswith(prefix):  # which would end the process
+                    raise ValueError(f'the merge {merge} does not fit {prefix!r}')
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.token_bytes = self._bytes_by_tokenizers(added)
 
@@ -181,8 +193,7 @@ class Tokenizer:
         if self.bpe:
             return self.encode_array(text).tolist()
         if self.hf:
-            self.hf.encode_special_tokens = not allow_special  # as text, that is
-            return self.hf.encode(text, add_special_tokens=False).ids
+            return self._encode_by_tokenizers(text, allow_special).ids
         try:
             return [self.chars[c] for c in text]
         except KeyError as e:
@@ -190,6 +201,14 @@ class Tokenizer:
                 f'the character {e.args[0]!r} is not in this vocabulary of '
                 f'{len(self.chars)} characters'
             ) from None
+
+    def _encode_by_tokenizers(self, text, allow_special):
+        """The Encoding of text that `tokenizers` gives."""
+        self.hf.encode_special_tokens = not allow_special  # as text, that is
+        try:
+            return self.hf.encode(text, add_special_tokens=False)
+        except Exception as e:  # a character that has no token, where none stands for the unknown
+            raise UserError(f'this tokenizer cannot read {text[:20]!r}: {str(e)[:200]}') from None
 
     def encode_array(self, text):
         """encode(text) as an array of uint32, which spares a corpus its lists."""
@@ -355,8 +374,7 @@ class Tokenizer:
         """
         skipped = len(self.encode(before))
         if self.hf:
-            self.hf.encode_special_tokens = True
-            found = self.hf.encode(before + text, add_special_tokens=False)
+            found = self._encode_by_tokenizers(before + text, allow_special=False)
             ids, ends = found.ids, [end for _, end in found.offsets]
         else:
             ids = self.encode(before + text)
@@ -498,14 +516,17 @@ def _byte_level_pattern(spec):
     byte_level = steps[-1]
     if byte_level.get('type') != 'ByteLevel' or byte_level.get('add_prefix_space'):
         return None
-    # tiktoken merges in the order of the ids, needs every byte, and would find a token that no
-    # merge makes
+    # tiktoken merges in the order of the ids, needs every byte with its own id, and would find a
+    # token that no merge makes
     vocab, letters = model['vocab'], set(byte_to_unicode().values())
+    special = {t['content'] for t in added}
     made = [''.join(m.split(' ')) if isinstance(m, str) else ''.join(m) for m in model['merges']]
     ids = [vocab.get(token, -1) for token in made]
-    if -1 in ids or ids != sorted(ids) or not letters <= vocab.keys():
+    if -1 in ids or ids != sorted(ids) or not letters <= vocab.keys() - special:
         return None
-    if not vocab.keys() <= letters | {t['content'] for t in added} | set(made):
+    if len(set(vocab.values())) < len(vocab):
+        return None
+    if not vocab.keys() <= letters | special | set(made):
         return None
     by_gpt2s_pattern = byte_level.get('use_regex', True)
     if len(steps) == 1 and by_gpt2s_pattern:
@@ -641,7 +662,12 @@ def load_tokenizer(source):
     try:
         if path == nanogpts:
             with open(path, 'rb') as f:
-                meta = _NoCode(f).load()
+                content = f.read()
+            # an unpickler takes memory for as many objects as a broken number says
+            for opcode, number, _ in pickletools.genops(content):
+                if opcode.name in ('PUT', 'LONG_BINPUT') and number > len(content):
+                    raise ValueError('it is broken')
+            meta = _NoCode(io.BytesIO(content)).load()
             return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
         with open(path, encoding='utf-8') as f:
             spec = json.load(f)
@@ -654,7 +680,8 @@ def load_tokenizer(source):
     except UserError:
         raise
     except Exception as e:  # broken bytes fail in any way
-        raise UserError(f'{path} is not a readable tokenizer: {e}') from None
+        why = ' '.join(str(e).split())[:300]
+        raise UserError(f'{path} is not a readable tokenizer: {why}') from None
 
 
 def find_tokenizer(*folders, vocab_size=0):

@@ -220,7 +220,7 @@ def read_config(config, where, block_size=0):
     """
     kind = config.get('model_type')
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f'{where}: model_type {kind!r} is none of {", ".join(FAMILIES)}')
+        raise UserError(f'{where}: model_type {kind!r:.60} is none of {", ".join(FAMILIES)}')
     family = FAMILIES[kind]
     try:
         refuse_foreign(config, family, where)
@@ -231,7 +231,7 @@ def read_config(config, where, block_size=0):
                 value = absent
             if ours == 'activation':
                 if value not in family.activations:
-                    raise UserError(f'{where}: {theirs}={value!r} is not supported')
+                    raise UserError(f'{where}: {theirs}={value!r:.60} is not supported')
                 value = family.activations[value]
             args[ours] = value
         if 'rope_theta' in args:
@@ -240,7 +240,7 @@ def read_config(config, where, block_size=0):
             check(name, value, where)
     except KeyError as e:
         raise UserError(f'{where} lacks {e}') from None
-    except (TypeError, ValueError, AttributeError) as e:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f'{where} describes no model: {e}') from None
     n_positions = args['block_size']
     if block_size > n_positions and args.get('position') != 'rope':
@@ -254,7 +254,7 @@ def refuse_foreign(config, family, where):
     """UserError for what a config.json asks for and GPT cannot do."""
     for name, value in family.only.items():
         if config.get(name, value) != value:
-            raise UserError(f'{where}: {name}={config[name]!r} is not supported')
+            raise UserError(f'{where}: {name}={config[name]!r:.60} is not supported')
     for name, value in config.items():
         # a multiplier of 1, a single expert change nothing
         off = value in (None, False, 0, {}, []) or (value == 1 and value is not True)
@@ -275,7 +275,7 @@ def read_rope(config, where):
     rope = dict(config.get('rope_scaling') or config.get('rope_parameters') or {})
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind not in ROPE:
-        raise UserError(f'{where}: RoPE of type {kind!r} is not supported')
+        raise UserError(f'{where}: RoPE of type {kind!r:.60} is not supported')
     if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
         raise UserError(f'{where}: RoPE of several kinds ({", ".join(rope)}) is not supported')
     if rope.get('partial_rotary_factor', config.get('partial_rotary_factor')) not in (None, 1.0):
@@ -301,11 +301,13 @@ def check(name, value, where):
     if wanted is int:
         fits = type(value) is int and 0 <= value < 2**31
     elif wanted is float:
-        fits = type(value) in (int, float) and 0 < value < math.inf
+        fits = type(value) in (int, float) and 0 < value < 1e38
     else:
         fits = wanted is object or type(value) is wanted
     if not fits:
-        raise UserError(f'{where}: {name}={value!r} is no {wanted.__name__} that a model can have')
+        raise UserError(
+            f'{where}: {name}={value!r:.60} is no {wanted.__name__} that a model can have'
+        )
 
 
 def belongs(c, family):

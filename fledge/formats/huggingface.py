@@ -6,6 +6,7 @@ loaded is executed.
 
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -75,17 +76,18 @@ def open_weights(folder):
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
         weight_map = read_json(index).get('weight_map')
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
+        names = [n if isinstance(n, str) and n.isprintable() else '' for n in names]
+        if not all(n and n == os.path.basename(n) for n in names):
             raise UserError(f'{index} has no weight_map of files beside it')
     file_of = {}
     for name in sorted(set(names)):
         path = os.path.join(folder, name)
         if not os.path.exists(path):
-            raise UserError(f'{folder} has no {name}: save the model again with transformers')
+            raise UserError(f'{folder} has no {name:.60}: save the model again with transformers')
         try:
             opened = safetensors.safe_open(path, 'pt')
         except (OSError, safetensors.SafetensorError) as e:
-            raise UserError(f'{path} cannot be read: {str(e).splitlines()[0]}') from None
+            raise UserError(f'{path} cannot be read: {str(e).splitlines()[0][:200]}') from None
         file_of |= dict.fromkeys(opened.keys(), opened)
     return file_of
 
@@ -98,7 +100,7 @@ def read_tensor(file_of, name, where):
     try:
         tensor = file_of[found].get_tensor(found)
     except Exception as e:  # a file that is cut short
-        reason = str(e).splitlines()[0]
+        reason = str(e).splitlines()[0][:200]
         raise UserError(f'{where}: tensor {name} cannot be read: {reason}') from None
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise UserError(
@@ -114,7 +116,10 @@ def our_tensors(file_of, kind, args, where):
     Raises UserError, which names `where`, for what is missing, misshaped or unknown.
     """
     try:
-        model = checkpoint.empty_model(GPTConfig(**args))
+        config = GPTConfig(**args)
+        shapes = [file.get_slice(name).get_shape() for name, file in file_of.items()]
+        checkpoint.check_size(config, list(map(math.prod, shapes)))
+        model = checkpoint.empty_model(config)
     except (TypeError, ValueError, KeyError) as e:
         raise UserError(f'{where} describes no model: {e}') from None
     state, used = {}, set()
@@ -147,19 +152,19 @@ def our_tensors(file_of, kind, args, where):
     return state
 
 
-def load(source, block_size=0):
+def load(source, block_size=0, own=False):
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
     peft's, or a name on the Hugging Face hub (OWNER/NAME). block_size: see families.read_config; a
-    checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
-    run's settings, if any) and folder, where its tokenizer is. Where there are adapters, model has
-    the base's tensors and theirs, which adapters.split parts; of an adapter checkpoint, base (its
-    source and digest) stays in the dict.
+    checkpoint keeps its own. own: see checkpoint.load. Returns a dict of model (float32 tensors),
+    model_args, config (the run's settings, if any) and folder, where its tokenizer is. Where there
+    are adapters, model has the base's tensors and theirs, which adapters.split parts; of an adapter
+    checkpoint, base (its source and digest) stays in the dict.
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        return with_base(checkpoint.load(source), source)
+        return with_base(checkpoint.load(source, own), source)
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
     if os.path.exists(os.path.join(folder, peft.CONFIG)):
         return load_peft(folder, block_size)
@@ -171,9 +176,6 @@ def load(source, block_size=0):
         )
     config = read_json(where)
     args, kind = families.read_config(config, where, block_size), config['model_type']
-    edited = families.edited(kind, args['activation'])
-    if edited:
-        print(f'{source}: {edited}: these weights were made for another model', file=sys.stderr)
     file_of = open_weights(folder)
     # a head that differs from the embedding is kept, whatever config.json says, as in transformers
     [(head, _)] = families.names_of(kind, 'lm_head.weight')
@@ -182,6 +184,9 @@ def load(source, block_size=0):
         head, embedding = (read_tensor(file_of, n, folder).float() for n in (head, embedding))
         args['tie_embeddings'] = torch.equal(head, embedding)
     state = our_tensors(file_of, kind, args, folder)
+    edited = families.edited(kind, args['activation'])
+    if edited:
+        print(f'{source}: {edited}: these weights were made for another model', file=sys.stderr)
     args = checkpoint.model_args(GPTConfig(**args))
     return dict(model=state, model_args=args, config={}, folder=folder)
 
@@ -218,9 +223,12 @@ def with_base(loaded, path):
     vocab_size = args.get('vocab_size', GPTConfig.vocab_size)
     context = args.get('block_size', GPTConfig.block_size)
     texts, sizes = (parts.get('source'), parts.get('digest')), (vocab_size, context)
-    if any(type(t) is not str for t in texts) or any(type(n) is not int for n in sizes):
+    possible = all(type(n) is int and 0 < n < 2**31 for n in sizes)
+    if any(type(t) is not str for t in texts) or not possible:
         raise UserError(f'{path} is no checkpoint: its base or its model_args are broken')
     source, folder = about['source'], os.path.dirname(path) or '.'
+    if not source.isprintable() or not 0 < len(source) < 1000:
+        raise UserError(f'{path} is no checkpoint: its base has no name')
     if os.path.exists(source) and os.path.samefile(source, path):
         raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
     base = load_base(source, folder)
@@ -245,6 +253,7 @@ def load_peft(folder, block_size):
     state = adapters.merged(base, source)
     try:
         config = GPTConfig(**base['model_args'])
+        checkpoint.check_size(config, [tensor.numel() for tensor in state.values()])
     except (TypeError, ValueError) as e:
         raise UserError(f'{source} describes no model: {e}') from None
     state |= peft.read(folder, saved, config)
@@ -266,7 +275,7 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     path = init_from
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
-        state = load(path)
+        state = load(path, own=True)
     else:
         if 'out_dir' in given:
             print('without effect beside --init_from: out_dir', file=sys.stderr)

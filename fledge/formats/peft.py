@@ -95,9 +95,9 @@ def read_config(folder):
             f'which is not supported: {MERGE}'
         )
     alpha, base = config.get('lora_alpha'), config.get('base_model_name_or_path')
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise UserError(f'{where}: lora_alpha={alpha!r} is no number above 0')
-    if not isinstance(base, str) or not base:
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+        raise UserError(f'{where}: lora_alpha={alpha!r:.60} is no number above 0')
+    if not isinstance(base, str) or not base.isprintable() or not 0 < len(base) < 1000:
         raise UserError(f'{where} names no base: put its folder in as base_model_name_or_path')
     return config
 
@@ -117,7 +117,7 @@ def read(folder, saved, config):
     try:
         tensors = load_file(where)
     except (OSError, SafetensorError) as e:
-        raise UserError(f'{where} cannot be read: {str(e).splitlines()[0]}') from None
+        raise UserError(f'{where} cannot be read: {str(e).splitlines()[0][:200]}') from None
     kind = families.config_of(config)['model_type']
     alpha, own = saved['lora_alpha'], {}
     blocks = checkpoint.empty_model(config).transformer.h
