@@ -25,7 +25,7 @@ from contextlib import suppress
 
 import torch
 
-from fledge import UserError, adapters, checkpoint, lock_folder, read_meta
+from fledge import UserError, adapters, checkpoint, lock_folder, read_meta, release_folder
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of
 from fledge.formats import families, gguf, huggingface, onnx, peft
@@ -267,14 +267,15 @@ def write(target):
 parent = folder
 while not os.path.exists(parent):
     parent = os.path.dirname(parent) or '.'
-temporary = f'{parent}/.export-{file}'
+workplace = f'{parent}/.export-{file}'
+temporary = f'{workplace}/{file}'
 try:
-    os.makedirs(temporary, exist_ok=True)
+    os.makedirs(workplace, exist_ok=True)
+    lock = lock_folder(workplace, wait=False)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    os.mkdir(temporary)
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror}') from None
-lock = lock_folder(temporary, wait=False)
-for left in os.listdir(temporary):  # by a process that was killed
-    os.remove(f'{temporary}/{left}')
 try:
     found, by = write(temporary if format in FOLDERS else f'{temporary}/{file}')
     if format in ('onnx', 'ckpt', 'peft'):
@@ -323,6 +324,8 @@ except OSError as e:
 finally:
     shutil.rmtree(temporary, ignore_errors=True)
     settle()
+    release_folder(lock)
+    shutil.rmtree(workplace, ignore_errors=True)
 if format == 'peft':
     size = f'{sum(tensor.numel() for tensor in own.values()) / 1e6:.2f}M'
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})')

@@ -1,8 +1,12 @@
 """What fledge's scripts stand on, one subject a file."""
 
+import atexit
 import json
 import os
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
+
+import filelock
 
 
 class UserError(Exception):
@@ -59,19 +63,30 @@ def read_meta(folder):
 
 
 def lock_folder(folder, wait):
-    """Hold folder for this process, until it ends or closes the file number returned.
+    """Hold folder for this process, until it ends or calls release_folder() with what is returned.
 
-    UserError where another process holds it, unless wait is true.
+    The lock is on a file in it, .lock, and ends with its process, however that ends. Where another
+    process holds it: wait for that, or UserError.
     """
-    import fcntl
-
-    number = os.open(folder, os.O_RDONLY)
+    lock = filelock.FileLock(os.path.join(folder, '.lock'))
     try:
-        fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(number)
-        raise UserError(f'another process is writing to {folder}') from None
-    return number
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        held = f'another process is writing to {folder}'
+        if not wait:
+            raise UserError(held) from None
+        print(f'{held}; waiting for it to end', file=sys.stderr)
+        lock.acquire()
+    atexit.register(release_folder, lock)
+    return lock
+
+
+def release_folder(lock):
+    """Let go of a folder that lock_folder() holds; the file goes as well."""
+    if lock.is_locked:
+        with suppress(OSError):  # Windows removes no open file: there release() does it
+            os.remove(lock.lock_file)
+        lock.release()
 
 
 @contextmanager

@@ -86,6 +86,8 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     what is returned the path of the file.
     """
     sys.excepthook = one_line
+    with suppress(AttributeError):  # of a notebook's output, which takes any character
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
     if also:
         for name, value in read_settings(also).items():
             settings.setdefault(name, value)
@@ -313,9 +315,6 @@ def one_line(kind, error, trace):
         raise SystemExit(130)
     if isinstance(error, UserError):
         words = str(error)
-    elif isinstance(error, ModuleNotFoundError) and error.name in sys.stdlib_module_names:
-        words = f'{error.name} is not part of Python on this system ({sys.platform}): '
-        words += 'run fledge on Linux or macOS, or in WSL'
     elif missing:
         words = f'the package {missing} is not installed: pip install {missing}'
     elif (

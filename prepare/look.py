@@ -248,7 +248,6 @@ if split not in names and not (count or quality):
     raise UserError(f'{folder} has no {split}.bin; it has {", ".join(names)}')
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this script without a word
-sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
 if color == 'auto':
     color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
 

@@ -361,14 +361,6 @@ def test_what_help_shows_can_be_pasted(tmp_path, capsys):
     assert done.stdout.split('\0')[-1] == ''
 
 
-def test_a_module_that_this_system_lacks_is_one_line(tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.modules["fcntl"] = None\n')
-    (tmp_path / 'some.txt').write_text('one\n')
-    flags = ['--input=some.txt', '--name=x', '--tokenizer=bytes']
-    err = fails(tmp_path, 'prepare/text.py', *flags, env=dict(PYTHONPATH=str(tmp_path)))
-    assert f'fcntl is not part of Python on this system ({sys.platform}): run fledge on' in err
-
-
 def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
     script = 'from fledge.configurator import configure\nconfigure(globals())\nimport os.paht\n'
     (tmp_path / 'slip.py').write_text(f'import sys\nsys.path.insert(0, {ROOT!r})\n{script}')

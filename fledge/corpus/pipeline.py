@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fledge import UserError, lock_folder, replacing
+from fledge import UserError, lock_folder, release_folder, replacing
 from fledge.corpus import encoding, writing
 from fledge.corpus.encoding import SPLITS, end_of
 from fledge.corpus.sources import read
@@ -85,7 +85,6 @@ def prepare(settings, source, stages, masked=False, pairs=False, separator=''):
     the sources of documents that translated() made; meta.json has it, and so says what they are.
     """
     s = SimpleNamespace(**settings)
-    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8
     _check(settings)
     folder = os.path.join('data', s.name)
     if s.num_shards > 1:
@@ -122,8 +121,9 @@ def prepare(settings, source, stages, masked=False, pairs=False, separator=''):
         if not state['bytes'] and os.path.exists(partial):  # there is nothing to keep
             with suppress(OSError):
                 writing.remove(partial)
-                os.rmdir(folder)
-        os.close(lock)
+        release_folder(lock)
+        with suppress(OSError):
+            os.rmdir(folder)  # which is empty where nothing was kept
     writing.report(folder, meta)
 
 
@@ -407,8 +407,12 @@ def _cores():
 
 
 def _workers(number, *job):
-    """A pool of processes that tokenize; of threads where there is no fork (Windows)."""
-    if 'fork' not in multiprocessing.get_all_start_methods():
+    """A pool of processes that tokenize; of threads where a fork is not possible, or not safe.
+
+    Windows has none, and macOS's own libraries do not survive it. The longest part of the work, to
+    look tokens up, holds up no other thread.
+    """
+    if 'fork' not in multiprocessing.get_all_start_methods() or sys.platform == 'darwin':
         encoding.set_job(*job)
         return ThreadPoolExecutor(number)
     fork = multiprocessing.get_context('fork')
@@ -428,7 +432,8 @@ def _signals():
         signal.signal(number, ends[number])
 
     for number in ends:
-        signal.signal(number, stop)
+        with suppress(ValueError):  # not every system, nor every thread, may listen
+            signal.signal(number, stop)
     return stopped
 
 
