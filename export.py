@@ -220,6 +220,7 @@ def write_modelfile(path):
         f.write('\n'.join(lines) + '\n')
 
 
+@torch.no_grad()  # a graph would hold the files that were read: Windows renames no open one
 def write(target):
     """Write target, a folder or a file, and read it back: its logits and by what they were read.
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, run
+from conftest import ROOT, TINY, run
 
 from fledge import UserError
 from fledge.configurator import (
