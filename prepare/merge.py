@@ -28,11 +28,12 @@ if not name or not os.path.isdir(folder):
     raise UserError(f'there is no {folder}; slices come of {come_of}')
 lock = lock_folder(folder, wait=True)
 found = sorted(glob.glob(f'{glob.escape(folder)}/shard_*_of_*'))
-if not found:
+merged = read_meta(folder).get('shards')
+if not found and not merged:
     raise UserError(f'{folder} holds no slices; they come of {come_of}')
-n = int(found[0].rpartition('_')[2])
+n = int(found[0].rpartition('_')[2]) if found else merged
 tokens_left = glob.glob(f'{glob.escape(folder)}/shard_*/*.bin')
-if read_meta(folder).get('shards') == n and not tokens_left:  # a merge was killed as it tidied up
+if merged == n and not tokens_left:  # a merge was killed as it tidied up
     for path in found:
         shutil.rmtree(path)
     print(f'{folder} was merged before')

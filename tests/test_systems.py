@@ -173,7 +173,7 @@ def test_pairs_with_windows_line_ends_have_no_carriage_return(elsewhere):
 
 @pytest.mark.parametrize('lacking, killed', [(True, False), (False, False), (False, True)])
 def test_a_folder_is_one_process_s_until_it_ends(elsewhere, lacking, killed):
-    """However it ends; and where filelock itself lacks fcntl, which Windows has another lock for."""
+    """However it ends; lacking: filelock itself has no fcntl, and leaves a file in its place."""
     folder = elsewhere.folder
     lock = 'import sys; sys.path.insert(0, sys.argv[1]); from fledge import lock_folder\n'
     lock += 'lock = lock_folder(".", wait=False); print("held", flush=True); '
