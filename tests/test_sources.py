@@ -141,6 +141,7 @@ def test_separated_texts_are_those_of_the_whole_for_any_slice_and_position(
     first, *rest = content[1:].split(separator)
     first, last = first.rstrip('\r\n'), rest.pop().lstrip('\r\n')
     expected = [text for text in (first, *(t.strip('\r\n') for t in rest), last) if text.strip()]
+    expected = [text.replace('\r\n', '\n') for text in expected]
     monkeypatch.setattr(sources, 'PART_BYTES', 90)
     source = Files([str(path)], separator=separator)
     whole = list(source.read())
@@ -167,3 +168,14 @@ def test_what_is_made_has_slices_too():
     source = Made('numbers', 10, lambda i: i)
     assert [r for i in range(3) for r, _, _ in source.read(None, i, 3)] == list(range(10))
     assert [r for r, _, _ in source.read(4)] == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize('part_bytes', range(40, 60))
+def test_windows_ends_of_lines_are_newlines_wherever_a_long_text_is_cut(
+    tmp_path, monkeypatch, part_bytes
+):
+    monkeypatch.setattr(sources, 'PART_BYTES', part_bytes)
+    content = '\r\n'.join(f'line {i}!' for i in range(40))
+    (tmp_path / 'a.txt').write_bytes(content.encode())
+    texts = [record.text for record, _, _ in Files([str(tmp_path / 'a.txt')]).read()]
+    assert len(texts) > 5 and ''.join(texts) == content.replace('\r\n', '\n')

@@ -133,6 +133,10 @@ def test_a_model_is_made_and_used_without_what_windows_lacks(elsewhere):
     meta = json.loads((data / 'meta.json').read_text(encoding='utf-8'))
     assert sum(split['documents'] for split in meta['splits'].values()) == 202
 
+    tokens = json.loads((data / 'tokenizer.json').read_text(encoding='utf-8'))['model']['merges']
+    assert 'č' not in str(tokens), 'a carriage return'
+    assert elsewhere('prepare/look.py', 'größe Ω', '--documents=202').count('\\r') == 0
+
     write_crlf(data / 'tokenizer.json', (data / 'tokenizer.json').read_text(encoding='utf-8'))
     write_crlf(folder / 'größe.py', "# ☀\nout_dir = 'out größe'\nmax_iters = 20\n")
     write_crlf(folder / 'größe.json', '{\n"sample_start": "Ω\\ncafé"\n}\n')

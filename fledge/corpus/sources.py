@@ -479,7 +479,7 @@ def _last_cut(piece):
         return words[-1]
     newline = piece.rfind(b'\n')
     if newline > 0:
-        return newline
+        return newline - piece[:newline].endswith(b'\r')  # \r\n stays together
     for i in range(len(piece) - 1, len(piece) - 5, -1):  # the last character begins here
         if piece[i] & 0xC0 != 0x80:
             return i
@@ -487,7 +487,11 @@ def _last_cut(piece):
 
 
 def _decoded(content, number):
-    """The text of bytes behind so many lines, and the first line that is no valid UTF-8, or 0."""
+    """The text of bytes behind so many lines, and the first line that is no valid UTF-8, or 0.
+
+    Windows' ends of lines become newlines, as where Python reads a text.
+    """
+    content = content.replace(b'\r\n', b'\n')
     try:
         return content.decode(), 0
     except UnicodeDecodeError as e:
