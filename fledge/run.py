@@ -19,7 +19,7 @@ from model import GPTConfig
 SPIKE_DEVIATIONS, SPIKE_WINDOW = 6, 100
 # what a run cannot go on without, besides the shape of its model
 FIXED = ['dataset', 'optimizer', 'lora_rank', 'lora_alpha', 'lora_targets']
-SAVE_AFTER = 2.0  # seconds from a signal; a step that takes longer is given up
+SAVE_AFTER = 0.5  # seconds from a signal; a step that takes longer is given up
 
 
 @dataclass

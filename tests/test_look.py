@@ -586,10 +586,9 @@ def test_nanogpts_folder(tmp_path):
 @pytest.mark.parametrize(
     'meta',
     [
-        dict(vocab_size='many', splits=[]),
-        dict(vocab_size=-1, splits='train'),
+        dict(vocab_size='many'),
+        dict(vocab_size=-1, splits={}),
         dict(vocab_size=10**30, splits=dict(train=[])),
-        dict(vocab_size=[], splits=None),
         dict(vocab_size=1.5, splits=dict(train=dict(tokens='7', bytes='6'))),
         dict(vocab_size=None, splits=dict(train=dict(tokens=7, bytes='6'))),
     ],
@@ -605,6 +604,9 @@ def test_a_broken_meta_is_ignored(tmp_path, meta):
     assert f['vocab_size'] == 257 and f['splits']['train']['tokens'] == 7
     (folder / 'meta.json').write_text('[]')
     assert 'meta.json holds no object' in mistake(tmp_path, 'd')
+    for splits in ([], 'train', None):
+        (folder / 'meta.json').write_text(json.dumps(dict(splits=splits)))
+        assert 'meta.json is broken: splits is no dict' in mistake(tmp_path, 'd')
 
 
 def test_a_dataset_of_characters_is_one_document_a_file(tmp_path):

@@ -862,7 +862,8 @@ def test_shards_of_several_machines_are_joined(tmp_path):
         assert (
             joined == one
         )  # a duplicate falls into the same split everywhere, so val is never in train
-    assert 'holds no slices' in fails(tmp_path, 'prepare/merge.py', '--name=x')
+    assert 'was merged before' in run(tmp_path, 'prepare/merge.py', '--name=x')
+    assert 'holds no slices' in fails(tmp_path, 'prepare/merge.py', '--name=whole')
 
 
 def test_an_unfinished_run_of_another_version_is_begun_anew(tmp_path, capsys):

@@ -166,11 +166,15 @@ def test_a_run_goes_on_from_the_newest_whole_one(workdir):
 
 # a config file whose objective fills the disk at some step, and frees it at another
 FILLING = """
-import resource
+import resource, threading
 
 def objective(model, batch):
     global calls
     calls = globals().get('calls', 0) + model.training
+    if calls == 13:  # the checkpoint of step 10 is tried while the disk is full
+        for thread in threading.enumerate():
+            if '(write)' in thread.name:
+                thread.join()
     size = 500 if FULL else resource.RLIM_INFINITY  # that a file may have
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     return model(*batch, return_logits=False)[1]
