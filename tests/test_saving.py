@@ -189,7 +189,7 @@ def test_a_run_goes_on_while_the_disk_is_full(workdir):
     process = start(workdir, 'train.py', *flags)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert 'WARNING: cannot write out/ckpt.pt' in out and 'training goes on' in out
+    assert 'WARNING: cannot write out/best.pt' in out and 'training goes on' in out
     assert 'WARNING: cannot write out/metrics.jsonl' in err
     assert steps_in(workdir / 'out')['ckpt.pt'] == 20
     ours, theirs = (metrics(workdir / name) for name in ('out', 'whole'))
