@@ -5,6 +5,7 @@ What a machine does to a model is applied to a plain one from outside, by Machin
 
 import contextlib
 import ctypes
+import datetime
 import math
 import os
 import sys
@@ -12,6 +13,12 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -41,10 +48,14 @@ class Machine:
     """What a script computes on: device (a text such as 'cuda:0'), dtype (a torch one), processes.
 
     rank, world_size: this process's number, and how many torchrun started. main: whether it is the
-    one that speaks and writes.
+    one that speaks and writes. parallel: what processes share, the rows of a step alone ('ddp', Li
+    et al. 2020, arXiv:2006.15704) or the parameters too ('fsdp', Zhao et al. 2023,
+    arXiv:2304.11277). ddp_timeout: seconds that they wait for one another.
     """
 
-    def __init__(self, device='auto', dtype='auto', backend='auto'):
+    def __init__(
+        self, device='auto', dtype='auto', backend='auto', parallel='ddp', ddp_timeout=600
+    ):
         self.rank = int(os.environ.get('RANK', 0))
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
         self.main = self.rank == 0
@@ -56,19 +67,64 @@ class Machine:
         self.device = choose_device(device, local_rank)
         self.type = self.device.split(':')[0]
         self.dtype = choose_dtype(dtype, self.device)
+        self.is_sharded = parallel == 'fsdp' and self.world_size > 1
+        if self.is_sharded and self.dtype == torch.float16:
+            raise UserError('parallel=fsdp computes in bfloat16 or float32: choose one by --dtype')
         self.compiled_hidden = None
         keep_memory()
         if self.type == 'cuda':
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision('high')  # tf32
         if self.world_size > 1:
-            hook = sys.excepthook
-            if backend == 'auto' or self.type != 'cuda':
-                backend = 'nccl' if self.type == 'cuda' else 'gloo'
-            dist.init_process_group(backend)
-            sys.excepthook = hook  # torch.distributed has put its own in the way
-            # numbers on the hosts are agreed on without waiting for the GPUs
-            self.hosts = dist.new_group(backend='gloo')
+            self.connect(backend, ddp_timeout)
+
+    def connect(self, backend, ddp_timeout):
+        """Meet the other processes."""
+        if self.type == 'cpu':
+            set_threads()
+        if backend == 'auto' or self.type != 'cuda':
+            backend = 'nccl' if self.type == 'cuda' else 'gloo'
+        self.ddp_timeout = ddp_timeout
+        self.previous_hook = sys.excepthook
+        self.store, rank, world_size = next(dist.rendezvous('env://'))
+        place = dict(store=self.store, rank=rank, world_size=world_size)
+        seconds = datetime.timedelta(seconds=ddp_timeout)
+        # nccl ends a process without a word: where gloo waits as well, it is the first to give up
+        waits = 2 * seconds if backend == 'nccl' else seconds
+        dist.init_process_group(backend, timeout=waits, **place)
+        # numbers on the hosts are agreed on without waiting for the GPUs
+        self.hosts = dist.new_group(backend='gloo', timeout=seconds)
+        sys.excepthook = self.fail_together  # torch.distributed has put its own there
+
+    def fail_together(self, kind, error, trace):
+        """sys.excepthook of one of several processes: what ends them all is said once.
+
+        A process that fails tells the store, and says why; the others, whose connections break,
+        find it told, and end without a word. Where a process was killed, or does not come along,
+        those that are left find out who they are.
+        """
+        broken = isinstance(error, RuntimeError) and ('gloo' in str(error) or 'NCCL' in str(error))
+        if broken:
+            self.store.set(f'left/{self.rank}', '')
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()  # so that those who wait for this one give up too
+            time.sleep(2)
+            ranks = range(self.world_size)
+            missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
+            why = 'ended, or its connection broke'
+            if 'imed out' in str(error):
+                why = f'did not come along in {self.ddp_timeout} s (ddp_timeout)'
+            names = ' and '.join(map(str, missing)) or 'of unknown number'
+            error = UserError(f'process {names} {why}; what it said may tell more')
+            kind, trace = UserError, None
+        first = str(self.rank)
+        with contextlib.suppress(Exception):  # the store ends with torchrun
+            first = self.store.compare_set('failed', '', first).decode()
+        if first != str(self.rank):
+            os._exit(1)
+        self.previous_hook(kind, error, trace)
+        sys.stderr.flush()
+        os._exit(1)  # threads of torch.distributed would hold up a process that returns
 
     def autocast(self):
         """The context in which a forward pass computes in dtype."""
@@ -90,10 +146,16 @@ class Machine:
         """Make a plain model on this device what is fastest here; returns what to call.
 
         compile: True, False or 'auto'; with 'auto' what the compiler cannot do is done without it.
-        try_out(network) makes the compiler work. The model keeps its parameters and their names.
+        try_out(network) makes the compiler work. The parameters keep their names; where they are
+        sharded, others take their places, so that optimizers are made afterwards.
         """
-        network = model
-        if compile is True or (compile == 'auto' and self.type == 'cuda'):
+        compiles = compile is True or (compile == 'auto' and self.type == 'cuda')
+        if self.type == 'cpu' and not compiles:
+            cpu.speed_up(model)
+        if self.is_sharded:
+            return self.shard(model, compiles)
+        network = model.to(self.device)
+        if compiles:
             try:
                 network = torch.compile(model)
                 try_out(network)
@@ -104,13 +166,54 @@ class Machine:
                 why = str(e).strip().partition('\n')[0][:120]
                 say(f'torch.compile failed ({type(e).__name__}: {why}); going on without it')
                 network = model
-        elif self.type == 'cpu':
-            cpu.speed_up(model)
         if self.world_size > 1:  # buffers are the same everywhere
             devices = [self.device] if self.type == 'cuda' else None
-            network = DistributedDataParallel(network, devices, forward_sync_buffers=False)
+            network = DistributedDataParallel(
+                network, devices, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
             network.config = model.config  # which an objective may read
         return network
+
+    def shard(self, model, compiles):
+        """Leave each process a part of every parameter of a model, in place; returns the model.
+
+        A block's are gathered while it computes, in dtype. One block at a time goes to the device,
+        which never holds a whole model. UserError for weights of few bits.
+        """
+        if any(not p.is_floating_point() for p in model.parameters()):
+            raise UserError('parallel=fsdp cannot share out weights of 4 or 8 bits: take ddp')
+        policy = MixedPrecisionPolicy()
+        if self.dtype != torch.float32:
+            policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            if compiles:
+                block.forward = torch.compile(block.forward)
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        for name in ('hidden', 'generate'):  # which are called from elsewhere than forward
+            register_fsdp_forward_method(model, name)
+        return model
+
+    def synchronize(self, network, is_due):
+        """Whether the next backward pass averages the gradients of all processes."""
+        if self.is_sharded:
+            network.set_requires_gradient_sync(is_due)
+        elif self.world_size > 1:
+            network.require_backward_grad_sync = is_due
+
+    def whole(self, state):
+        """A state dict, or lists and dicts of such, with each sharded tensor whole on the CPU.
+
+        All processes call it; the first one has it then, the others have None for such tensors.
+        """
+        if isinstance(state, dict):
+            return {name: self.whole(value) for name, value in state.items()}
+        if isinstance(state, list):
+            return [self.whole(value) for value in state]
+        if not isinstance(state, DTensor):
+            return state
+        tensor = state.full_tensor()  # gathered one by one
+        return tensor.cpu() if self.main else None
 
     def hidden(self, model):
         """model.hidden, compiled where the model that trains is."""
@@ -127,10 +230,21 @@ class Machine:
 
     def batches(self, rows, batch_size, what=None):
         """This process's share of a list of rows, by batch_size; what: a bar on a terminal says."""
-        starts = range(self.rank * batch_size, len(rows), self.world_size * batch_size)
+        n_batches = math.ceil(len(rows) / batch_size)
+        starts = list(range(0, len(rows), batch_size))
+        if self.is_sharded:  # as many each, of about the same size: a forward pass is of all
+            if len(rows) < self.world_size:
+                raise UserError(
+                    f'parallel=fsdp evaluates a row in each process at least, and {len(rows)} are '
+                    f'fewer than {self.world_size}'
+                )
+            n_batches = self.world_size * math.ceil(n_batches / self.world_size)
+            starts = [len(rows) * i // n_batches for i in range(n_batches)]
+        ends = [*starts[1:], len(rows)]
+        mine = list(zip(starts, ends, strict=True))[self.rank :: self.world_size]
         hidden = None if self.main else True  # None: unless the output is a terminal
-        for start in tqdm(starts, what, unit='batch', leave=False, disable=hidden):
-            yield rows[start : start + batch_size]
+        for start, end in tqdm(mine, what, unit='batch', leave=False, disable=hidden):
+            yield rows[start:end]
 
     def gather(self, value):
         """The values of all processes, a list: numbers, or dicts of them."""
@@ -139,6 +253,13 @@ class Machine:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, self.hosts)
         return values
+
+    def largest(self, numbers):
+        """The largest over all processes of each of some numbers, a list."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self.hosts)
+        return tensor.tolist()
 
     def agree(self, what, value):
         """UserError where a process's value is not the first one's; what: it is, in words."""
@@ -213,6 +334,24 @@ def choose_dtype(dtype, device):
     if kind == 'cpu' and cpu.has_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def set_threads():
+    """Give each process of torchrun on a node its share of the cores.
+
+    torchrun itself gives them a thread each (OMP_NUM_THREADS=1) where nobody says how many.
+    """
+    n_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if os.environ.get('OMP_NUM_THREADS') in (None, '1'):
+        torch.set_num_threads(max(1, os.cpu_count() // n_here))
+
+
+def sharded_as(tensor, like):
+    """A whole tensor as `like` is: where that is sharded, this process's part of it."""
+    if not isinstance(like, DTensor):
+        return tensor
+    # each process has the whole, and takes its part without a word
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def keep_memory():

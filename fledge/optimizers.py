@@ -4,8 +4,12 @@ import math
 import sys
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from fledge import UserError
+from fledge.device import sharded_as
 
 # The learning rate where none is given, by optimizer and by what learns.
 RATES = {
@@ -36,11 +40,46 @@ def orthogonalize(x, dtype):
     return wide if is_wide else wide.mT
 
 
+def orthogonalize_together(x, dtype, n_rows):
+    """orthogonalize by several processes, each of which has as many of the matrices to do.
+
+    x: (n, rows, columns), the same in all processes, or of sharded matrices of n_rows the rows that
+    this process has. Returns x's shape.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(x, dtype)
+    n, own_rows, n_columns = x.shape
+    n_each = math.ceil(n / world_size)
+    n_more = world_size * n_each - n
+    if own_rows == n_rows:
+        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, n_more))  # with zeros, which stay zeros
+        done = torch.empty_like(x)
+        own = orthogonalize(x.split(n_each)[dist.get_rank()], dtype)
+        dist.all_gather_single(done, own.contiguous())
+        return done[:n]
+    height = math.ceil(n_rows / world_size)  # of a shard; the last ones may have fewer
+    x = F.pad(x.to(dtype), (0, 0, 0, height - own_rows, 0, n_more))
+    exchanged = torch.empty_like(x)
+    dist.all_to_all_single(exchanged, x)
+    shards = exchanged.view(world_size, n_each, height, n_columns)
+    own = orthogonalize(shards.transpose(0, 1).flatten(1, 2), dtype)  # (n_each, rows, columns)
+    shards = own.view(n_each, world_size, height, n_columns).transpose(0, 1)
+    dist.all_to_all_single(exchanged, shards.contiguous())
+    return exchanged.view(-1, height, n_columns)[:n, :own_rows]
+
+
+def own_part(tensor):
+    """The part of a sharded tensor that this process has, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Muon(torch.optim.Muon):
     """torch's Muon, its state and its update, but small matrices of one shape go together.
 
-    So they take half the time. dtype: in which they are orthogonalized; torch's own always takes
-    bfloat16, which is six times slower than float32 on a CPU that does not multiply in it.
+    So they take half the time. Several processes divide the matrices among them. dtype: in which
+    they are orthogonalized; torch's own always takes bfloat16, which is six times slower than
+    float32 on a CPU that does not multiply in it.
     """
 
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
@@ -51,13 +90,14 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self):
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, parameters in by_shape.items():
-                n = max(1, self.TOGETHER // shape.numel())
+                n = world_size * max(1, self.TOGETHER // shape.numel())
                 for first in range(0, len(parameters), n):
                     self.update(parameters[first : first + n], group)
 
@@ -66,15 +106,16 @@ class Muon(torch.optim.Muon):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        momenta = [self.state[p]['momentum_buffer'] for p in parameters]
-        gradients = [p.grad for p in parameters]
+        momenta = [own_part(self.state[p]['momentum_buffer']) for p in parameters]
+        gradients = [own_part(p.grad) for p in parameters]
+        weights = [own_part(p) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
         nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])
-        directions = orthogonalize(nesterov, self.dtype).to(parameters[0].dtype)
-        torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
         rows, columns = parameters[0].shape
+        directions = orthogonalize_together(nesterov, self.dtype, rows).to(weights[0].dtype)
+        torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
         scale = max(1, rows / columns) ** 0.5
-        torch._foreach_add_(parameters, directions.unbind(), alpha=-group['lr'] * scale)
+        torch._foreach_add_(weights, directions.unbind(), alpha=-group['lr'] * scale)
 
 
 def trained_by(start):
@@ -167,6 +208,13 @@ def set_learning_rate(optimizers, learning_rate):
             group['lr'] = learning_rate * group.get('lr_scale', 1.0)
 
 
+def gradient_norm(model):
+    """The norm of all gradients of a model, a scalar tensor, the same in all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def state_bytes(optimizers):
     """Bytes of the state that optimizers hold after a step."""
     entries = [entry for opt in optimizers for entry in opt.state.values()]
@@ -205,9 +253,13 @@ def _load_one(optimizer, state):
         raise ValueError(f'{len(theirs)} parameter groups were saved, here are {len(ours)}')
     for group, saved in zip(ours, theirs, strict=True):
         groups.append(group | {'params': saved['params']})
-    shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    own = {}
     for i, entry in state['state'].items():
-        for tensor in entry.values():
-            if torch.is_tensor(tensor) and tensor.dim() and tensor.shape != shapes[i]:
-                raise ValueError(f'the state of parameter {i} has another shape')
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+        own[i] = dict(entry)
+        for name, tensor in entry.items():
+            if torch.is_tensor(tensor) and tensor.dim():
+                if tensor.shape != parameters[i].shape:
+                    raise ValueError(f'the state of parameter {i} has another shape')
+                own[i][name] = sharded_as(tensor, parameters[i])
+    optimizer.load_state_dict({'state': own, 'param_groups': groups})
