@@ -116,6 +116,8 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 compile = 'auto'  # auto, True, False: torch.compile; auto is on for CUDA alone
 backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
+parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of every parameter
+ddp_timeout = 600.0  # seconds that processes wait for one another, before they end with one line
 config = configure(globals())
 if auto_resume and saving.files(out_dir):
     init_from = 'resume'
@@ -137,7 +139,7 @@ run.check_settings(config)
 objective = objectives.choose(objective, dpo_beta)
 
 # ---- where it runs
-machine = Machine(device, dtype, backend)
+machine = Machine(device, dtype, backend, parallel, ddp_timeout)
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
@@ -182,7 +184,6 @@ block_size, vocab_size = config['block_size'], model.config.vocab_size
 model.gradient_checkpointing = gradient_checkpointing
 if quantize_base != 'none':
     quantize.quantize_base(model, quantize_base, machine.device)
-model.to(machine.device)
 if lora_rank:
     shape = lora_rank, lora_alpha, lora_dropout, lora_targets
     adapters.add(model, *shape, n_new_tokens, saved_adapters, machine.dtype)
@@ -196,21 +197,16 @@ val_data = open_split(data_dir, 'val', block_size, vocab_size, with_sources=with
 objectives.check_data(config['objective'], train_data, data_dir)
 data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
-opts = []
-if not eval_only:
-    rates = (learning_rate, weight_decay, (beta1, beta2))
-    opts = optimizers.make_optimizers(model, optimizer, *rates, machine.dtype)
 
 # ---- the state of the run
 state = run.RunState()
 if resuming:
     state = run.RunState.from_checkpoint(start, source)
     state.meet_changes(start, changed, config, data_digest)
-    if opts:
-        optimizers.load_state_dict(opts, start.get('optimizer'))
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
 references = start.get('reference') if resuming else None
+saved_optimizer = start.get('optimizer') if resuming else None
 del start
 machine.agree('checkpoint in out_dir (which all have to share)', (resuming, state.step))
 machine.agree('data under the same name', data_digest)
@@ -260,6 +256,13 @@ def try_out(network):  # torch.compile compiles at the first use
 
 
 network = machine.wrap(model, compile, try_out, log.say)
+opts = []
+if not eval_only:
+    rates = (learning_rate, weight_decay, (beta1, beta2))
+    opts = optimizers.make_optimizers(model, optimizer, *rates, machine.dtype)
+    if resuming:
+        optimizers.load_state_dict(opts, saved_optimizer)
+del saved_optimizer
 if train_data.pairs:
     for data, saved in zip((train_data, val_data), references or (None, None), strict=True):
         objectives.add_reference(model, data, machine, batch_size, saved)
@@ -281,8 +284,7 @@ def gradients_of(step):
     for done in range(0, rows_per_process, batch_size):
         count = min(batch_size, rows_per_process - done)
         share = train_data.weight(first_row + done, count) / whole  # of what the step's mean is of
-        if machine.world_size > 1:  # the processes average their gradients once a step
-            network.require_backward_grad_sync = done + count == rows_per_process
+        machine.synchronize(network, done + count == rows_per_process)  # once a step
         loss, numbers = loss_of(network, train_data.rows(first_row + done, count))
         loss = loss * share
         scaler.scale(loss).backward()
@@ -292,8 +294,7 @@ def gradients_of(step):
             total_numbers[name] = total_numbers.get(name, 0.0) + number * share
     for opt in opts:
         scaler.unscale_(opt)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = optimizers.gradient_norm(model)
     loss, *means = machine.mean(torch.stack([total_loss, *total_numbers.values()]))
     return loss, grad_norm, dict(zip(total_numbers, means, strict=True))
 
@@ -357,9 +358,12 @@ def save_checkpoint(is_best):
     """Take a copy of all that the run is, which a thread writes to the disk."""
     global saved_step
     saved_step = state.step
+    weights = model.state_dict()
+    if base:
+        _, weights = adapters.split(weights)
     saved = dict(
-        model=model.state_dict(),
-        optimizer=optimizers.state_dict(opts),
+        model=machine.whole(weights),
+        optimizer=machine.whole(optimizers.state_dict(opts)),
         model_args=checkpoint.model_args(model.config),
         config=config,
         scaler=scaler.state_dict(),
@@ -372,7 +376,7 @@ def save_checkpoint(is_best):
         **state.in_checkpoint(),
     )
     if base:
-        saved |= dict(model=adapters.tensors(model), base=base)
+        saved['base'] = base
     if machine.main:
         saver.save(saved, is_best)
 
@@ -484,8 +488,8 @@ saver = saving.Saver(out_dir, keep_checkpoints, on_disk)
 saved_step = state.step if resuming else -1
 while True:
     state.elapsed = clock.elapsed()
-    stops, shares = zip(*machine.gather((stop.asked(), time_share())), strict=True)
-    stopping, spent = any(stops), max(shares)  # the processes go on, or stop, together
+    # the processes go on, or stop, together
+    stopping, spent = machine.largest([stop.asked(), time_share()])
     steps_share = state.tokens / last_token if last_token else state.step / max(max_iters, 1)
     state.progress = max(steps_share, spent)
     done = state.step >= max_iters or spent >= 1
