@@ -188,6 +188,9 @@ class Machine:
         for block in model.blocks:
             if compiles:
                 block.forward = torch.compile(block.forward)
+            if block.cross_attn is not None:  # which reads the source before its block computes
+                fully_shard(block.cross_attn, mp_policy=policy)
+                register_fsdp_forward_method(block.cross_attn, 'read')
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         for name in ('hidden', 'generate'):  # which are called from elsewhere than forward
