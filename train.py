@@ -19,7 +19,7 @@ import torch
 from encoder_decoder import make_model
 from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run, saving
 from fledge.configurator import configure, given
-from fledge.device import Machine, flops_per_token, peak_flops
+from fledge.device import Machine, flops_per_token, peak_flops, sharded_as
 from fledge.documents import open_split
 from fledge.evaluation import evaluate, in_words, samples
 from fledge.formats import huggingface
@@ -412,9 +412,9 @@ def go_back(why):
         raise UserError(f'{problem} {again}; lower learning_rate (what was saved before is kept)')
     path, good = saving.newest(out_dir, log.say)
     with between_steps, torch.no_grad():
-        own = adapters.tensors(model) if base else model.state_dict()
+        own = model.state_dict()
         for name, tensor in good['model'].items():
-            own[name].copy_(tensor)
+            own[name].copy_(sharded_as(tensor, own[name]))
         optimizers.load_state_dict(opts, good['optimizer'])
         scaler.load_state_dict(good['scaler'])
         skipped_steps = state.skipped_steps
@@ -475,7 +475,9 @@ if dry_run:
 # ---- the training loop
 GOES_ON = f'To go on: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}'
 between_steps = threading.Lock()  # held where the state of the run changes, and where it is saved
-stop = run.StopSignals(machine.main, save_now if machine.main else None)
+# a model in parts is saved by all processes, at the end of a step
+saves_alone = machine.main and not machine.is_sharded
+stop = run.StopSignals(machine.main, save_now if saves_alone else None)
 state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
 if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.lr > 0:
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')
