@@ -111,11 +111,11 @@ class Machine:
             time.sleep(2)
             ranks = range(self.world_size)
             missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
-            why = 'ended, or its connection broke'
+            why = 'is gone: it was killed, or its connection broke'
             if 'imed out' in str(error):
-                why = f'did not come along in {self.ddp_timeout} s (ddp_timeout)'
+                why = f'did not come along in {self.ddp_timeout:g} s (ddp_timeout)'
             names = ' and '.join(map(str, missing)) or 'of unknown number'
-            error = UserError(f'process {names} {why}; what it said may tell more')
+            error = UserError(f'process {names} {why}')
             kind, trace = UserError, None
         first = str(self.rank)
         with contextlib.suppress(Exception):  # the store ends with torchrun
@@ -233,15 +233,16 @@ class Machine:
 
     def batches(self, rows, batch_size, what=None):
         """This process's share of a list of rows, by batch_size; what: a bar on a terminal says."""
-        n_batches = math.ceil(len(rows) / batch_size)
         starts = list(range(0, len(rows), batch_size))
-        if self.is_sharded:  # as many each, of about the same size: a forward pass is of all
+        if self.is_sharded:  # as many batches each, for a forward pass is of all
             if len(rows) < self.world_size:
                 raise UserError(
                     f'parallel=fsdp evaluates a row in each process at least, and {len(rows)} are '
                     f'fewer than {self.world_size}'
                 )
-            n_batches = self.world_size * math.ceil(n_batches / self.world_size)
+            n_each = math.ceil(len(starts) / self.world_size)
+            n_each = min(n_each, len(rows) // self.world_size)  # a batch may have a row more then
+            n_batches = n_each * self.world_size
             starts = [len(rows) * i // n_batches for i in range(n_batches)]
         ends = [*starts[1:], len(rows)]
         mine = list(zip(starts, ends, strict=True))[self.rank :: self.world_size]
