@@ -4,12 +4,12 @@ Each test starts real processes, as a user does.
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, metrics, run, write_tiny
@@ -185,30 +185,39 @@ def test_a_lost_node_comes_back_and_the_run_is_the_same(tmp_path):
     endpoint = f'127.0.0.1:{free_port()}'
     node = [*TORCHRUN, '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_id=run']
     node += ['--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}', '--local_addr=127.0.0.1']
-    node += ['--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2']
-    node += [TRAIN, 'slow.py', *flags, '--auto_resume', '--ddp_timeout=20']
+    script = [TRAIN, 'slow.py', *flags, '--auto_resume', '--ddp_timeout=20']
     nodes = []
 
-    def start():
-        log = open(tmp_path / f'node-{len(nodes)}.log', 'w')  # noqa: SIM115
-        options = dict(stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        nodes.append(subprocess.Popen(node, cwd=tmp_path, **options))
+    def start(is_host):  # of loopback's addresses all are everybody's, so that it has to be said
+        how = f'is_host={is_host},keep_alive_interval=1,keep_alive_max_attempt=2'
+        with open(tmp_path / f'node-{len(nodes)}.log', 'w') as log:
+            command = [*node, f'--rdzv_conf={how}', *script]
+            options = dict(stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+            nodes.append(subprocess.Popen(command, **options))
 
     try:
-        start()
-        start()
+        start(is_host=1)
+        start(is_host=0)
         wait_until(lambda: (tmp_path / 'out/ckpt.pt').exists())
-        os.killpg(nodes[1].pid, signal.SIGKILL)
-        nodes[1].wait()
-        start()
-        codes = [nodes[i].wait(timeout=90) for i in (0, 2)]
+        kill_tree(nodes[1])
+        start(is_host=0)
+        codes = [nodes[i].wait(timeout=60) for i in (0, 2)]
     finally:
         for each in nodes:
-            if each.poll() is None:
-                os.killpg(each.pid, signal.SIGKILL)
+            kill_tree(each)
     logs = ''.join((tmp_path / f'node-{i}.log').read_text() for i in range(3))
     assert codes == [0, 0] and 'resuming at step' in logs, logs
     assert_same_run(tmp_path / 'whole', tmp_path / 'out')
+
+
+def kill_tree(process):
+    """Kill a Popen and what it has started, as a power cut does."""
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in family:
+            child.kill()
+        process.wait()
 
 
 def wait_until(condition, seconds=60):
