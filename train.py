@@ -386,7 +386,7 @@ def save_now():
     with between_steps:
         if not stop.is_done:
             save_and_stop()
-            os._exit(0)
+            machine.end_all()
 
 
 def save_and_stop():

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import (
@@ -104,6 +105,9 @@ class Machine:
         those that are left find out who they are.
         """
         broken = isinstance(error, RuntimeError) and ('gloo' in str(error) or 'NCCL' in str(error))
+        with contextlib.suppress(Exception):
+            if broken and self.store.check(['ended']):
+                os._exit(0)
         if broken:
             self.store.set(f'left/{self.rank}', '')
             with contextlib.suppress(Exception):
@@ -289,6 +293,12 @@ class Machine:
             dist.barrier(self.hosts)
             dist.destroy_process_group()
 
+    def end_all(self):
+        """End this process at once, and well; the others end as they find that it is gone."""
+        if self.world_size > 1:
+            self.store.set('ended', '')
+        os._exit(0)
+
     def peak_memory(self):
         """Bytes held at most: of the GPU, or of this process where it can be told, else 0."""
         if self.type == 'cuda':
@@ -302,7 +312,7 @@ class Machine:
 
             unit = 1 if sys.platform == 'darwin' else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return 0
+        return getattr(psutil.Process().memory_info(), 'peak_wset', 0)
 
 
 def choose_device(device, index=0):
