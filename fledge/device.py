@@ -88,6 +88,10 @@ class Machine:
         self.ddp_timeout = ddp_timeout
         self.previous_hook = sys.excepthook
         self.store, rank, world_size = next(dist.rendezvous('env://'))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
+            # torchrun's store still has the addresses of the processes that it has restarted
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            self.store = dist.PrefixStore(f'attempt_{attempt}', self.store)
         place = dict(store=self.store, rank=rank, world_size=world_size)
         seconds = datetime.timedelta(seconds=ddp_timeout)
         # nccl ends a process without a word: where gloo waits as well, it is the first to give up

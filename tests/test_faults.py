@@ -6,6 +6,7 @@ A few rounds of it are a test. For many:
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -119,9 +120,11 @@ def end(process):
 
 
 def kill_all(process):
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    process.kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # first, or it would start them again
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def last_step(out_dir):
@@ -135,7 +138,9 @@ def last_step(out_dir):
 def wait_for_step(process, out_dir, step):
     began = time.monotonic()
     while last_step(out_dir) < step and process.poll() is None:
-        assert time.monotonic() - began < SECONDS, f'step {step} never came'
+        if time.monotonic() - began > SECONDS:
+            kill_all(process)
+            raise AssertionError(f'step {step} never came: {process.communicate()[0]}')
         time.sleep(0.02)
 
 
