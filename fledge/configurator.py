@@ -38,6 +38,7 @@ for least, most, names in (
     (0, 10**6, 'sample_tokens target_epochs max_minutes seconds grad_clip n_inner'),
     (0, 10**6, 'max_wait'),
     (0.001, 10**6, 'body_timeout'),
+    (1, 10**6, 'ddp_timeout'),
     (1, 10**6, 'gradient_accumulation_steps rounds max_new_tokens'),
     (1, 10**6, 'min_letters max_letters'),
     (1, 10**5, 'batch_size num_samples streams max_batch'),

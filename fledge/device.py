@@ -125,6 +125,12 @@ class Machine:
             names = ' and '.join(map(str, missing)) or 'of unknown number'
             error = UserError(f'process {names} {why}')
             kind, trace = UserError, None
+        elif self.is_sharded and 'mixed torch.Tensor and DTensor' in str(error):
+            error = UserError(
+                'the objective reads parameters, of which parallel=fsdp gives each process a part: '
+                'take --parallel=ddp'
+            )
+            kind, trace = UserError, None
         first = str(self.rank)
         with contextlib.suppress(Exception):  # the store ends with torchrun
             first = self.store.compare_set('failed', '', first).decode()

@@ -243,6 +243,7 @@ def check_settings(settings):
     """UserError for a setting of train.py that no run can have."""
     one_of(settings, lr_schedule=optimizers.SCHEDULES)
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
+    one_of(settings, parallel=('ddp', 'fsdp'))
     one_of(settings, optimizer=('auto', 'muon', 'adamw'), quantize_base=('none', 'nf4', 'int8'))
     if settings['quantize_base'] != 'none' and not settings['lora_rank']:
         raise UserError(
