@@ -113,12 +113,13 @@ class Machine:
             if broken and self.store.check(['ended']):
                 os._exit(0)
         if broken:
-            self.store.set(f'left/{self.rank}', '')
-            with contextlib.suppress(Exception):
+            missing = []
+            with contextlib.suppress(Exception):  # the store may have gone with the process
+                self.store.set(f'left/{self.rank}', '')
                 dist.destroy_process_group()  # so that those who wait for this one give up too
-            time.sleep(2)
-            ranks = range(self.world_size)
-            missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
+                time.sleep(2)
+                ranks = range(self.world_size)
+                missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
             why = 'is gone: it was killed, or its connection broke'
             if 'imed out' in str(error):
                 why = f'did not come along in {self.ddp_timeout:g} s (ddp_timeout)'

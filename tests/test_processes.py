@@ -4,9 +4,12 @@ Each test starts real processes, as a user does.
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, metrics, run, write_tiny
@@ -171,6 +174,71 @@ def test_what_sharded_parameters_cannot_do_is_a_line(room):
     flags = [*RUN, '--parallel=fsdp', '--max_iters=2', '--out_dir=cannot']
     out = torchrun(room, 2, 'decay.py', *flags, code=1)
     assert out.count('error: the objective reads parameters') == 1, out
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_lost_node_comes_back_and_the_run_is_the_same(tmp_path):
+    """Two torchruns on loopback are two nodes; the second is killed with its process."""
+    write_tiny(tmp_path / 'data' / 'tiny')
+    (tmp_path / 'slow.py').write_text(
+        'import time, model as _model\n_forward = _model.GPT.forward\n'
+        'def _slow(self, *args, **kwargs):\n'
+        '    time.sleep(0.05)\n    return _forward(self, *args, **kwargs)\n'
+        '_model.GPT.forward = _slow\n'
+    )
+    flags = [*RUN, '--max_iters=30', '--eval_interval=5', '--sample_interval=0']
+    torchrun(tmp_path, 2, *flags, '--out_dir=whole')
+    endpoint = f'127.0.0.1:{free_port()}'
+    node = [*TORCHRUN, '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_id=run']
+    node += ['--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}', '--local_addr=127.0.0.1']
+    script = [TRAIN, 'slow.py', *flags, '--auto_resume', '--ddp_timeout=20']
+    # a node that comes back waits for an address for ever where the agents share their store
+    env = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    nodes = []
+
+    def start(is_host):  # of loopback's addresses all are everybody's, so that it has to be said
+        how = f'is_host={is_host},keep_alive_interval=1,keep_alive_max_attempt=2'
+        with open(tmp_path / f'node-{len(nodes)}.log', 'w') as log:
+            command = [*node, f'--rdzv_conf={how}', *script]
+            options = dict(stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
+            nodes.append(subprocess.Popen(command, **options))
+
+    try:
+        start(is_host=1)
+        start(is_host=0)
+        wait_until(lambda: (tmp_path / 'out/ckpt.pt').exists())
+        kill_tree(nodes[1])
+        start(is_host=0)
+        codes = [nodes[i].wait(timeout=60) for i in (0, 2)]
+    finally:
+        for each in nodes:
+            kill_tree(each)
+    logs = ''.join((tmp_path / f'node-{i}.log').read_text() for i in range(3))
+    assert codes == [0, 0] and 'resuming at step' in logs, logs
+    assert_same_run(tmp_path / 'whole', tmp_path / 'out')
+
+
+def kill_tree(process):
+    """Kill a Popen and what it has started, as a power cut does."""
+    if process.poll() is None:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in family:
+            child.kill()
+        process.wait()
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
