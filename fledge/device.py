@@ -9,6 +9,7 @@ import datetime
 import math
 import os
 import sys
+import threading
 import time
 
 import psutil
@@ -116,7 +117,8 @@ class Machine:
             missing = []
             with contextlib.suppress(Exception):  # the store may have gone with the process
                 self.store.set(f'left/{self.rank}', '')
-                dist.destroy_process_group()  # so that those who wait for this one give up too
+                # those who wait for this one give up too; it may itself wait for one that is gone
+                threading.Thread(target=dist.destroy_process_group, daemon=True).start()
                 time.sleep(2)
                 ranks = range(self.world_size)
                 missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
