@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import shlex
-import threading
 import time
 
 import numpy as np
@@ -346,7 +345,7 @@ def evaluate_and_save():
     evaluation = evaluate_val()
     if not math.isfinite(evaluation['loss']):
         return False
-    with between_steps:
+    with stop.changing():
         is_best = state.note_evaluation(evaluation, time.monotonic() - began)
         log.say(f'step {state.step}: val {in_words(evaluation)}')
         if (state.step > 0 or resuming) and (is_best or always_save_checkpoint):
@@ -383,8 +382,8 @@ def save_checkpoint(is_best):
 
 def save_now():
     """Save the state after the last whole step, while another is under way, and end the process."""
-    with between_steps:
-        if not stop.is_done:
+    with stop.lock:
+        if stop.is_whole:
             save_and_stop()
             machine.end_all()
 
@@ -411,7 +410,7 @@ def go_back(why):
         again = 'again, in another order of the data' if state.fresh_orders else 'at its beginning'
         raise UserError(f'{problem} {again}; lower learning_rate (what was saved before is kept)')
     path, good = saving.newest(out_dir, log.say)
-    with between_steps, torch.no_grad():
+    with stop.changing(), torch.no_grad():
         own = model.state_dict()
         for name, tensor in good['model'].items():
             own[name].copy_(sharded_as(tensor, own[name]))
@@ -474,7 +473,6 @@ if dry_run:
 
 # ---- the training loop
 GOES_ON = f'To go on: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}'
-between_steps = threading.Lock()  # held where the state of the run changes, and where it is saved
 # a model in parts is saved by all processes, at the end of a step
 saves_alone = machine.main and not machine.is_sharded
 stop = run.StopSignals(machine.main, save_now if saves_alone else None)
@@ -522,7 +520,7 @@ while True:
     # one step
     lr = learning_rate_now(spent)
     loss, grad_norm, numbers = gradients_of(state.step)
-    with between_steps:
+    with stop.changing():
         state.lr = lr
         update(lr, grad_norm)
         note_step(loss, grad_norm, numbers)
@@ -536,15 +534,14 @@ while True:
     log.advance(state, max_iters)
 
 log.close_bar()
-with between_steps:
-    stop.is_done = True
-    if stopping:
-        save_and_stop()
-        machine.leave()
-        raise SystemExit
-    if saved_step != state.step:  # the last weights are kept in any case
-        save_checkpoint(is_best=False)
-    saver.finish()
+stop.lock.acquire()  # for good: from here on no signal saves
+if stopping:
+    save_and_stop()
+    machine.leave()
+    raise SystemExit
+if saved_step != state.step:  # the last weights are kept in any case
+    save_checkpoint(is_best=False)
+saver.finish()
 if recent.n_timed:
     log_steps(grad_norm)
 else:

@@ -191,10 +191,19 @@ class StopSignals:
 
     def __init__(self, speaks, save_now=None):
         self.speaks, self.save_now, self.asked_at = speaks, save_now, None
-        self.is_done = False  # set by the loop that has stopped by itself
+        self.lock = threading.Lock()  # held where the state of the run changes, or is saved
+        self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, OSError):  # a system may lack one
                 signal.signal(number, self.hear)
+
+    @contextlib.contextmanager
+    def changing(self):
+        """While the state of the run changes: save_now() comes before it or after it."""
+        with self.lock:
+            self.is_whole = False
+            yield
+            self.is_whole = True
 
     def asked(self):
         return self.asked_at is not None
