@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import shlex
+import sys
 import time
 
 import numpy as np
@@ -298,9 +299,9 @@ def gradients_of(step):
     return loss, grad_norm, dict(zip(total_numbers, means, strict=True))
 
 
-def update(lr, grad_norm):
-    """Change the weights by the gradients, unless these are not finite."""
-    if math.isfinite(grad_norm):
+def update(lr, grad_norm, is_finite=True):
+    """Change the weights by the gradients, unless these or the loss are not finite."""
+    if is_finite:
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
         optimizers.set_learning_rate(opts, lr)
@@ -383,9 +384,14 @@ def save_checkpoint(is_best):
 def save_now():
     """Save the state after the last whole step, while another is under way, and end the process."""
     with stop.lock:
-        if stop.is_whole:
+        if not stop.is_whole:
+            return
+        try:
             save_and_stop()
-            machine.end_all()
+        except UserError as e:
+            print(f'error: {e}', file=sys.stderr, flush=True)
+            os._exit(2)
+        machine.end_all()
 
 
 def save_and_stop():
@@ -419,20 +425,22 @@ def go_back(why):
         skipped_steps = state.skipped_steps
         state = run.RunState.from_checkpoint(good, path)
         state.skipped_steps, state.fresh_orders = skipped_steps, 1
-        take_fresh_order()
+        order_data()
         recent.restore(state)
+        clock.start_interval()
         saved_step = state.step
         log.rewind(state.step)
     log.say(f'{problem}; it goes on from step {state.step} with its data in a fresh order')
 
 
-def take_fresh_order():
+def order_data():
+    """Take the data in the run's order, which is another one after it has gone back."""
     train_data.seed, train_data.epoch = seed + 10**9 * state.fresh_orders, None
 
 
-def note_step(loss, grad_norm, numbers):
+def note_step(loss, numbers, is_finite):
     """Count a step: its loss and numbers, or that it is skipped."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if is_finite:
         state.bad_steps = 0
         recent.add(loss, numbers)
         usual = state.note_loss(loss)
@@ -482,7 +490,7 @@ if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
 recent = run.RecentSteps(state)
-take_fresh_order()
+order_data()
 on_disk = state.step if source == os.path.join(out_dir, 'ckpt.pt') else None
 saver = saving.Saver(out_dir, keep_checkpoints, on_disk)
 saved_step = state.step if resuming else -1
@@ -520,10 +528,11 @@ while True:
     # one step
     lr = learning_rate_now(spent)
     loss, grad_norm, numbers = gradients_of(state.step)
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     with stop.changing():
         state.lr = lr
-        update(lr, grad_norm)
-        note_step(loss, grad_norm, numbers)
+        update(lr, grad_norm, is_finite)
+        note_step(loss, numbers, is_finite)
         if state.step % log_interval == 0 or state.evaluated_step == state.step:
             log_steps(grad_norm)
         state.step += 1

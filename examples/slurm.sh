@@ -19,6 +19,9 @@
 # the processes find each other at the first node
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+# without it a node that comes back waits for an address that torchrun 2.13 sends once
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # a process that dies is started again with all others, three times; where a node gives up, so do all
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \

@@ -159,7 +159,7 @@ class RunLog:
         if self.bar is not None:
             if state.progress > 0:
                 self.bar.total = min(max_iters, round(state.step / state.progress))
-            self.bar.update()
+            self.bar.update(state.step - self.bar.n)  # back, where the run has gone back
 
     def close_bar(self):
         if self.bar is not None:

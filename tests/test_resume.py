@@ -184,6 +184,16 @@ def objective(model, batch):
     assert metrics(workdir / 'out')[-1]['skipped_steps'] == 1
 
 
+def test_a_loss_alone_that_is_not_finite_is_skipped(workdir):
+    (workdir / 'own.py').write_text(
+        BROKEN.replace("loss * float('nan')", "loss + float('inf')").replace('WHEN', 'calls == 3')
+    )
+    out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=5')
+    assert 'step 2: the loss is not finite; skipped, 1 in a row' in out
+    momenta = checkpoint.load(str(workdir / 'out/ckpt.pt'))['optimizer'][0]['state']
+    assert {int(entry['step']) for entry in momenta.values()} == {4}
+
+
 def test_a_run_goes_back_once_and_then_stops(workdir):
     flags = [*PLAIN, '--max_iters=20', '--eval_interval=5', '--max_bad_steps=3']
     (workdir / 'own.py').write_text(BROKEN.replace('WHEN', '12 < calls < 16'))
@@ -220,6 +230,17 @@ def test_a_run_goes_back_once_and_then_stops(workdir):
     (workdir / 'own.py').write_text(BROKEN.replace('WHEN', 'True'))
     words = fails(workdir, 'train.py', *flags, 'own.py', '--out_dir=new')
     assert 'at step 3: the run diverged at its beginning; lower learning_rate' in words
+
+
+def test_adapters_go_back_as_well(workdir):
+    run(workdir, 'train.py', *PLAIN, '--max_iters=4', '--out_dir=base')
+    base = checkpoint.load(str(workdir / 'base/ckpt.pt'))['model']
+    (workdir / 'own.py').write_text(BROKEN.replace('WHEN', '12 < calls < 16'))
+    flags = [*PLAIN, 'own.py', '--init_from=base/ckpt.pt', '--lora_rank=2', '--eval_interval=5']
+    out = run(workdir, 'train.py', *flags, '--max_iters=20', '--max_bad_steps=3')
+    assert 'goes on from step 10 with its data in a fresh order' in out and 'done at step 20' in out
+    saved = checkpoint.load(str(workdir / 'out/ckpt.pt'))
+    assert saved['run']['fresh_orders'] == 1 and not saved['model'].keys() & base.keys()
 
 
 def test_a_val_loss_that_is_not_finite_takes_the_run_back(workdir):
