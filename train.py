@@ -284,7 +284,7 @@ def gradients_of(step):
     for done in range(0, rows_per_process, batch_size):
         count = min(batch_size, rows_per_process - done)
         share = train_data.weight(first_row + done, count) / whole  # of what the step's mean is of
-        machine.synchronize(network, done + count == rows_per_process)  # once a step
+        machine.set_gradient_sync(network, done + count == rows_per_process)  # once a step
         loss, numbers = loss_of(network, train_data.rows(first_row + done, count))
         loss = loss * share
         scaler.scale(loss).backward()
@@ -335,7 +335,8 @@ def time_share():
 
 def evaluation_is_due(spent):
     """Every eval_interval steps; every tenth of max_minutes (spent: of 1) where that is sooner."""
-    if state.step and state.progress == spent and 0.1 * state.step < eval_interval * spent:
+    time_is_ahead = state.progress == spent  # of the share of the steps that are done
+    if state.step and time_is_ahead and 0.1 * state.step / spent < eval_interval:
         return spent - state.evaluated_at >= 0.1
     return state.step % eval_interval == 0
 
@@ -355,7 +356,10 @@ def evaluate_and_save():
 
 
 def save_checkpoint(is_best):
-    """Take a copy of all that the run is, which a thread writes to the disk."""
+    """Take a copy of all that the run is, which a thread writes to the disk.
+
+    All processes call it, with stop.lock held: between two steps, while nothing changes.
+    """
     global saved_step
     saved_step = state.step
     weights = model.state_dict()
@@ -396,8 +400,9 @@ def save_now():
 
 def save_and_stop():
     """Save because of a signal, and say so."""
-    # what has led to steps that are not finite is no good checkpoint
-    if saved_step != state.step and not (state.bad_steps and saved_step >= 0):
+    # weights whose last steps were not finite may be broken: an earlier checkpoint is better
+    has_better = state.bad_steps and saved_step >= 0
+    if saved_step != state.step and not has_better:
         save_checkpoint(is_best=False)
     saver.finish()
     log.say(f'stopped at step {saved_step} after {clock.elapsed() / 60:.1f} minutes; {GOES_ON}')
@@ -406,14 +411,15 @@ def save_and_stop():
 def go_back(why):
     """Take the run back to its last good checkpoint, with its data in a fresh order.
 
-    Once: UserError the second time, and where there is no checkpoint.
+    Once: UserError the second time, and where there is no checkpoint. The count of skipped steps
+    stays, as do samples and spikes.jsonl; metrics.jsonl is cut back.
     """
     global state, saved_step
     saver.wait()
     machine.wait_for_all()
     problem = f'{why} at step {state.step}: the run diverged'
-    if state.fresh_orders or saved_step < 0:
-        again = 'again, in another order of the data' if state.fresh_orders else 'at its beginning'
+    if state.went_back or saved_step < 0:
+        again = 'again, in another order of the data' if state.went_back else 'at its beginning'
         raise UserError(f'{problem} {again}; lower learning_rate (what was saved before is kept)')
     path, good = saving.newest(out_dir, log.say)
     with stop.changing(), torch.no_grad():
@@ -424,7 +430,7 @@ def go_back(why):
         scaler.load_state_dict(good['scaler'])
         skipped_steps = state.skipped_steps
         state = run.RunState.from_checkpoint(good, path)
-        state.skipped_steps, state.fresh_orders = skipped_steps, 1
+        state.skipped_steps, state.went_back = skipped_steps, 1
         order_data()
         recent.restore(state)
         clock.start_interval()
@@ -435,7 +441,7 @@ def go_back(why):
 
 def order_data():
     """Take the data in the run's order, which is another one after it has gone back."""
-    train_data.seed, train_data.epoch = seed + 10**9 * state.fresh_orders, None
+    train_data.seed, train_data.epoch = seed + 10**9 * state.went_back, None
 
 
 def note_step(loss, numbers, is_finite):
@@ -443,10 +449,10 @@ def note_step(loss, numbers, is_finite):
     if is_finite:
         state.bad_steps = 0
         recent.add(loss, numbers)
-        usual = state.note_loss(loss)
-        if usual:
+        mean_before, deviation = state.note_loss(loss)
+        if loss > mean_before + run.SPIKE_DEVIATIONS * deviation:
             seen = train_data.documents_seen(state.rows, rows_per_step)
-            log.spike(state, loss, usual, seen, tokenizer)
+            log.spike(state.step, loss, mean_before, deviation, seen, tokenizer)
         return
     state.bad_steps += 1
     state.skipped_steps += 1
@@ -481,7 +487,7 @@ if dry_run:
 
 # ---- the training loop
 GOES_ON = f'To go on: python train.py --init_from=resume --out_dir={shlex.quote(out_dir)}'
-# a model in parts is saved by all processes, at the end of a step
+# where each process has a part of the model, one alone cannot save it in the middle of a step
 saves_alone = machine.main and not machine.is_sharded
 stop = run.StopSignals(machine.main, save_now if saves_alone else None)
 state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
@@ -491,9 +497,10 @@ log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
 recent = run.RecentSteps(state)
 order_data()
-on_disk = state.step if source == os.path.join(out_dir, 'ckpt.pt') else None
+is_latest = resuming and os.path.basename(source) == 'ckpt.pt'
+on_disk = state.step if is_latest else None
 saver = saving.Saver(out_dir, keep_checkpoints, on_disk)
-saved_step = state.step if resuming else -1
+saved_step = state.step if resuming else -1  # -1: there is no checkpoint yet
 while True:
     state.elapsed = clock.elapsed()
     # the processes go on, or stop, together
@@ -506,7 +513,7 @@ while True:
     # once in a while: evaluate, save, sample
     with clock.not_training():
         if (evaluation_is_due(spent) or done) and not stopping:
-            if state.evaluated_step != state.step:  # else it was made before the checkpoint
+            if state.evaluated_step != state.step:  # else the checkpoint has this evaluation
                 state.evaluated_at = spent
                 if not evaluate_and_save():
                     go_back('val loss is not finite')
@@ -543,7 +550,7 @@ while True:
     log.advance(state, max_iters)
 
 log.close_bar()
-stop.lock.acquire()  # for good: from here on no signal saves
+stop.lock.acquire()  # and never released: save_now() has no turn any more
 if stopping:
     save_and_stop()
     machine.leave()

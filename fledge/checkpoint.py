@@ -23,17 +23,19 @@ LARGEST_TABLE = 2**27  # numbers in a table of positions: a million of 128
 SMALL_MODEL = 10**6  # weights; a small one is made, and the tensor that does not fit it is named
 
 
+class NotFinite(UserError):
+    """Weights that are infinite or no numbers, which are worth no file."""
+
+
 def save(path, checkpoint, older=None):
     """Write a dict of tensors and plain values; the old file stays until the new one is whole.
 
-    older: the name that the old file takes then. UserError for a full disk, and for weights that
-    are not finite: those are worth no file.
+    older: the name that the old file takes then. UserError for a full disk; NotFinite.
     """
     check_finite(checkpoint, path)
     try:
         with replacing(path, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
+            torch.save(checkpoint, f.name)  # by its name: through f it takes twice as long
             os.fsync(f.fileno())
             if hasattr(os, 'posix_fadvise'):  # read back what is on the disk, not in memory
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -44,16 +46,16 @@ def save(path, checkpoint, older=None):
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as e:  # a full disk surfaces as either
-        why = getattr(e, 'strerror', None) or e
+    except (OSError, RuntimeError) as e:  # torch has no words for a full disk
+        why = getattr(e, 'strerror', None) or 'the disk is full or broken'
         raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
 
 
 def check_finite(checkpoint, path):
-    """UserError where a checkpoint has weights that are infinite or no numbers."""
+    """NotFinite where a checkpoint has such weights."""
     for name, tensor in checkpoint['model'].items():
         if not tensor.isfinite().all():
-            raise UserError(f'{name} has weights that are not finite: {path} is not written')
+            raise NotFinite(f'{name} has weights that are not finite: {path} is not written')
 
 
 def load(path, own=False):

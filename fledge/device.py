@@ -90,24 +90,24 @@ class Machine:
         self.previous_hook = sys.excepthook
         self.store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
-            # torchrun's store still has the addresses of the processes that it has restarted
+            # torchrun's store still has the addresses of processes that were there before a restart
             attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
             self.store = dist.PrefixStore(f'attempt_{attempt}', self.store)
         place = dict(store=self.store, rank=rank, world_size=world_size)
         seconds = datetime.timedelta(seconds=ddp_timeout)
-        # nccl ends a process without a word: where gloo waits as well, it is the first to give up
+        # nccl's own timeout ends a process without a word: gloo's, beside it, is to come first
         waits = 2 * seconds if backend == 'nccl' else seconds
         dist.init_process_group(backend, timeout=waits, **place)
         # numbers on the hosts are agreed on without waiting for the GPUs
-        self.hosts = dist.new_group(backend='gloo', timeout=seconds)
+        self.cpu_group = dist.new_group(backend='gloo', timeout=seconds)
         sys.excepthook = self.fail_together  # torch.distributed has put its own there
 
     def fail_together(self, kind, error, trace):
         """sys.excepthook of one of several processes: what ends them all is said once.
 
         A process that fails tells the store, and says why; the others, whose connections break,
-        find it told, and end without a word. Where a process was killed, or does not come along,
-        those that are left find out who they are.
+        find it told, and end without a word. Where processes were killed, or do not come along, the
+        others find out which those are: all that are alive say so in the store.
         """
         broken = isinstance(error, RuntimeError) and ('gloo' in str(error) or 'NCCL' in str(error))
         with contextlib.suppress(Exception):
@@ -116,12 +116,12 @@ class Machine:
         if broken:
             missing = []
             with contextlib.suppress(Exception):  # the store may have gone with the process
-                self.store.set(f'left/{self.rank}', '')
+                self.store.set(f'alive/{self.rank}', '')
                 # those who wait for this one give up too; it may itself wait for one that is gone
                 threading.Thread(target=dist.destroy_process_group, daemon=True).start()
                 time.sleep(2)
                 ranks = range(self.world_size)
-                missing = [rank for rank in ranks if not self.store.check([f'left/{rank}'])]
+                missing = [rank for rank in ranks if not self.store.check([f'alive/{rank}'])]
             why = 'is gone: it was killed, or its connection broke'
             if 'imed out' in str(error):
                 why = f'did not come along in {self.ddp_timeout:g} s (ddp_timeout)'
@@ -214,7 +214,7 @@ class Machine:
             register_fsdp_forward_method(model, name)
         return model
 
-    def synchronize(self, network, is_due):
+    def set_gradient_sync(self, network, is_due):
         """Whether the next backward pass averages the gradients of all processes."""
         if self.is_sharded:
             network.set_requires_gradient_sync(is_due)
@@ -272,14 +272,14 @@ class Machine:
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value, self.hosts)
+        dist.all_gather_object(values, value, self.cpu_group)
         return values
 
     def largest(self, numbers):
         """The largest over all processes of each of some numbers, a list."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, self.hosts)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self.cpu_group)
         return tensor.tolist()
 
     def agree(self, what, value):
@@ -298,16 +298,16 @@ class Machine:
 
     def wait_for_all(self):
         if self.world_size > 1:
-            dist.barrier(self.hosts)
+            dist.barrier(self.cpu_group)
 
     def leave(self):
         """End together: no process hangs up while another still speaks."""
         if self.world_size > 1:
-            dist.barrier(self.hosts)
+            dist.barrier(self.cpu_group)
             dist.destroy_process_group()
 
     def end_all(self):
-        """End this process at once, and well; the others end as they find that it is gone."""
+        """End this process at once with exit code 0; so do the others when they find it gone."""
         if self.world_size > 1:
             self.store.set('ended', '')
         os._exit(0)

@@ -12,7 +12,8 @@ from fledge import UserError, chat_template, lock_folder, replacing, saving
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
 RUN_FILES += ['spikes.jsonl', 'tokenizer.json', *chat_template.FILES]
 RUN_FILE_BEGINNINGS = ('samples_step_', 'ckpt_step_', 'best-before-step-')
-# of each line of metrics.jsonl, null where one has no value; no objective's number is called so
+# of each line of metrics.jsonl, null where one has no value; no objective's number is called so,
+# nor as others that a line may have: objectives.TAKEN
 KEYS = ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm']
 KEYS += ['tokens_per_second', 'mfu', 'elapsed']
 PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
@@ -184,22 +185,22 @@ class RunLog:
             with self.disk_may_be_full(name), replacing(self.path(name)) as f:
                 f.write('\n---------------\n'.join(texts) + '\n')
 
-    def spike(self, state, loss, usual, documents, tokenizer):
+    def spike(self, step, loss, mean_before, deviation, documents, tokenizer):
         """Say that a step's loss is far above those before it, and what the step saw.
 
-        usual: their mean and deviation. documents: [(path, position, ids), ...] of the data. The
-        beginning of each document goes to spikes.jsonl.
+        documents: [(path, position, ids), ...] of the data. The beginning of each goes to
+        spikes.jsonl.
         """
-        words = f'{loss:.4f}, and was {usual[0]:.4f} ± {usual[1]:.4f}'
-        self.say(f'step {state.step}: loss spike: {words}; the documents are in spikes.jsonl')
+        words = f'{loss:.4f}, and was {mean_before:.4f} ± {deviation:.4f}'
+        self.say(f'step {step}: loss spike: {words}; the documents are in spikes.jsonl')
         if not self.out_dir:
             return
         seen = []
         for path, position, ids in documents:
             text = tokenizer.decode(ids[:100].tolist()) if tokenizer else ids[:100].tolist()
             seen.append(dict(file=path, position=position, tokens=len(ids), begins=text))
-        line = dict(step=state.step, loss=loss, mean=usual[0], deviation=usual[1], documents=seen)
-        self.append('spikes.jsonl', json.dumps(line))
+        numbers = dict(step=step, loss=loss, mean=mean_before, deviation=deviation)
+        self.append('spikes.jsonl', json.dumps(numbers | dict(documents=seen)))
 
     def metrics(self, **values):
         """A line of metrics.jsonl: KEYS, null where one has no value, and what else is given."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fledge import UserError
 from fledge.log import KEYS
 
-TAKEN = {'bytes', 'step_losses', *KEYS}  # names of the log's own numbers
+TAKEN = {'bytes', 'skipped_steps', 'step_losses', *KEYS}  # names of the log's own numbers
 
 
 def next_token(model, batch):

@@ -19,7 +19,7 @@ from model import GPTConfig
 SPIKE_DEVIATIONS, SPIKE_WINDOW = 6, 100
 # what a run cannot go on without, besides the shape of its model
 FIXED = ['dataset', 'optimizer', 'lora_rank', 'lora_alpha', 'lora_targets']
-SAVE_AFTER = 0.5  # seconds from a signal; a step that takes longer is given up
+SAVE_AFTER = 0.2  # seconds from a signal; a step that takes longer is given up
 
 
 @dataclass
@@ -44,7 +44,7 @@ class RunState:
     window: list = field(default_factory=list)  # the last losses, which tell a spike
     skipped_steps: int = 0  # whose loss or gradient was not finite
     bad_steps: int = 0  # of these, the last ones in a row
-    fresh_orders: int = 0  # how often the run has gone back, and taken the data in another order
+    went_back: bool = False  # to a checkpoint once, and its data is in another order since
     wandb_id: str = ''  # of the run there
 
     def metrics(self):
@@ -124,14 +124,15 @@ class RunState:
         return is_best
 
     def note_loss(self, loss):
-        """Keep the loss of a step; returns the mean and deviation that it is far above, or None."""
+        """Keep the loss of a step; returns the mean and the standard deviation of those before it.
+
+        Before there are SPIKE_WINDOW of them, infinity: no loss is a spike.
+        """
         before = self.window
         self.window = [*before, loss][-SPIKE_WINDOW:]
         if len(before) < SPIKE_WINDOW:
-            return None
-        mean, deviation = statistics.fmean(before), statistics.pstdev(before)
-        is_spike = loss > mean + SPIKE_DEVIATIONS * deviation
-        return (mean, deviation) if is_spike else None
+            return math.inf, 0.0
+        return statistics.fmean(before), statistics.pstdev(before)
 
 
 class Clock:
@@ -185,13 +186,15 @@ class RecentSteps:
 class StopSignals:
     """The first SIGINT or SIGTERM asks for a checkpoint and a stop; the next ends the process.
 
-    The loop is asked to stop at the end of its step. save_now(), if one is given, is called where
-    it has not after SAVE_AFTER seconds: a step of a large batch can take minutes.
+    The loop is asked to stop at the end of its step. Where it has not stopped after SAVE_AFTER
+    seconds, for a step of a large batch can take minutes, another thread calls save_now(), if one
+    is given.
     """
 
     def __init__(self, speaks, save_now=None):
         self.speaks, self.save_now, self.asked_at = speaks, save_now, None
-        self.lock = threading.Lock()  # held where the state of the run changes, or is saved
+        # held where the loop changes the state of the run or saves it, and by save_now()
+        self.lock = threading.Lock()
         self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, OSError):  # a system may lack one
@@ -203,7 +206,7 @@ class StopSignals:
         with self.lock:
             self.is_whole = False
             yield
-            self.is_whole = True
+            self.is_whole = True  # which it is not where an error ends the change
 
     def asked(self):
         return self.asked_at is not None

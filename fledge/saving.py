@@ -8,7 +8,7 @@ import time
 import torch
 
 from fledge import UserError
-from fledge.checkpoint import load, save
+from fledge.checkpoint import NotFinite, load, save
 
 RETRY_SECONDS = 30  # until what could not be written is tried again
 
@@ -47,13 +47,16 @@ def newest(out_dir, say):
         for problem in problems:
             say(f'skipped: {problem}')
         return path, loaded
-    if problems:
-        raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
-    return paths, load(os.path.join(out_dir, 'ckpt.pt'), own=True)  # which says that there is none
+    if not problems:
+        load(os.path.join(out_dir, 'ckpt.pt'), own=True)  # the UserError for a file that is missing
+    raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
 
 
 def snapshot(value, copies=None):
-    """A copy, on the CPU, of what a checkpoint is to hold; tensors that are one stay one."""
+    """A copy, on the CPU, of what a checkpoint is to hold; a tensor that is in it twice stays one.
+
+    copies: {what identifies a tensor: its copy} of those met before.
+    """
     copies = {} if copies is None else copies
     if torch.is_tensor(value):
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
@@ -71,8 +74,8 @@ class Saver:
     """Writes a run's checkpoints from a thread of its own, while training goes on.
 
     ckpt.pt is the latest, ckpt_step_*.pt are those before it, `keep` of them in all. What cannot be
-    written waits in memory and is tried again. on_disk: the step of the ckpt.pt that is there, None
-    where it is none, or not whole.
+    written waits in memory and is tried again. on_disk: the step of the ckpt.pt that is there and
+    whole, which the next save renames to ckpt_step_*.pt; None: what is there is replaced.
     """
 
     def __init__(self, out_dir, keep, on_disk):
@@ -101,15 +104,22 @@ class Saver:
 
     def write(self):
         try:
-            # the best first: a run that is killed here goes on before it, and finds it again
+            # the best first: a run that is killed between the two goes on from the checkpoint
+            # before, comes to the same weights again, and again finds that they are the best
             if self.best:
                 save(os.path.join(self.out_dir, 'best.pt'), self.best)
                 self.best = None
             if self.latest:
                 self.write_latest()
             self.error = ''
+        except NotFinite as e:
+            self.latest = self.best = None
+            self.note(e)
         except (UserError, OSError) as e:
-            self.error, self.failed_at, self.told = str(e), time.monotonic(), False
+            self.note(e)
+
+    def note(self, error):
+        self.error, self.failed_at, self.told = str(error), time.monotonic(), False
 
     def write_latest(self):
         path, older = os.path.join(self.out_dir, 'ckpt.pt'), None
@@ -118,7 +128,7 @@ class Saver:
             older = os.path.join(self.out_dir, f'ckpt_step_{self.on_disk:06d}.pt')
         save(path, self.latest, older)
         self.on_disk, self.latest = step, None
-        # those of later steps were broken, or are of a way that the run has left
+        # what is of later steps was broken, or is of before the run went back
         before = [path for n, path in older_files(self.out_dir) if n < step]
         for _, path in older_files(self.out_dir):
             if path not in before[: self.keep - 1]:

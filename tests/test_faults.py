@@ -47,14 +47,14 @@ def _is_now(name):
 def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def _killed_save(saved, file):
+def _killed_save(saved, path):
     if _is_now('save'):
         buffer = io.BytesIO()
         _save(saved, buffer)
-        file.write(buffer.getvalue()[: _count * 997 % buffer.tell()])
-        file.flush()
+        with open(path, 'wb') as f:
+            f.write(buffer.getvalue()[: _count * 997 % buffer.tell()])
         _die()
-    _save(saved, file)
+    _save(saved, path)
 
 def _killed_replace(source, target):
     if _is_now('replace') and _count % 2:
