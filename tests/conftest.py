@@ -1,12 +1,15 @@
 """What several test files need: small datasets, and the scripts run as a user runs them."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
+import psutil
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,6 +67,23 @@ def start(cwd, script, *args, env=None, **options):
         env=os.environ | (env or {}),
         **options,
     )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def kill_tree(process):
+    """Kill a Popen and what it has started, as a power cut does."""
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # first: torchrun would start the others again
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 # Most of a short script's time is the import of torch, and of torch._dynamo, which the first

@@ -6,11 +6,9 @@ A few rounds of it are a test. For many:
 """
 
 import argparse
-import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, write_tiny
+from conftest import ROOT, TINY, free_port, kill_tree, metrics, write_tiny
 
 from fledge import UserError, checkpoint, saving
 
@@ -90,11 +88,8 @@ def command(n_processes):
     train = os.path.join(ROOT, 'train.py')
     if n_processes == 1:
         return [sys.executable, train, *FLAGS]
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}']
-    torchrun += [f'--master_port={port}', '--max_restarts=3', train, *FLAGS]
+    torchrun += [f'--master_port={free_port()}', '--max_restarts=3', train, *FLAGS]
     return [*torchrun, f'--gradient_accumulation_steps={n_processes}']
 
 
@@ -114,17 +109,9 @@ def end(process):
     try:
         out, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        kill_all(process)
+        kill_tree(process)
         raise AssertionError(f'it hangs: {process.communicate()[0]}') from None
     return process.returncode, out
-
-
-def kill_all(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()  # first, or it would start them again
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
 
 
 def last_step(out_dir):
@@ -139,7 +126,7 @@ def wait_for_step(process, out_dir, step):
     began = time.monotonic()
     while last_step(out_dir) < step and process.poll() is None:
         if time.monotonic() - began > SECONDS:
-            kill_all(process)
+            kill_tree(process)
             raise AssertionError(f'step {step} never came: {process.communicate()[0]}')
         time.sleep(0.02)
 
@@ -201,7 +188,7 @@ def one_round(folder, n_steps, n_processes, rng):
         assert n_processes > 1 or 'stopped at step' in said or 'done at step' in said, said
         assert 'Traceback' not in said or n_processes > 1, said
     elif process.poll() is None:
-        kill_all(process)
+        kill_tree(process)
         end(process)
     else:
         code, said = end(process)

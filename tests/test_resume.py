@@ -2,9 +2,8 @@
 
 import json
 import os
-import socket
 
-from conftest import TINY, fails, metrics, run, start, write_tiny
+from conftest import TINY, fails, free_port, metrics, run, start, write_tiny
 
 from fledge import checkpoint
 from fledge.log import RunLog
@@ -357,10 +356,7 @@ def test_processes_go_on_with_one_run_and_one_dataset(workdir):
         ),
         (['--out_dir=new'], 'another data under the same name than process 0'),
     ):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
         nodes = []
         for rank in range(2):
             mine = env | dict(RANK=str(rank), LOCAL_RANK='0')
