@@ -122,16 +122,17 @@ config = configure(globals())
 if auto_resume and saving.files(out_dir):
     init_from = 'resume'
 resuming = init_from == 'resume'
-start, source, changed, skipped = None, init_from, {}, []
+start, source, changed, notes = None, init_from, {}, []
 if resuming:  # the run's own settings hold, but for those given now
-    source, start = saving.newest(out_dir, skipped.append)
+    source, start = saving.newest(out_dir, notes.append)
     start = huggingface.with_base(start, source)
-    of_this_start = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
-    saved = {k: v for k, v in start['config'].items() if k not in of_this_start}
-    config = configure(globals(), saved=saved)
-    changed = {k: v for k, v in saved.items() if config.get(k, v) != v}
+    asked_for = config['init_from']
+    config = configure(globals(), saved=run.settings_of(start))
+    changed = run.changes_since(start, config)
     run.check_resume(source, start, changed, config)
     config['init_from'] = start['config'].get('init_from', 'scratch')  # how the run began
+    if asked_for not in ('resume', 'scratch', config['init_from']):
+        notes.append(f'auto_resume goes on with {source}, and init_from={asked_for!r} is not read')
 elif init_from != 'scratch':
     start = huggingface.load(init_from)
 # -----------------------------------------------------------------------------
@@ -144,8 +145,8 @@ scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
 log = RunLog(machine.main, None if dry_run or eval_only else out_dir)
-for problem in skipped:
-    log.say(problem)
+for note in notes:
+    log.say(note)
 optimizer, learning_rate, why = optimizers.choose(config, start)
 trained_by = optimizers.trained_by(start) if start else optimizer
 if dry_run and world_size:
@@ -400,9 +401,7 @@ def save_now():
 
 def save_and_stop():
     """Save because of a signal, and say so."""
-    # weights whose last steps were not finite may be broken: an earlier checkpoint is better
-    has_better = state.bad_steps and saved_step >= 0
-    if saved_step != state.step and not has_better:
+    if saved_step != state.step:
         save_checkpoint(is_best=False)
     saver.finish()
     log.say(f'stopped at step {saved_step} after {clock.elapsed() / 60:.1f} minutes; {GOES_ON}')
@@ -415,13 +414,13 @@ def go_back(why):
     stays, as do samples and spikes.jsonl; metrics.jsonl is cut back.
     """
     global state, saved_step
-    saver.wait()
+    saver.drop()
     machine.wait_for_all()
     problem = f'{why} at step {state.step}: the run diverged'
     if state.went_back or saved_step < 0:
         again = 'again, in another order of the data' if state.went_back else 'at its beginning'
         raise UserError(f'{problem} {again}; lower learning_rate (what was saved before is kept)')
-    path, good = saving.newest(out_dir, log.say)
+    path, good = saving.newest(out_dir, log.say, before_bad_steps=True)
     with stop.changing(), torch.no_grad():
         own = model.state_dict()
         for name, tensor in good['model'].items():
@@ -430,12 +429,14 @@ def go_back(why):
         scaler.load_state_dict(good['scaler'])
         skipped_steps = state.skipped_steps
         state = run.RunState.from_checkpoint(good, path)
+        state.meet_changes(good, run.changes_since(good, config), config, data_digest)
         state.skipped_steps, state.went_back = skipped_steps, 1
         order_data()
         recent.restore(state)
         clock.start_interval()
         saved_step = state.step
-        log.rewind(state.step)
+        with log.disk_may_be_full('metrics.jsonl'):
+            log.rewind(state.step)
     log.say(f'{problem}; it goes on from step {state.step} with its data in a fresh order')
 
 
@@ -460,17 +461,19 @@ def note_step(loss, numbers, is_finite):
     log.say(f'step {state.step}: the {what} is not finite; skipped, {state.bad_steps} in a row')
 
 
-def log_steps(grad_norm):
+def log_steps():
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
-    if not recent.losses:  # all were skipped
+    if not recent.losses:  # all were skipped, or have been logged
         log.metrics(**state.metrics())
         return
     losses = recent.losses
     own_numbers = {name: sum(values) / len(values) for name, values in recent.numbers.items()}
-    loss, speed = sum(losses) / len(losses), recent.n_timed * tokens_per_step / clock.interval()
-    line = dict(train_loss=loss, lr=state.lr, tokens_per_second=speed, **own_numbers)
-    line['grad_norm'] = grad_norm.item()
-    line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
+    line = dict(train_loss=sum(losses) / len(losses), lr=state.lr, grad_norm=state.grad_norm)
+    line |= own_numbers
+    if recent.n_timed:
+        speed = recent.n_timed * tokens_per_step / clock.interval()
+        line['tokens_per_second'] = speed
+        line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
     line['step_losses'] = [round(each, 5) for each in losses]
     log.metrics(**state.metrics(), **line)
     log.progress(state, max_iters, line, own_numbers)
@@ -537,11 +540,11 @@ while True:
     loss, grad_norm, numbers = gradients_of(state.step)
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     with stop.changing():
-        state.lr = lr
+        state.lr, state.grad_norm = lr, float(grad_norm)
         update(lr, grad_norm, is_finite)
         note_step(loss, numbers, is_finite)
         if state.step % log_interval == 0 or state.evaluated_step == state.step:
-            log_steps(grad_norm)
+            log_steps()
         state.step += 1
         state.rows += rows_per_step
         state.tokens += tokens_per_step
@@ -558,10 +561,7 @@ if stopping:
 if saved_step != state.step:  # the last weights are kept in any case
     save_checkpoint(is_best=False)
 saver.finish()
-if recent.n_timed:
-    log_steps(grad_norm)
-else:
-    log.metrics(**state.metrics())
+log_steps()
 log.draw()
 folder = shlex.quote(out_dir)
 time_is_up = ', all of max_minutes' if spent >= 1 else ''

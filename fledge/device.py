@@ -199,6 +199,7 @@ class Machine:
         """
         if any(not p.is_floating_point() for p in model.parameters()):
             raise UserError('parallel=fsdp cannot share out weights of 4 or 8 bits: take ddp')
+        mesh = dist.init_device_mesh(self.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
@@ -206,10 +207,10 @@ class Machine:
             if compiles:
                 block.forward = torch.compile(block.forward)
             if block.cross_attn is not None:  # which reads the source before its block computes
-                fully_shard(block.cross_attn, mp_policy=policy)
+                fully_shard(block.cross_attn, mesh=mesh, mp_policy=policy)
                 register_fsdp_forward_method(block.cross_attn, 'read')
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         for name in ('hidden', 'generate'):  # which are called from elsewhere than forward
             register_fsdp_forward_method(model, name)
         return model
@@ -292,6 +293,8 @@ class Machine:
 
     def mean(self, tensor):
         """The mean of a tensor over all processes, as a number, or a list of them."""
+        if self.type == 'cuda':
+            self.wait_for_all()  # gloo names a process that does not come along, and nccl does not
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
@@ -310,6 +313,9 @@ class Machine:
         """End this process at once with exit code 0; so do the others when they find it gone."""
         if self.world_size > 1:
             self.store.set('ended', '')
+            # their connections break now, while they can still read the store, which may be here
+            threading.Thread(target=dist.destroy_process_group, daemon=True).start()
+            time.sleep(2)
         os._exit(0)
 
     def peak_memory(self):

@@ -19,6 +19,16 @@ KEYS += ['tokens_per_second', 'mfu', 'elapsed']
 PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
 
 
+def speak(text, file):
+    """Print; an output that is full, or that nobody reads any more, ends no run."""
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError:
+        pass
+
+
 class RunLog:
     """The one voice of a run. Silent in all processes but the first; no files where out_dir is
     None.
@@ -35,7 +45,7 @@ class RunLog:
         # of loss.png, [(tokens, minutes, loss), ...]: each step's, and means over log_interval
         self.clear_curves()
         self.pending = {}  # what a full disk has not taken yet, by the name of its file
-        self.disk_failed = False
+        self.failed = set()  # names of files that could not be written
 
     def path(self, name):
         return os.path.join(self.out_dir, name)
@@ -77,6 +87,7 @@ class RunLog:
         """Drop what is in metrics.jsonl from a step on: it happens again."""
         if not self.out_dir:
             return
+        self.pending.pop('metrics.jsonl', None)
         path, lines = self.path('metrics.jsonl'), []
         if os.path.exists(path):
             lines = [m for m in read_metrics(path) if m['step'] < step]
@@ -110,12 +121,12 @@ class RunLog:
         try:
             yield
         except OSError as e:
-            if not self.disk_failed:
-                self.disk_failed = True
-                where, why = self.path(name), e.strerror
-                print(f'WARNING: cannot write {where}: {why}; training goes on', file=sys.stderr)
+            if name not in self.failed:
+                self.failed.add(name)
+                problem = f'cannot write {self.path(name)}: {e.strerror}'
+                speak(f'WARNING: {problem}; training goes on', sys.stderr)
         else:
-            self.disk_failed = False
+            self.failed.discard(name)
 
     def keep_previous(self):
         if not saving.files(self.out_dir):
@@ -172,7 +183,7 @@ class RunLog:
         if not self.speaks:
             return
         if self.bar is None:
-            print(text, flush=True)
+            speak(text, sys.stdout)
         else:
             self.bar.write(text)
         if self.is_open:
@@ -220,8 +231,9 @@ class RunLog:
     def progress(self, state, max_iters, line, own_numbers):
         """A line of progress, of a training step's metrics and the objective's own numbers."""
         text = f'loss {line["train_loss"]:.4f} | lr {line["lr"]:.2e}'
-        text += f' | norm {line["grad_norm"]:.2f} | {line["tokens_per_second"]:,.0f} tok/s'
-        text += f' | mfu {line["mfu"]:.1%}'
+        text += f' | norm {line["grad_norm"]:.2f}'
+        if 'mfu' in line:
+            text += f' | {line["tokens_per_second"]:,.0f} tok/s | mfu {line["mfu"]:.1%}'
         text += ''.join(f' | {name} {line[name]:.4g}' for name in own_numbers)
         if self.bar is None:
             self.say(f'step {state.step}/{max_iters} | {text} | {state.elapsed:.0f} s')
@@ -300,6 +312,7 @@ def read_metrics(path):
         for line in f:
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 values = dict.fromkeys(KEYS) | json.loads(line)
-                if all(type(values[key]) in (int, float, type(None)) for key in KEYS):
+                is_whole = None not in (values['step'], values['tokens'], values['elapsed'])
+                if is_whole and all(type(values[k]) in (int, float, type(None)) for k in KEYS):
                     lines.append(values)
     return lines

@@ -40,11 +40,11 @@ def orthogonalize(x, dtype):
     return wide if is_wide else wide.mT
 
 
-def orthogonalize_together(x, dtype, n_rows):
+def orthogonalize_together(x, dtype, n_rows, is_sharded):
     """orthogonalize by several processes, each of which has as many of the matrices to do.
 
-    x: (n, rows, columns), the same in all processes, or of sharded matrices of n_rows the rows that
-    this process has. Returns x's shape.
+    x: (n, rows, columns), the same in all processes, or of matrices of n_rows that are sharded the
+    rows that this process has. Returns x's shape.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
@@ -52,7 +52,7 @@ def orthogonalize_together(x, dtype, n_rows):
     n, own_rows, n_columns = x.shape
     n_each = math.ceil(n / world_size)
     n_more = world_size * n_each - n
-    if own_rows == n_rows:
+    if not is_sharded:
         x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, n_more))  # with zeros, which stay zeros
         done = torch.empty_like(x)
         own = orthogonalize(x.split(n_each)[dist.get_rank()], dtype)
@@ -112,7 +112,9 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
         nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])
         rows, columns = parameters[0].shape
-        directions = orthogonalize_together(nesterov, self.dtype, rows).to(weights[0].dtype)
+        is_sharded = isinstance(parameters[0], DTensor)
+        directions = orthogonalize_together(nesterov, self.dtype, rows, is_sharded)
+        directions = directions.to(weights[0].dtype)
         torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_add_(weights, directions.unbind(), alpha=-group['lr'] * scale)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from fledge import UserError, optimizers
 from fledge.configurator import one_of
+from fledge.log import speak
 from model import GPTConfig
 
 # a loss is a spike if it is so many standard deviations above the mean of so many before it
@@ -30,6 +31,7 @@ class RunState:
     rows: int = 0  # of the data seen, and where in its order the next step goes on
     tokens: int = 0  # seen, of whatever data; a logged step's are those before it
     lr: float = 0.0  # learning rate of the last step
+    grad_norm: float = 0.0  # of the last step
     progress: float = 0.0  # of the run, 0 to 1, in steps or in time, whichever is further
     elapsed: float = 0.0  # seconds, evaluations included
     longest_evaluation: float = 0.0  # seconds; the last one has to fit into max_minutes as well
@@ -215,16 +217,28 @@ class StopSignals:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-            if self.speaks:
-                words = '\nsaving and stopping after this step; once more stops at once'
-                print(words, file=sys.stderr, flush=True)
             if self.save_now:
                 timer = threading.Timer(SAVE_AFTER, self.save_now)
                 timer.daemon = True  # a loop that has ended by itself does not wait for it
                 timer.start()
-        # torchrun passes a signal on to its processes, which have heard it from the terminal too
-        elif now - self.asked_at > 1 or 'TORCHELASTIC_RUN_ID' not in os.environ:
+            if self.speaks:
+                words = '\nsaving and stopping after this step; once more stops at once'
+                speak(words, sys.stderr)
+        # one request may come as several signals: from the terminal, a launcher, a scheduler
+        elif now - self.asked_at > 1:
             os._exit(128 + number)
+
+
+def settings_of(checkpoint):
+    """The settings of the run of a loaded checkpoint, but for those that are of each start."""
+    of_a_start = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
+    return {name: v for name, v in checkpoint['config'].items() if name not in of_a_start}
+
+
+def changes_since(checkpoint, settings):
+    """{setting: its value in a loaded checkpoint} of those that are others now."""
+    before = settings_of(checkpoint)
+    return {name: v for name, v in before.items() if settings.get(name, v) != v}
 
 
 def check_resume(path, start, changed, settings):
@@ -293,6 +307,7 @@ def without_effect(settings, given):
         ),
         (not s['lora_rank'], 'lora_alpha lora_dropout lora_targets', 'lora_rank=0'),
         (s['objective'] == 'next_token', 'dpo_beta', 'objective=next_token'),
+        (int(os.environ.get('WORLD_SIZE', 1)) == 1, 'parallel ddp_timeout', 'one process'),
         (not s['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log=False'),
         (not s['dry_run'], 'world_size price_per_hour', 'dry_run=False'),
         (not s['world_size'], 'price_per_hour', 'world_size=0'),

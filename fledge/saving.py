@@ -31,10 +31,11 @@ def files(out_dir):
     return [path for path in paths if os.path.exists(path)]
 
 
-def newest(out_dir, say):
+def newest(out_dir, say, before_bad_steps=False):
     """The newest whole checkpoint of a run, as (path, what load gives).
 
-    say() tells of each that is skipped, and why. UserError where none is whole.
+    before_bad_steps: of those alone whose last step was finite. say() tells of each that is
+    skipped, and why. UserError where none is whole.
     """
     paths = files(out_dir)
     problems = []
@@ -43,6 +44,9 @@ def newest(out_dir, say):
             loaded = load(path, own=True)
         except UserError as e:
             problems.append(str(e))
+            continue
+        if before_bad_steps and loaded.get('run', {}).get('bad_steps'):
+            problems.append(f'the last steps of {path} were not finite')
             continue
         for problem in problems:
             say(f'skipped: {problem}')
@@ -93,6 +97,11 @@ class Saver:
             self.best = self.latest
         self.start()
 
+    def drop(self):
+        """Forget what is not on the disk yet."""
+        self.wait()
+        self.latest, self.best, self.error = None, None, ''
+
     def start(self):
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
@@ -117,6 +126,9 @@ class Saver:
             self.note(e)
         except (UserError, OSError) as e:
             self.note(e)
+        except Exception as e:  # a mistake in the code: its traceback is shown
+            self.note(f'{type(e).__name__}: {e}')
+            raise
 
     def note(self, error):
         self.error, self.failed_at, self.told = str(error), time.monotonic(), False

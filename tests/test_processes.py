@@ -4,6 +4,7 @@ Each test starts real processes, as a user does.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time

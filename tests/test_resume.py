@@ -220,6 +220,17 @@ def test_a_run_goes_back_once_and_then_stops(workdir):
     assert [m['step'] for m in metrics(workdir / 'out')] == list(range(21))
     state = checkpoint.load(str(workdir / 'out/ckpt.pt'))['run']
     assert (state['went_back'], state['skipped_steps']) == (True, 3)
+    # a run that has broken weights at a signal goes back to what was before it
+    flags_of_stop = [*flags, 'stop.py', '--out_dir=stopped']
+    stop = STOPPING.replace('WHEN', '13').replace(
+        'return loss', "return loss * float('nan') if model.training and calls > 11 else loss"
+    )
+    (workdir / 'stop.py').write_text(stop)
+    assert 'stopped at step 13' in run(workdir, 'train.py', *flags_of_stop)
+    (workdir / 'stop.py').write_text(BROKEN.replace('WHEN', 'calls < 2'))
+    out = run(workdir, 'train.py', *flags_of_stop, '--auto_resume')
+    assert 'finite in 3 steps at step 14' in out and 'goes on from step 10 with its data' in out
+    assert 'skipped: the last steps of stopped/ckpt.pt were not finite' in out
     # the fresh order is the run's from then on: a resume has it as well
     (workdir / 'own.py').write_text(own.replace('12 < calls < 16', 'calls > 2'))
     resume = ['own.py', '--init_from=resume', '--max_iters=30']

@@ -237,3 +237,36 @@ def objective(model, batch):
     run(workdir, 'train.py', *PLAIN, 'slow.py', '--max_iters=20', '--auto_resume')
     ours, theirs = (metrics(workdir / name) for name in ('out', 'whole'))
     assert [m['train_loss'] for m in ours] == [m['train_loss'] for m in theirs]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_output_that_nobody_reads_ends_no_run(workdir, number):
+    """As with `| tee`, which a Ctrl-C ends as well, and sooner."""
+    (workdir / 'slow.py').write_text("""
+import time
+
+def objective(model, batch):
+    if model.training:
+        time.sleep(0.05)
+    return model(*batch, return_logits=False)[1]
+""")
+    process = start(workdir, 'train.py', *PLAIN, 'slow.py', '--max_iters=2000')
+    while not process.stdout.readline().startswith('step 6/'):
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 0
+    step = steps_in(workdir / 'out')['ckpt.pt']
+    assert step > 6 and f'stopped at step {step}' in (workdir / 'out/train.log').read_text()
+
+
+def test_a_finished_run_that_is_begun_again_stays_as_it_is(workdir):
+    flags = [*PLAIN, '--max_iters=12', '--log_interval=5', '--auto_resume']
+    run(workdir, 'train.py', *flags)
+    before = metrics(workdir / 'out')
+    assert before[-1]['step'] == 12 and before[-1]['train_loss']
+    assert 'done at step 12' in run(workdir, 'train.py', *flags)
+    after = metrics(workdir / 'out')
+    for name in ('step', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'step_losses'):
+        assert [m.get(name) for m in after] == [m.get(name) for m in before]
