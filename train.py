@@ -493,6 +493,7 @@ GOES_ON = f'To go on: python train.py --init_from=resume --out_dir={shlex.quote(
 # where each process has a part of the model, one alone cannot save it in the middle of a step
 saves_alone = machine.main and not machine.is_sharded
 stop = run.StopSignals(machine.main, save_now if saves_alone else None)
+machine.is_asked_to_stop = stop.asked
 state.evaluated_at = min(state.evaluated_at, time_share())  # max_minutes may be more now
 if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.lr > 0:
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')

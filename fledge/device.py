@@ -87,6 +87,7 @@ class Machine:
         if backend == 'auto' or self.type != 'cuda':
             backend = 'nccl' if self.type == 'cuda' else 'gloo'
         self.ddp_timeout = ddp_timeout
+        self.is_asked_to_stop = lambda: False  # by a signal; train.py knows
         self.previous_hook = sys.excepthook
         self.store, rank, world_size = next(dist.rendezvous('env://'))
         if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
@@ -111,7 +112,7 @@ class Machine:
         """
         broken = isinstance(error, RuntimeError) and ('gloo' in str(error) or 'NCCL' in str(error))
         with contextlib.suppress(Exception):
-            if broken and self.store.check(['ended']):
+            if broken and (self.is_asked_to_stop() or self.store.check(['ended'])):
                 os._exit(0)
         if broken:
             missing = []
@@ -313,7 +314,7 @@ class Machine:
         """End this process at once with exit code 0; so do the others when they find it gone."""
         if self.world_size > 1:
             self.store.set('ended', '')
-            # their connections break now, while they can still read the store, which may be here
+            # their connections break while they can still read the store, which may end with this
             threading.Thread(target=dist.destroy_process_group, daemon=True).start()
             time.sleep(2)
         os._exit(0)
