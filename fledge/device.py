@@ -115,8 +115,8 @@ class Machine:
             if broken and (self.is_asked_to_stop() or self.store.check(['ended'])):
                 os._exit(0)
         if broken:
-            missing = []
-            with contextlib.suppress(Exception):  # the store may have gone with the process
+            missing = [0]  # whose machine has the store, if that has gone as well
+            with contextlib.suppress(Exception):
                 self.store.set(f'alive/{self.rank}', '')
                 # those who wait for this one give up too; it may itself wait for one that is gone
                 threading.Thread(target=dist.destroy_process_group, daemon=True).start()

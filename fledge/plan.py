@@ -231,9 +231,11 @@ def memory_of(machine):
 
 def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts, machine):
     """What a run will take here, told from two real steps, and on world_size such machines."""
-    train_step(0, 0.0)  # warms up
-    began = time.perf_counter()
-    train_step(1, 0.0)
+    for step in (0, 1):  # the first one warms up
+        began = time.perf_counter()
+        train_step(step, 0.0)
+        if machine.type == 'cuda':
+            torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     tokens = max_iters * tokens_per_step
     n_params = model.get_num_params(non_embedding=False)
@@ -253,7 +255,7 @@ def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts
     if n:
         computing = seconds * machine.world_size / n  # each has its share of the rows
         name, link = link_of(machine)
-        sending = bytes_sent(n_params, settings, n, 'DDP') / link
+        sending = bytes_sent(n_params, settings, n, settings['parallel'].upper()) / link
         cost = (max_iters, tokens_per_step, n, settings['price_per_hour'])
         speed, hours, days, price = time_and_price(computing + sending, *cost)
         lines.append(

@@ -121,8 +121,8 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(room, paralle
     restarting = [*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=3']
     flags = ['trouble.py', *flags, '--auto_resume']
     out = torchrun(tmp_path, 2, *flags, launcher=restarting)
-    # torchrun asks the other one to end, which saves where it has the whole model
-    assert 'error: process 1 is gone' in out or (parallel == 'ddp' and 'stopped at step' in out)
+    # torchrun asks the other one to end, which may come first
+    assert 'error: process 1 is gone' in out or 'saving and stopping' in out
     assert 'resuming at step' in out
     assert_same_run(tmp_path / 'whole', tmp_path / 'out')
 
