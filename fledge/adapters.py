@@ -140,12 +140,6 @@ def base_of(start, settings, resuming):
         return None, {}
     if not resuming:
         return dict(source=settings['init_from'], digest=digest(start)), {}
-    for name in ('lora_rank', 'lora_alpha', 'lora_targets'):
-        before = start['config'].get(name, settings[name])
-        if settings[name] != before:
-            raise UserError(
-                f'{name} was {before!r}, and a run keeps it: begin another (--init_from)'
-            )
     start['model'], saved = split(start['model'])
     return start['base'], saved
 
