@@ -356,16 +356,15 @@ def evaluate_and_save():
     return True
 
 
-def save_checkpoint(is_best):
+def save_checkpoint(is_best=False, copy=True):
     """Take a copy of all that the run is, which a thread writes to the disk.
 
-    All processes call it, with stop.lock held: between two steps, while nothing changes.
+    All processes call it, with stop.lock held: between two steps, while nothing changes. After the
+    last step nothing ever will, and copy=False spares the time.
     """
     global saved_step
     saved_step = state.step
-    weights = model.state_dict()
-    if base:
-        _, weights = adapters.split(weights)
+    weights = adapters.tensors(model) if base else model.state_dict()
     saved = dict(
         model=machine.whole(weights),
         optimizer=machine.whole(optimizers.state_dict(opts)),
@@ -383,7 +382,7 @@ def save_checkpoint(is_best):
     if base:
         saved['base'] = base
     if machine.main:
-        saver.save(saved, is_best)
+        saver.save(saved, is_best, copy)
 
 
 def save_now():
@@ -391,6 +390,7 @@ def save_now():
     with stop.lock:
         if not stop.is_whole:
             return
+        stop.pause_loop()
         try:
             save_and_stop()
         except UserError as e:
@@ -402,7 +402,7 @@ def save_now():
 def save_and_stop():
     """Save because of a signal, and say so."""
     if saved_step != state.step:
-        save_checkpoint(is_best=False)
+        save_checkpoint(copy=False)
     saver.finish()
     log.say(f'stopped at step {saved_step} after {clock.elapsed() / 60:.1f} minutes; {GOES_ON}')
 
@@ -560,7 +560,7 @@ if stopping:
     machine.leave()
     raise SystemExit
 if saved_step != state.step:  # the last weights are kept in any case
-    save_checkpoint(is_best=False)
+    save_checkpoint(copy=False)
 saver.finish()
 log_steps()
 log.draw()

@@ -198,9 +198,12 @@ class StopSignals:
         # held where the loop changes the state of the run or saves it, and by save_now()
         self.lock = threading.Lock()
         self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
+        self.is_paused = False
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, OSError):  # a system may lack one
                 signal.signal(number, self.hear)
+        if hasattr(signal, 'pthread_kill'):
+            signal.signal(signal.SIGUSR1, self.wait_while_paused)
 
     @contextlib.contextmanager
     def changing(self):
@@ -209,6 +212,16 @@ class StopSignals:
             self.is_whole = False
             yield
             self.is_whole = True  # which it is not where an error ends the change
+
+    def pause_loop(self):
+        """Hold the loop where it is, in the middle of a step, so that saving has the processor."""
+        self.is_paused = True
+        if hasattr(signal, 'pthread_kill'):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def wait_while_paused(self, number, frame):
+        while self.is_paused:
+            time.sleep(1)
 
     def asked(self):
         return self.asked_at is not None
@@ -246,9 +259,12 @@ def check_resume(path, start, changed, settings):
 
     changed: those that differ from the run's own, whose values it has.
     """
-    shape = asdict(GPTConfig(**start['model_args']))
-    del shape['dropout'], shape['block_size']
-    problems = []
+    shape, problems = {}, []
+    # a run that began from other weights has their shape, whatever it was told
+    if start['config'].get('init_from', 'scratch') == 'scratch':
+        with contextlib.suppress(ArithmeticError, TypeError, ValueError):  # load_model says why
+            shape = asdict(GPTConfig(**start['model_args']))
+            del shape['dropout'], shape['block_size']
     for name in sorted(changed):
         before, now = changed[name], settings[name]
         if name in shape:

@@ -89,10 +89,13 @@ class Saver:
         self.error, self.failed_at = '', 0.0
         self.told = False  # whether the error has been said
 
-    def save(self, checkpoint, is_best):
-        """Begin to write a dict of tensors and plain values, of which a copy is taken now."""
+    def save(self, checkpoint, is_best, copy=True):
+        """Begin to write a dict of tensors and plain values, of which a copy is taken now.
+
+        copy=False: none is, for nothing in it will change.
+        """
         self.wait()
-        self.latest = snapshot(checkpoint)
+        self.latest = snapshot(checkpoint) if copy else checkpoint
         if is_best:
             self.best = self.latest
         self.start()

@@ -110,13 +110,13 @@ def test_a_checkpoint_knows_no_number_of_processes(room, first, others):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
-def test_a_killed_process_is_started_again_and_the_run_is_the_same(room, parallel, tmp_path):
+def test_a_killed_process_is_started_again_and_the_run_is_the_same(tmp_path):
+    """With FSDP; tests/test_faults.py kills processes of DDP."""
     write_tiny(tmp_path / 'data' / 'tiny')
     (tmp_path / 'trouble.py').write_text(
         TROUBLE.replace('TROUBLE', 'os.kill(os.getpid(), signal.SIGKILL)')
     )
-    flags = [*RUN, f'--parallel={parallel}', '--max_iters=20', '--eval_interval=4']
+    flags = [*RUN, '--parallel=fsdp', '--max_iters=20', '--eval_interval=4']
     torchrun(tmp_path, 2, *flags, '--out_dir=whole')
     restarting = [*TORCHRUN, '--standalone', '--nproc_per_node=2', '--max-restarts=3']
     flags = ['trouble.py', *flags, '--auto_resume']
@@ -133,6 +133,11 @@ def assert_same_run(a, b):
     saved = [checkpoint.load(str(folder / 'ckpt.pt')) for folder in (a, b)]
     for name in ('model', 'optimizer'):
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=0, rtol=0)
+
+
+def test_rows_that_do_not_divide_are_a_line(room):
+    flags = [*RUN, '--gradient_accumulation_steps=3', '--out_dir=odd']
+    assert '3 rows a step' in torchrun(room, 2, *flags, code=1)
 
 
 @pytest.mark.slow

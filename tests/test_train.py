@@ -220,33 +220,6 @@ def test_a_new_run_keeps_the_one_that_was_there(workdir):
     ]
 
 
-def test_processes_share_the_batch_of_one(workdir):
-    """DistributedDataParallel over 1 and 2 processes: the same batches, so the same losses up to
-    rounding; one voice."""
-    flags = [*TINY, '--max_iters=12', '--gradient_accumulation_steps=2', '--eval_interval=6']
-    run(workdir, 'train.py', *flags, '--out_dir=one')
-    two = subprocess.run(
-        [*TORCHRUN, os.path.join(ROOT, 'train.py'), *flags, '--out_dir=two'],
-        cwd=workdir,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count('step 0: val loss') == 1 and two.stdout.count('done at step 12') == 1
-    for a, b in zip(metrics(workdir / 'one'), metrics(workdir / 'two'), strict=True):
-        for key in ('train_loss', 'val_loss', 'val_bpb', 'grad_norm'):
-            assert (a[key] is None and b[key] is None) or abs(a[key] - b[key]) < 1e-3, (key, a, b)
-    failed = subprocess.run(
-        [*TORCHRUN, os.path.join(ROOT, 'train.py'), *TINY, '--batch_size=3'],
-        cwd=workdir,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert failed.returncode != 0 and 'do not divide among 2 processes' in failed.stderr
-
-
 def test_gradients_are_synchronised_once_a_step(workdir):
     """Counted from outside, by a wrapper that counts DDP's all-reduces."""
     (workdir / 'count.py').write_text(f"""
