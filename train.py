@@ -404,6 +404,7 @@ def save_and_stop():
     if saved_step != state.step:
         save_checkpoint(copy=False)
     saver.finish()
+    stop.is_paused = False  # the loop may hold the terminal
     log.say(f'stopped at step {saved_step} after {clock.elapsed() / 60:.1f} minutes; {GOES_ON}')
 
 

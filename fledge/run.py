@@ -221,7 +221,7 @@ class StopSignals:
 
     def wait_while_paused(self, number, frame):
         while self.is_paused:
-            time.sleep(1)
+            time.sleep(0.01)
 
     def asked(self):
         return self.asked_at is not None
