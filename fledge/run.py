@@ -198,12 +198,13 @@ class StopSignals:
         # held where the loop changes the state of the run or saves it, and by save_now()
         self.lock = threading.Lock()
         self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
-        self.is_paused = False
+        self.is_paused = self.can_pause = False
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError, OSError):  # a system may lack one
                 signal.signal(number, self.hear)
-        if hasattr(signal, 'pthread_kill'):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # nor has Windows this one
             signal.signal(signal.SIGUSR1, self.wait_while_paused)
+            self.can_pause = True
 
     @contextlib.contextmanager
     def changing(self):
@@ -216,7 +217,7 @@ class StopSignals:
     def pause_loop(self):
         """Hold the loop where it is, in the middle of a step, so that saving has the processor."""
         self.is_paused = True
-        if hasattr(signal, 'pthread_kill'):
+        if self.can_pause:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def wait_while_paused(self, number, frame):
