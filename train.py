@@ -431,7 +431,7 @@ def go_back(why):
         skipped_steps = state.skipped_steps
         state = run.RunState.from_checkpoint(good, path)
         state.meet_changes(good, run.changes_since(good, config), config, data_digest)
-        state.skipped_steps, state.went_back = skipped_steps, 1
+        state.skipped_steps, state.went_back = skipped_steps, True
         order_data()
         recent.restore(state)
         clock.start_interval()

@@ -15,12 +15,6 @@ import time
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -198,6 +192,13 @@ class Machine:
         A block's are gathered while it computes, in dtype. One block at a time goes to the device,
         which never holds a whole model. UserError for weights of few bits.
         """
+        # it takes half a second, which no other run and no other script should wait for
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
         if any(not p.is_floating_point() for p in model.parameters()):
             raise UserError('parallel=fsdp cannot share out weights of 4 or 8 bits: take ddp')
         mesh = dist.init_device_mesh(self.type, (self.world_size,))
@@ -232,7 +233,7 @@ class Machine:
             return {name: self.whole(value) for name, value in state.items()}
         if isinstance(state, list):
             return [self.whole(value) for value in state]
-        if not isinstance(state, DTensor):
+        if not is_sharded(state):
             return state
         tensor = state.full_tensor()  # gathered one by one
         return tensor.cpu() if self.main else None
@@ -380,10 +381,20 @@ def set_threads():
         torch.set_num_threads(max(1, os.cpu_count() // n_here))
 
 
+def is_sharded(tensor):
+    """Whether something is a DTensor, of which this process has a part.
+
+    Told by a method of it, for to import its class takes half a second.
+    """
+    return hasattr(tensor, 'full_tensor')
+
+
 def sharded_as(tensor, like):
     """A whole tensor as `like` is: where that is sharded, this process's part of it."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     # each process has the whole, and takes its part without a word
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 

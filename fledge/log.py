@@ -58,16 +58,12 @@ class RunLog:
         """
         if not self.out_dir:
             return
-        path = self.path('metrics.jsonl')
         try:
             os.makedirs(self.out_dir, exist_ok=True)
             self.lock = lock_folder(self.out_dir, wait=False)
-            if resuming:
-                self.rewind(state.step)
-            else:
+            if not resuming:
                 self.keep_previous()
-                with replacing(path):  # a run that has no step yet has no metrics
-                    pass
+            self.rewind(state.step)
             if (
                 resuming
                 and state.best_val_loss == math.inf

@@ -5,11 +5,10 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from fledge import UserError
-from fledge.device import sharded_as
+from fledge.device import is_sharded, sharded_as
 
 # The learning rate where none is given, by optimizer and by what learns.
 RATES = {
@@ -40,11 +39,11 @@ def orthogonalize(x, dtype):
     return wide if is_wide else wide.mT
 
 
-def orthogonalize_together(x, dtype, n_rows, is_sharded):
+def orthogonalize_together(x, dtype, n_rows, in_parts):
     """orthogonalize by several processes, each of which has as many of the matrices to do.
 
-    x: (n, rows, columns), the same in all processes, or of matrices of n_rows that are sharded the
-    rows that this process has. Returns x's shape.
+    x: (n, rows, columns), the same in all processes, or in_parts: of sharded matrices of n_rows
+    the rows that this process has. Returns x's shape.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
@@ -52,7 +51,7 @@ def orthogonalize_together(x, dtype, n_rows, is_sharded):
     n, own_rows, n_columns = x.shape
     n_each = math.ceil(n / world_size)
     n_more = world_size * n_each - n
-    if not is_sharded:
+    if not in_parts:
         x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, n_more))  # with zeros, which stay zeros
         done = torch.empty_like(x)
         own = orthogonalize(x.split(n_each)[dist.get_rank()], dtype)
@@ -71,7 +70,7 @@ def orthogonalize_together(x, dtype, n_rows, is_sharded):
 
 def own_part(tensor):
     """The part of a sharded tensor that this process has, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 class Muon(torch.optim.Muon):
@@ -112,8 +111,8 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
         nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])
         rows, columns = parameters[0].shape
-        is_sharded = isinstance(parameters[0], DTensor)
-        directions = orthogonalize_together(nesterov, self.dtype, rows, is_sharded)
+        in_parts = is_sharded(parameters[0])
+        directions = orthogonalize_together(nesterov, self.dtype, rows, in_parts)
         directions = directions.to(weights[0].dtype)
         torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
         scale = max(1, rows / columns) ** 0.5
@@ -214,7 +213,7 @@ def gradient_norm(model):
     """The norm of all gradients of a model, a scalar tensor, the same in all processes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def state_bytes(optimizers):
