@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import encoder_decoder
 import model as plain
+from fledge import cpu_generation
 
 # From this many elements on, what is cheap to compute is computed again in the backward pass.
 LARGE = 1 << 20
@@ -38,10 +39,12 @@ def speed_up(model, packed=False):
     }
     if packed:
         faster |= {
-            nn.Linear: PackedLinear,
-            nn.LayerNorm: PackedLayerNorm,
-            plain.RMSNorm: PackedRMSNorm,
-            nn.Dropout: NoDropout,
+            plain.GPT: cpu_generation.GPT,
+            encoder_decoder.EncoderDecoder: cpu_generation.EncoderDecoder,
+            nn.Linear: cpu_generation.PackedLinear,
+            nn.LayerNorm: cpu_generation.PackedLayerNorm,
+            plain.RMSNorm: cpu_generation.PackedRMSNorm,
+            nn.Dropout: cpu_generation.NoDropout,
         }
     else:
         faster |= {plain.RMSNorm: RMSNorm, nn.Dropout: Dropout}
@@ -50,20 +53,19 @@ def speed_up(model, packed=False):
     edited, as_written = set(), digest() == AS_WRITTEN
     for module in model.modules():
         kind = type(module)
-        if kind.__module__ == __name__:  # sped up before
+        if kind.__module__ in (__name__, cpu_generation.__name__):  # sped up before
             kind = module.__class__ = kind.__base__
         twin = faster.get(kind, kind)
         # the parameters stay where they are: only the methods are another class's
         module.__class__ = twin
-        is_copied = twin in STEPS and not (packed and module is model)  # generation needs no loss
-        if is_copied and not as_written and not same_step(module, kind, STEPS[twin][0]):
+        if twin in STEPS and not as_written and not same_step(module, kind, STEPS[twin][0]):
             edited.add(f'{kind.__name__}.{STEPS[twin][0]}')
             module.is_edited = True
-        if twin in (PackedLayerNorm, PackedRMSNorm) and module.weight is not None:
+        is_norm = kind in (nn.LayerNorm, plain.RMSNorm)
+        if packed and is_norm and module.weight is not None:
             module.float()  # as the residual stream of a decode step is
         if packed:  # as plain attributes: nn.Module looks these up ten times more slowly
             vars(module).update(module._parameters | module._modules)
-    model.packed = packed
     if edited:
         names = ', '.join(sorted(edited))
         print(f'{names} of model.py is edited, and runs as it is there', file=sys.stderr)
@@ -125,22 +127,8 @@ def has_vnni():
 class GPT(plain.GPT):
     is_edited = False  # True: the plain one's loss is another than the one here
 
-    def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
-        logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
-        in_float16 = self.packed and cache is not None and idx.numel() == 1
-        if in_float16 and not logits.isfinite().all():
-            # beyond float16's 65,504: this token again, and all that follow, in bfloat16
-            for module in self.modules():
-                if type(module) is PackedLinear:
-                    module.fits_float16 = False
-            cache.rewind(1)
-            logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
-        return logits, loss
-
     def embed(self, idx, positions):
         x = super().embed(idx, positions)
-        if self.packed and idx.shape[1] == 1 and x.dtype == torch.bfloat16:
-            return x.float()  # one token is little to move, and conversions take time
         if torch.is_autocast_enabled('cpu'):
             return x.to(torch.get_autocast_dtype('cpu'))  # the residual stream is half as large
         return x
@@ -154,63 +142,11 @@ class GPT(plain.GPT):
         return HeadLoss.apply(x, head.weight, targets, torch.is_grad_enabled())
 
     def make_cache(self, batch_size, length):
-        # of float32: attention of one query takes 116 us, in bfloat16 634 (16 texts, 12 heads)
-        return KVCache(self.config, batch_size, length)
+        return cpu_generation.KVCache(self.config, batch_size, length)
 
 
 class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
-    def encode(self, *source):
-        found = super().encode(*source)
-        if self.packed:  # as the KVCache is
-            found.keys, found.values = found.keys.float(), found.values.float()
-        return found
-
-
-class KVCache(plain.KVCache):
-    """A KVCache that is read no further than its longest row, and written by slices."""
-
-    def __init__(self, config, batch_size, length=None):
-        super().__init__(config, batch_size, length)
-        self.longest = 0  # tokens of the longest row
-        self.even = True  # all rows are as long
-
-    def place(self, T):
-        keys = torch.arange(self.longest + T)
-        positions = self.lengths[:, None] + keys[:T]
-        if self.even:
-            positions = keys[None, self.longest :]
-        if self.empty or (self.even and T == 1):
-            return positions, None
-        return positions, keys <= positions[:, None, :, None]
-
-    def write(self, layer, k, v, positions):
-        end = self.longest + k.shape[2]
-        if self.even:
-            self.keys[layer][:, :, self.longest : end] = k
-            self.values[layer][:, :, self.longest : end] = v
-        else:
-            super().write(layer, k, v, positions)
-        if self.empty:
-            return k, v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def advance(self, T, lengths=None):
-        super().advance(T, lengths)
-        self.longest += T
-        if lengths is not None:
-            self.longest = int(self.lengths.max())
-            self.even = int(self.lengths.min()) == self.longest
-
-    def rows(self, first, last):
-        part = super().rows(first, last)
-        part.longest = int(part.lengths.max())
-        part.even = int(part.lengths.min()) == part.longest
-        return part
-
-    def rewind(self, T):
-        """Forget the last T tokens of each row."""
-        self.lengths -= T
-        self.longest -= T
+    pass
 
 
 class CausalSelfAttention(plain.CausalSelfAttention):
@@ -477,49 +413,6 @@ class HeadLoss(torch.autograd.Function):
         dx, dweight, count = ctx.saved_tensors
         scale = dloss / count
         return dx * scale, None if dweight is None else dweight * scale, None, None
-
-
-# Parts of a decode step, in which calling a module takes as long as what it does: they are called
-# without nn.Module's way there, and without its hooks.
-
-
-class PackedLinear(nn.Linear):
-    """A layer whose bfloat16 weight is copied into the layouts that a decode step reads fastest.
-
-    As it is, it is read at 25 GB/s, in oneDNN's layout at 38, in float16 at 43, but that for a
-    single row of input alone. Each copy is made at its first use.
-    """
-
-    in_float16 = in_mkldnn = None
-    fits_float16 = True  # False: an activation was found to be too large for it
-
-    def __call__(self, x):
-        if x.dtype != torch.float32 or self.weight.dtype != torch.bfloat16:
-            return F.linear(x, self.weight, self.bias)
-        if x.numel() == self.in_features and self.fits_float16:
-            if self.in_float16 is None:
-                bias = None if self.bias is None else self.bias.half()
-                self.in_float16 = self.weight.half(), bias
-            return F.linear(x.half(), *self.in_float16).float()
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return F.linear(x.bfloat16(), self.weight, self.bias).float()
-        if self.in_mkldnn is None:
-            self.in_mkldnn = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
-        packed = self.in_mkldnn, self.bias, 'none', [], ''
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *packed).float()
-
-
-class PackedLayerNorm(nn.LayerNorm):
-    __call__ = nn.LayerNorm.forward
-
-
-class PackedRMSNorm(plain.RMSNorm):
-    __call__ = plain.RMSNorm.forward
-
-
-class NoDropout(nn.Dropout):
-    def __call__(self, x):
-        return x
 
 
 # The steps that are written out a second time, and what they are made of in model.py.

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import model as plain
-from fledge import cpu
+from fledge import cpu, cpu_generation
 from fledge.cpu import BlockAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
 from test_model import QWEN3, all_logits, every_family, tiny, tokens
 
@@ -260,7 +260,7 @@ def test_a_norm_without_a_weight_and_a_second_time(monkeypatch):
         return F.rms_norm(x, (32,), self.weight, self.eps)
 
     monkeypatch.setattr(plain.RMSNorm, 'forward', forward)
-    monkeypatch.setattr(cpu.PackedRMSNorm, '__call__', forward)
+    monkeypatch.setattr(cpu_generation.PackedRMSNorm, '__call__', forward)
     idx = torch.randint(50, (1, 8))
     expected = model(idx, idx)[1]
     torch.testing.assert_close(cpu.speed_up(model)(idx, idx)[1], expected)
