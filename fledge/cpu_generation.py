@@ -3,6 +3,9 @@
 cpu.speed_up(model, packed=True) makes a plain GPT's parts into these classes.
 """
 
+import math
+import warnings
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -12,17 +15,6 @@ import model as plain
 
 
 class GPT(plain.GPT):
-    def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
-        logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
-        if cache is not None and idx.numel() == 1 and not logits.isfinite().all():
-            # beyond float16's 65,504: this token again, and all that follow, in bfloat16
-            for module in self.modules():
-                if type(module) is PackedLinear:
-                    module.fits_float16 = False
-            cache.rewind(1)
-            logits, loss = super().forward(idx, targets, return_logits, cache, *args, **kwargs)
-        return logits, loss
-
     def embed(self, idx, positions):
         x = super().embed(idx, positions)
         if idx.shape[1] == 1 and x.dtype == torch.bfloat16:
@@ -82,40 +74,51 @@ class KVCache(plain.KVCache):
         part.even = int(part.lengths.min()) == part.longest
         return part
 
-    def rewind(self, T):
-        """Forget the last T tokens of each row."""
-        self.lengths -= T
-        self.longest -= T
-
 
 # Parts of a decode step, in which calling a module takes as long as what it does: they are called
 # without nn.Module's way there, and without its hooks.
 
 
 class PackedLinear(nn.Linear):
-    """A layer whose bfloat16 weight is copied into the layouts that a decode step reads fastest.
+    """A layer whose weight is copied into the layouts that a decode step reads fastest.
 
-    As it is, it is read at 25 GB/s, in oneDNN's layout at 38, in float16 at 43, but that for a
-    single row of input alone. Each copy is made at its first use.
+    For few rows of input that is FBGEMM's float16, which is half of float32 and is multiplied by
+    the input as it is, in float32. For more of them it is oneDNN's bfloat16. Each copy is made at
+    its first use, and stays beside the weight, which longer inputs are multiplied by.
     """
 
-    in_float16 = in_mkldnn = None
-    fits_float16 = True  # False: an activation was found to be too large for it
+    few_rows = 0  # of input, that are fastest in float16
+    in_float16 = in_onednn = None
 
     def __call__(self, x):
-        if x.dtype != torch.float32 or self.weight.dtype != torch.bfloat16:
+        if x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
-        if x.numel() == self.in_features and self.fits_float16:
+        if x.numel() <= self.few_rows * self.in_features:
             if self.in_float16 is None:
-                bias = None if self.bias is None else self.bias.half()
-                self.in_float16 = self.weight.half(), bias
-            return F.linear(x.half(), *self.in_float16).float()
+                self.in_float16 = pack_float16(self.weight, self.bias)
+            if self.in_float16 is not None:
+                return torch.fbgemm_linear_fp16_weight_fp32_activation(x, *self.in_float16)
+            self.few_rows = 0
+        if self.weight.dtype == torch.float32:
+            return F.linear(x, self.weight, self.bias)
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return F.linear(x.bfloat16(), self.weight, self.bias).float()
-        if self.in_mkldnn is None:
-            self.in_mkldnn = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
-        packed = self.in_mkldnn, self.bias, 'none', [], ''
+        if self.in_onednn is None:
+            self.in_onednn = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 16)
+        packed = self.in_onednn, self.bias, 'none', [], ''
         return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *packed).float()
+
+
+def pack_float16(weight, bias):
+    """A weight and a bias as FBGEMM takes them; None where it is missing, or float16 too narrow."""
+    weight = weight.detach().float()
+    error = (weight - weight.half()).abs().max()
+    fits = error <= weight.abs().max() / 1024  # the largest are below 65,504, and not all tiny
+    if not fits or 'fbgemm' not in torch.backends.quantized.supported_engines:
+        return None
+    # it is deprecated; linear_dynamic_fp16, which is not, takes 12 us a call more
+    warnings.filterwarnings('ignore', message='fbgemm_', category=UserWarning)
+    return torch.fbgemm_pack_gemm_matrix_fp16(weight), None if bias is None else bias.float()
 
 
 class PackedLayerNorm(nn.LayerNorm):
@@ -123,7 +126,22 @@ class PackedLayerNorm(nn.LayerNorm):
 
 
 class PackedRMSNorm(plain.RMSNorm):
-    __call__ = plain.RMSNorm.forward
+    """The norm in four calls, where torch's kernel makes nine."""
+
+    is_edited = False
+    scaled_weight = None
+
+    def forward(self, x):
+        if self.is_edited or x.dtype != torch.float32:
+            return super().forward(x)
+        if self.scaled_weight is None:
+            n = self.weight.numel()
+            self.scaled_weight = self.weight.detach() * math.sqrt(n)
+            self.shortest = torch.tensor(math.sqrt(n * self.eps))
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * self.scaled_weight).div_(torch.hypot(length, self.shortest))
+
+    __call__ = forward
 
 
 class NoDropout(nn.Dropout):

@@ -133,7 +133,7 @@ def test_a_step_in_bfloat16_is_as_exact_as_bfloat16(switches):
         p.data = p.data.bfloat16().float()  # so that only the arithmetic differs
     exact = all_logits(model, idx)[:, -1]
     cpu.speed_up(model.to(torch.bfloat16), packed=True)
-    for rows in (1, 3):  # a text alone goes through float16
+    for rows in (1, 3):  # a text alone reads float16
         cache = model.make_cache(rows, 24)
         model(idx[:rows, :-1], cache=cache)
         logits = model(idx[:rows, -1:], cache=cache)[0][:, -1]
@@ -141,17 +141,49 @@ def test_a_step_in_bfloat16_is_as_exact_as_bfloat16(switches):
         assert (logits - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
 
 
-def test_a_text_alone_survives_what_float16_does_not():
-    model, idx = tiny().to(torch.bfloat16), tokens(1, 5)
-    with torch.no_grad():
-        for block in model.transformer.h:
-            block.mlp.c_fc.weight.mul_(2000)
+needs_fbgemm = pytest.mark.skipif(
+    'fbgemm' not in torch.backends.quantized.supported_engines, reason='for CPUs with AVX2'
+)
+
+
+@needs_fbgemm
+@torch.no_grad()
+def test_float16_weights_are_as_exact_as_float16(monkeypatch):
+    monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
+    model, idx = tiny(n_embd=160, bias=True), tokens(17, 20)  # no multiple of FBGEMM's columns
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            p.normal_()
+    exact = all_logits(model, idx)[:, -1]
+    texts = model.generate(idx[:3], 4, temperature=0)
     cpu.speed_up(model, packed=True)
-    alone = model.generate(idx, 8, temperature=0).tolist()
-    assert not model.lm_head.fits_float16
-    assert (
-        alone == model.generate(torch.cat((idx, tokens(2, 5)[1:])), 8, temperature=0)[:1].tolist()
-    )
+    mlp = model.transformer.h[0].mlp
+    for rows in (17, 1, 3, 16):
+        cache = model.make_cache(rows, 24)
+        model(idx[:rows, :-1], cache=cache)
+        logits = model(idx[:rows, -1:], cache=cache)[0][:, -1]
+        assert (mlp.c_fc.in_float16 is None) == (rows == 17)  # made when few rows come
+        error = (logits - exact[:rows]).abs().max()
+        assert error < 0.002 * exact.abs().max()
+        assert (error > 1e-5) == (rows <= 16)
+    assert torch.equal(model.generate(idx[:3], 4, temperature=0), texts)
+
+
+@needs_fbgemm
+@torch.no_grad()
+@pytest.mark.parametrize('scale', [1e6, 1e-7])
+def test_a_weight_too_large_or_too_small_for_float16_stays_as_it_is(scale, monkeypatch):
+    monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
+    for linear in (torch.nn.Linear(160, 128), torch.nn.Linear(160, 128).bfloat16()):
+        x = torch.randn(1, 1, 160)
+        for p in linear.parameters():
+            p.mul_(scale)
+        exact = F.linear(x, linear.weight.float(), linear.bias.float())
+        model = tiny(bias=True)
+        model.lm_head = linear
+        y = cpu.speed_up(model, packed=True).lm_head(x)
+        assert linear.in_float16 is None
+        assert (y - exact).abs().max() < 0.01 * exact.abs().max()
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_called():
