@@ -1,8 +1,10 @@
 """The device and its precision; and all CPU paths again, as a CPU without AVX512 takes them."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +49,21 @@ def test_a_process_alone():
     machine = Machine('cpu', 'float32')
     assert machine.main and machine.share(12) == 12 and machine.gather(3) == [3]
     assert machine.mean(torch.tensor(2.0)) == 2.0 and machine.peak_memory() > 1e7
+
+
+HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+has_huge_pages = HUGE_PAGES.exists() and '[never]' not in HUGE_PAGES.read_text()
+
+
+@pytest.mark.skipif(not has_huge_pages or 'glibc' not in platform.libc_ver(), reason='for Linux')
+def test_a_large_tensor_lies_in_large_pages():
+    code = (
+        'import torch\n'
+        'from fledge.device import keep_memory\n'
+        'keep_memory()\n'
+        'x = torch.ones(16 << 20)\n'
+        "print(open('/proc/self/smaps_rollup').read())"
+    )
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    [line] = [line for line in found.stdout.splitlines() if line.startswith('AnonHugePages')]
+    assert int(line.split()[1]) > 32 << 10  # KB, of 64 MB
