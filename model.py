@@ -502,11 +502,12 @@ def sample_token(logits, draws, temperature, top_k=None, top_p=None, min_p=None)
     likeliest's probability (Nguyen et al. 2024, arXiv:2407.01082). None: no limit. ValueError for
     logits that are not finite.
     """
-    logits = logits - logits.max(dim=-1, keepdim=True).values
-    if logits.isnan().any():
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN where any is
+    if not largest.isfinite().all():
         raise ValueError('the logits are not finite: no token can be chosen by them')
     if temperature < 1e-9:  # as good as 0, by which nothing can be divided
         return logits.argmax(dim=-1)
+    logits = logits - largest
     ids = None  # of the columns, where they are sorted
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k)
