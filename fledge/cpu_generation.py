@@ -15,6 +15,48 @@ import model as plain
 
 
 class GPT(plain.GPT):
+    """A GPT that records a step of one text, and goes on by the record.
+
+    A record is the operations of the plain forward pass, without the Python between them: in a
+    small model that is a third of a step. It is made once RECORD_AFTER steps have been taken, as it
+    takes as long as it saves in about as many, and by no model that may do more than it did then:
+    whose forward pass is edited, or has hooks.
+    """
+
+    RECORD_AFTER = 100
+    can_record = False
+    recorded, n_steps = None, 0
+
+    def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
+        if cache is not None and cache.can_record and idx.numel() == 1 and not cache.empty:
+            self.n_steps += 1
+            if self.n_steps == self.RECORD_AFTER:
+                self.recorded = self.record(cache)
+            if self.recorded is not None:
+                with torch.jit.optimized_execution(False):  # it takes longer than it saves
+                    logits = self.recorded(*inputs_of_step(idx, cache))
+                cache.advance(1)
+                return logits, None
+        return super().forward(idx, targets, return_logits, cache, *args, **kwargs)
+
+    @torch.no_grad()
+    def record(self, cache):
+        """A function of inputs_of_step() that returns the logits (1, 1, vocab_size), or None."""
+        self.requires_grad_(False)  # what a record holds has no gradient
+        forward, n_layer = super().forward, self.config.n_layer
+
+        def step(idx, position, *keys_and_values):
+            keys, values = keys_and_values[:n_layer], keys_and_values[n_layer:]
+            return forward(idx, cache=StepCache(position, keys, values))[0]
+
+        inputs = inputs_of_step(torch.zeros(1, 1, dtype=torch.long), cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # it is deprecated, and shapes are the same each time
+            try:
+                return torch.jit.trace(step, inputs, check_trace=False)
+            except RuntimeError:  # 8-bit weights are no tensors
+                return None
+
     def embed(self, idx, positions):
         x = super().embed(idx, positions)
         if idx.shape[1] == 1 and x.dtype == torch.bfloat16:
@@ -23,7 +65,10 @@ class GPT(plain.GPT):
 
     def make_cache(self, batch_size, length):
         # of float32: attention of one query takes 116 us, in bfloat16 634 (16 texts, 12 heads)
-        return KVCache(self.config, batch_size, length)
+        cache = KVCache(self.config, batch_size, length)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        cache.can_record = self.can_record and not hooked
+        return cache
 
 
 class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
@@ -33,8 +78,35 @@ class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
         return found
 
 
+class StepCache:
+    """What a recorded step has for a KVCache: the keys and values up to its own token's."""
+
+    def __init__(self, position, keys, values):
+        self.position, self.keys, self.values = position, keys, values
+
+    def place(self, T):
+        return self.position, None
+
+    def write(self, layer, k, v, positions):
+        self.keys[layer][:, :, -1:] = k
+        self.values[layer][:, :, -1:] = v
+        return self.keys[layer], self.values[layer]
+
+    def advance(self, T, lengths=None):
+        pass
+
+
+def inputs_of_step(idx, cache):
+    """The token, its position, keys and values of all layers with room for its own."""
+    end = cache.longest + 1
+    keys_and_values = [tensor[:, :, :end] for tensor in (*cache.keys, *cache.values)]
+    return idx, cache.lengths[:, None], *keys_and_values
+
+
 class KVCache(plain.KVCache):
     """A KVCache that is read no further than its longest row, and written by slices."""
+
+    can_record = False
 
     def __init__(self, config, batch_size, length=None):
         super().__init__(config, batch_size, length)

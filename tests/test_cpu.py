@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import model as plain
-from fledge import cpu, cpu_generation
+from fledge import cpu, cpu_generation, quantize
 from fledge.cpu import BlockAttention, Dropout, HeadLoss, RMSNormFunction, dropout_mask
 from test_model import QWEN3, all_logits, every_family, tiny, tokens
 
@@ -186,6 +186,58 @@ def test_a_weight_too_large_or_too_small_for_float16_stays_as_it_is(scale, monke
         assert (y - exact).abs().max() < 0.01 * exact.abs().max()
 
 
+@pytest.fixture
+def steps_are_recorded(monkeypatch):
+    digest = cpu.digest(cpu.RECORDED)
+    assert digest == cpu.AS_RECORDED, f'set AS_RECORDED in fledge/cpu.py to {digest}'
+    monkeypatch.setattr(cpu_generation.GPT, 'RECORD_AFTER', 3)
+
+
+@every_family
+@torch.no_grad()
+def test_a_recorded_step_is_the_forward_pass(switches, steps_are_recorded):
+    expected, idx = all_logits(tiny(switches), tokens(1, 24)), tokens(1, 24)
+    model = cpu.speed_up(tiny(switches), packed=True)
+    for _ in range(2):  # one record serves another text too
+        cache = model.make_cache(1, 24)
+        model(idx[:, :7], cache=cache)
+        for at in range(7, 24):
+            logits = model(idx[:, at : at + 1], cache=cache)[0]
+            torch.testing.assert_close(logits[:, 0], expected[:, at], atol=1e-4, rtol=1e-4)
+    assert model.recorded is not None
+    with torch.no_grad():
+        several = model.generate(idx[:, :3].expand(2, 3), 9, temperature=0)
+    assert several.tolist() == 2 * model.generate(idx[:, :3], 9, temperature=0).tolist()
+
+
+@torch.no_grad()
+def test_what_may_do_more_than_a_record_is_not_recorded(steps_are_recorded, monkeypatch):
+    model, seen = cpu.speed_up(tiny(), packed=True), []
+    hook = model.transformer.h[0].register_forward_hook(lambda *_: seen.append(1))
+    model.generate(tokens(1, 3), 9, temperature=0)
+    assert len(seen) == 9 and model.recorded is None
+    hook.remove()
+    model.generate(tokens(1, 3), 9, temperature=0)
+    assert len(seen) == 9 and model.recorded is not None
+
+    def forward(self, x, context):
+        seen.append(1)
+        return x + self.mlp(x)
+
+    monkeypatch.setattr(plain.Block, 'forward', forward)
+    model = cpu.speed_up(tiny(n_layer=1), packed=True)
+    model.generate(tokens(1, 3), 9, temperature=0)
+    assert len(seen) == 18 and model.recorded is None
+
+
+def test_8_bit_weights_are_not_recorded_and_work(steps_are_recorded):
+    model = quantize.apply(tiny())
+    expected = model.generate(tokens(1, 3), 9, temperature=0)
+    cpu.speed_up(model, packed=True)
+    assert torch.equal(model.generate(tokens(1, 3), 9, temperature=0), expected)
+    assert model.recorded is None
+
+
 def test_a_head_that_is_no_plain_linear_layer_is_called():
     """Quantization, adapters and hooks live in its forward: its weight is not read."""
     model, idx = cpu.speed_up(tiny()), tokens(2, 12)
@@ -256,8 +308,9 @@ EDITS = {
 
 @pytest.mark.parametrize('step', EDITS)
 def test_what_is_edited_in_model_py_is_followed(step, monkeypatch, capsys):
-    hint = f'mend the twin in fledge/cpu.py, then set AS_WRITTEN there to {cpu.digest()}'
-    assert cpu.digest() == cpu.AS_WRITTEN, hint  # else each start compares the numbers
+    digest = cpu.digest(cpu.written_twice())
+    hint = f'mend the twin in fledge/cpu.py, then set AS_WRITTEN there to {digest}'
+    assert digest == cpu.AS_WRITTEN, hint  # else each start compares the numbers
     kind, name, edited = EDITS[step]
     config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=50, block_size=1024)
     config |= dict(position='rope', norm='rmsnorm', qk_norm=True, bias=False)
