@@ -392,6 +392,8 @@ def bench_generation():
     times, memory, n_params, parts = race(contenders, 'bench_generate.json')
     bandwidth = max(before, read_bandwidth(machine.device))
     bytes_per_weight = 1 if quantize == 'int8' else machine.dtype.itemsize
+    if machine.type == 'cpu' and streams <= cpu.rows_in_float16(model.lm_head.weight):
+        bytes_per_weight = min(bytes_per_weight, 2)
     limit = bandwidth / (matmul_params(model) * bytes_per_weight) * streams
     ours, *peers = table(times, memory, n_params, streams, 'of memory read', limit)
     first, forward = parts['first token'], parts['forward pass']

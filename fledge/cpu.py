@@ -130,7 +130,9 @@ def has_vnni():
 
 
 def rows_in_float16(weight):
-    """Rows of input up to which a weight is read fastest in float16."""
+    """Rows of input up to which a weight is read fastest in float16, by FBGEMM."""
+    if 'fbgemm' not in torch.backends.quantized.supported_engines:
+        return 0
     if weight.dtype == torch.bfloat16:
         return 1 if has_bfloat16() else 16
     # a CPU with bfloat16 computes in float32 where somebody asks for that
