@@ -28,7 +28,8 @@ class GPT(plain.GPT):
     recorded, n_steps = None, 0
 
     def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
-        if cache is not None and cache.can_record and idx.numel() == 1 and not cache.empty:
+        is_step = idx.numel() == 1 and targets is None
+        if is_step and isinstance(cache, KVCache) and cache.can_record and not cache.empty:
             self.n_steps += 1
             if self.n_steps == self.RECORD_AFTER:
                 self.recorded = self.record(cache)
