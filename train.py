@@ -18,7 +18,7 @@ import torch
 
 from encoder_decoder import make_model
 from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run, saving
-from fledge.configurator import configure, given
+from fledge.configurator import configure, given, read_settings
 from fledge.device import Machine, flops_per_token, peak_flops, sharded_as
 from fledge.documents import open_split
 from fledge.evaluation import evaluate, in_words, samples
@@ -38,6 +38,7 @@ out_dir = 'out'  # checkpoints, metrics.jsonl, train.log, settings.json, samples
 init_from = 'scratch'  # scratch, resume, a checkpoint file, or a Hugging Face folder or name
 auto_resume = False  # resume where out_dir has a checkpoint, else start: the same command again
 seed = 1337  # of the weights, the order of the data, dropout and samples
+seeds = 1  # so many runs one after another, of seed, seed + 1, ..., each in out_dir/seed_N
 # evaluation, checkpoints, logs
 eval_interval = 500  # steps between evaluations, each followed by a checkpoint
 eval_iters = 0  # batches of val in one evaluation, always the same ones; 0: all of val
@@ -119,6 +120,9 @@ backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
 parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of every parameter
 ddp_timeout = 600.0  # seconds that processes wait for one another, before they end with one line
 config = configure(globals())
+defaults = read_settings(__file__)
+if seeds > 1:
+    raise SystemExit(run.each_seed(config, given))
 if auto_resume and saving.files(out_dir):
     init_from = 'resume'
 resuming = init_from == 'resume'
@@ -216,7 +220,7 @@ if target_epochs and not target_tokens:
     last_token = state.tokens + round(target_epochs * train_data.n_tokens) - state.rows * block_size
 if last_token:
     max_iters = state.step + max(0, math.ceil((last_token - state.tokens) / tokens_per_step))
-log.open(config, state, resuming)
+log.open(config, state, resuming, data_digest)
 if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
 log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
@@ -506,6 +510,7 @@ is_latest = resuming and os.path.basename(source) == 'ckpt.pt'
 on_disk = state.step if is_latest else None
 saver = saving.Saver(out_dir, keep_checkpoints, on_disk)
 saved_step = state.step if resuming else -1  # -1: there is no checkpoint yet
+first_step = state.step
 while True:
     state.elapsed = clock.elapsed()
     # the processes go on, or stop, together
@@ -565,6 +570,8 @@ if saved_step != state.step:  # the last weights are kept in any case
 saver.finish()
 log_steps()
 log.draw()
+if state.step > first_step:  # else it had ended before
+    log.list_run(config, defaults, state)
 folder = shlex.quote(out_dir)
 time_is_up = ', all of max_minutes' if spent >= 1 else ''
 best = f' ({folder}/best.pt, step {state.best_step})' if state.best_step > 0 else ''

@@ -32,6 +32,7 @@ for least, most, names in (
     (0, 10**9, 'eval_iters top_k min_length lora_rank stride'),
     (1, 10**9, 'eval_interval log_interval document documents max_tokens cap'),
     (1, 10**6, 'keep_checkpoints max_bad_steps'),
+    (1, 10**4, 'seeds'),
     (2, 10**9, 'examples'),
     (0, 10**15, 'target_tokens'),
     (1, 10**15, 'train_bytes'),
@@ -113,6 +114,8 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
             functions.pop(name, None)
         elif arg.endswith('.json'):
             for name, value in read_json(arg, 'object of settings').items():
+                if name.startswith('_'):
+                    continue
                 check_name(name, defaults, arg)
                 values[name] = check(name, value, defaults[name], f'{arg}: ')
         elif arg.endswith('.py'):

@@ -1,4 +1,4 @@
-"""What a run says and leaves to read: train.log, metrics.jsonl, samples, loss.png."""
+"""What a run says and leaves to read: train.log, metrics.jsonl, samples, loss.png, runs.tsv."""
 
 import contextlib
 import itertools
@@ -7,7 +7,10 @@ import math
 import os
 import sys
 
-from fledge import UserError, chat_template, lock_folder, replacing, saving
+import filelock
+
+from fledge import UserError, chat_template, lock_folder, release_folder, replacing, saving
+from fledge.configurator import in_shell
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
 RUN_FILES += ['spikes.jsonl', 'tokenizer.json', *chat_template.FILES]
@@ -16,6 +19,12 @@ RUN_FILE_BEGINNINGS = ('samples_step_', 'ckpt_step_', 'best-before-step-')
 # nor as others that a line may have: objectives.TAKEN
 KEYS = ['step', 'tokens', 'train_loss', 'val_loss', 'val_bpb', 'lr', 'grad_norm']
 KEYS += ['tokens_per_second', 'mfu', 'elapsed']
+RUNS_COLUMNS = ['folder', 'dataset', 'data', 'settings', 'tokens', 'minutes', 'val_loss', 'val_bpb']
+# settings that do not change what a run learns; runs that differ in these alone are alike
+ASIDE = {'out_dir', 'seeds', 'auto_resume', 'keep_checkpoints', 'always_save_checkpoint'}
+ASIDE |= {'log_interval', 'sample_interval', 'sample_start', 'sample_ask', 'sample_tokens'}
+ASIDE |= {'sample_repetition_penalty', 'eval_only', 'dry_run', 'world_size', 'price_per_hour'}
+ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout'}
 PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
 
 
@@ -50,11 +59,12 @@ class RunLog:
     def path(self, name):
         return os.path.join(self.out_dir, name)
 
-    def open(self, settings, state, resuming):
+    def open(self, settings, state, resuming, data_digest=''):
         """Open the run's files.
 
         A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed: then
         what comes after its state is dropped from metrics.jsonl, for it happens again.
+        data_digest: of what it learns from (see tokens.digest).
         """
         if not self.out_dir:
             return
@@ -73,10 +83,10 @@ class RunLog:
                 os.replace(self.path('best.pt'), self.path(kept))
                 print(f'evaluations are others from here on: best.pt of before is now {kept}')
             with replacing(self.path('settings.json')) as f:
-                json.dump(settings, f, indent=1)
+                json.dump(settings | dict(_data=data_digest), f, indent=1)
         except OSError as e:
             raise UserError(f'cannot write to out_dir={self.out_dir}: {e.strerror}') from None
-        self.is_open = True
+        self.is_open, self.data_digest = True, data_digest
         self.connect(settings, state)
 
     def rewind(self, step):
@@ -119,8 +129,8 @@ class RunLog:
         except OSError as e:
             if name not in self.failed:
                 self.failed.add(name)
-                problem = f'cannot write {self.path(name)}: {e.strerror}'
-                speak(f'WARNING: {problem}; training goes on', sys.stderr)
+                problem = f'cannot write {self.path(name)}: {e.strerror or e}'
+                speak(f'WARNING: {problem}; the run does without', sys.stderr)
         else:
             self.failed.discard(name)
 
@@ -259,6 +269,31 @@ class RunLog:
             if len(curve) > PLOT_POINTS:
                 self.curves[name] = thin_out(curve)
         self.logged = tokens, minutes
+
+    def list_run(self, settings, defaults, state):
+        """Add a run that has ended to runs.tsv, beside its folder; where that fails, warn."""
+        if not self.out_dir:
+            return
+        beside, folder = os.path.split(os.path.abspath(self.out_dir))
+        path = os.path.join(beside, 'runs.tsv')
+        own = []
+        for name, value in settings.items():
+            if value != defaults[name] and name not in ASIDE and name != 'dataset':
+                own.append(f'{name}={in_shell(value)}')
+        end = state.metrics()
+        bpb = end.get('val_bpb')
+        fields = [in_shell(folder), in_shell(settings['dataset']), self.data_digest[:8]]
+        fields.append(' '.join(own))
+        fields += [str(end['tokens']), f'{end["elapsed"] / 60:.2f}', f'{end["val_loss"]:.5f}']
+        fields.append('' if bpb is None else f'{bpb:.5f}')
+        line = '\t'.join(fields)  # in_shell() leaves no tab and no newline in them
+        lock = filelock.FileLock(f'{path}.lock')  # against runs that end at the same time
+        with self.disk_may_be_full(path):
+            lock.acquire(timeout=60)
+            if not os.path.exists(path) or not os.path.getsize(path):
+                line = '\t'.join(RUNS_COLUMNS) + '\n' + line
+            self.append(path, line)
+            release_folder(lock)
 
     def draw(self):
         """loss.png: the losses against tokens, and against minutes."""

@@ -1,4 +1,7 @@
-"""What evaluate.py measured, for people: a table with a column for each model, and pictures."""
+"""What evaluate.py measured, for people: a table with a column for each model, and pictures.
+
+compare.py has its columns and its picture from here, too.
+"""
 
 import os
 
@@ -38,6 +41,11 @@ def table(results):
     lines = [['', *results]]
     for label in labels:
         lines.append([label, *(column.get(label, '') for column in columns)])
+    return aligned(lines)
+
+
+def aligned(lines):
+    """Lines of cells as columns of text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for label, *cells in lines:

@@ -6,14 +6,15 @@ import os
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
-from fledge import UserError, optimizers
+from fledge import UserError, optimizers, read_json, saving
 from fledge.configurator import one_of
-from fledge.log import speak
+from fledge.log import ASIDE, speak
 from model import GPTConfig
 
 # a loss is a spike if it is so many standard deviations above the mean of so many before it
@@ -241,6 +242,65 @@ class StopSignals:
         # one request may come as several signals: from the terminal, a launcher, a scheduler
         elif now - self.asked_at > 1:
             os._exit(128 + number)
+
+
+def each_seed(settings, given):
+    """Run this command once for each of its seeds, one after another, each in out_dir/seed_N.
+
+    The same command again goes on where it was. A signal reaches the run that is going, and the
+    rest is not begun. given: names of the settings that the user gave. Returns the exit code.
+    UserError where a run is there with other settings, and for what is no run in one process.
+    """
+    folders = {}
+    for seed in range(settings['seed'], settings['seed'] + settings['seeds']):
+        folders[seed] = os.path.join(settings['out_dir'], f'seed_{seed}')
+    check_seeds(settings, given, folders.values())
+    child, signals = None, []
+
+    def hear(number, frame):
+        signals.append(number)
+        if child:
+            with contextlib.suppress(ValueError):  # on Windows Ctrl-C reaches it by itself
+                child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hear)
+    for seed, folder in folders.items():
+        own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
+        child = subprocess.Popen([sys.executable, *sys.argv, *own])
+        if signals:  # which came before there was a process to send it to
+            hear(signals[-1], None)
+        code = child.wait()
+        if code or signals:
+            speak(f'not done with {folder}; the same command goes on there', sys.stderr)
+            return code if code >= 0 else 128 - code  # -code: the signal that ended it
+    speak(f'all runs are done: python compare.py {shlex.quote(settings["out_dir"])}', sys.stdout)
+    return 0
+
+
+def check_seeds(settings, given, folders):
+    """UserError where each_seed() cannot make its runs in these folders."""
+    single = [f'--{name}' for name in ('dry_run', 'eval_only') if settings[name]]
+    if settings['init_from'] == 'resume':
+        single.append('--init_from=resume')
+    if 'RANK' in os.environ:
+        single.append('torchrun')
+    if single:
+        raise UserError(
+            f'--seeds={settings["seeds"]} makes several runs, each in one process, and goes on '
+            f'with them by itself: not with {", ".join(single)}'
+        )
+    for folder in folders:
+        if not saving.files(folder):
+            continue
+        before = read_json(os.path.join(folder, 'settings.json'))
+        for name in sorted(given - ASIDE - {'seed'}):
+            was, now = before.get(name, settings[name]), settings[name]
+            if was != now and now != 'auto':
+                raise UserError(
+                    f'{folder} has a run with {name}={was!r}, and runs with {name}={now!r} do not '
+                    'go beside it: name another --out_dir'
+                )
 
 
 def settings_of(checkpoint):

@@ -1,0 +1,344 @@
+"""Runs side by side: what differs, their losses at the same place, and whether that is chance."""
+
+import contextlib
+import csv
+import glob
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from fledge import UserError, read_json
+from fledge.log import ASIDE, RUNS_COLUMNS, read_metrics
+from fledge.report import new_axes, save
+
+AXES = ('tokens', 'step', 'minutes')
+UNITS = {'val_loss': 'nats a token', 'val_bpb': 'bits a byte'}
+
+
+@dataclass
+class Run:
+    """A run's folder, its settings, and the lines of metrics.jsonl that have an evaluation."""
+
+    folder: str
+    settings: dict
+    evaluations: list
+    skipped_steps: int  # whose loss or gradient was not finite
+    has_ended: bool
+
+    def curve(self, axis, measure):
+        """Two lists: the places of the evaluations, and the losses there."""
+        known = [line for line in self.evaluations if is_number(line[measure])]
+        return [line[axis] for line in known], [line[measure] for line in known]
+
+    def loss_at(self, axis, place, measure):
+        """On the straight line between the evaluations before and after the place."""
+        return float(np.interp(place, *self.curve(axis, measure)))
+
+
+@dataclass
+class Group:
+    """Runs of the same settings but the seed."""
+
+    name: str
+    runs: list
+
+    def losses_at(self, axis, place, measure):
+        return [run.loss_at(axis, place, measure) for run in self.runs]
+
+    def was_evaluated_at(self, axis, place, measure):
+        return all(place in run.curve(axis, measure)[0] for run in self.runs)
+
+
+def in_words(axis, place):
+    if axis == 'step':
+        return f'step {place:,.0f}'
+    return f'{place:.2f} minutes' if axis == 'minutes' else f'{place:,.0f} tokens'
+
+
+def is_number(value):
+    return value is not None and math.isfinite(value)
+
+
+def find_runs(folders):
+    """The runs in folders, each of which is a run's own or holds some; UserError for others."""
+    paths = []
+    for folder in folders:
+        folder = os.path.normpath(folder)
+        inside = glob.glob(os.path.join(glob.escape(folder), '*', 'metrics.jsonl'))
+        if not os.path.isdir(folder):
+            raise UserError(f'there is no folder {folder}: name the out_dir of a run')
+        if os.path.exists(os.path.join(folder, 'metrics.jsonl')):
+            paths.append(folder)
+        elif inside:
+            paths += sorted(os.path.dirname(path) for path in inside)
+        else:
+            raise UserError(f'{folder} is no run, and holds none: there is no metrics.jsonl')
+    return [read_run(path) for path in dict.fromkeys(paths)]
+
+
+def read_run(folder):
+    """The Run in a folder; UserError where it has not come to an evaluation after a step."""
+    path = os.path.join(folder, 'metrics.jsonl')
+    settings = read_json(os.path.join(folder, 'settings.json'), 'object of settings')
+    try:
+        lines = read_metrics(path)
+    except OSError as e:
+        raise UserError(f'{path}: {e.strerror}') from None
+    for line in lines:
+        line['minutes'] = line['elapsed'] / 60
+    evaluations = [line for line in lines if is_number(line['val_loss'])]
+    if not evaluations or not evaluations[-1]['step']:
+        raise UserError(
+            f'{path} has no val loss of a step after the first: leave {folder} out, or wait for '
+            'its next evaluation'
+        )
+    skipped_steps = lines[-1].get('skipped_steps', 0)
+    return Run(folder, settings, evaluations, skipped_steps, has_ended(folder))
+
+
+def has_ended(folder):
+    """Whether a run came to its end, as the last line of its train.log says."""
+    path = os.path.join(folder, 'train.log')
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding='utf-8', errors='replace') as f:
+        lines = f.read().splitlines()
+    return bool(lines) and lines[-1].startswith('done at step')
+
+
+def group_runs(runs):
+    """The Groups of runs: of those in the same folder, of the same settings but the seed.
+
+    Two with the same seed differ in something else, such as the code, and are groups of their own.
+    """
+    alike = {}
+    for run in runs:
+        beside = os.path.dirname(run.folder)
+        own = {name: v for name, v in run.settings.items() if name not in ASIDE | {'seed'}}
+        alike.setdefault((beside, json.dumps(own, sort_keys=True)), []).append(run)
+    shared = [beside for beside, _ in alike]
+    groups = []
+    for (beside, _), members in alike.items():
+        if len({run.settings.get('seed') for run in members}) < len(members):
+            groups += [Group(run.folder, [run]) for run in members]
+        elif len(members) == 1:
+            groups.append(Group(members[0].folder, members))
+        elif beside and shared.count(beside) == 1:
+            groups.append(Group(beside, members))
+        else:
+            groups.append(Group(f'{members[0].folder} and {len(members) - 1} more', members))
+    return groups
+
+
+def differences(groups):
+    """{setting: [its value in each group]} of the settings that matter and are not all alike."""
+    names = dict.fromkeys(name for group in groups for name in group.runs[0].settings)
+    found = {}
+    for name in names:
+        values = [group.runs[0].settings.get(name) for group in groups]
+        if name not in ASIDE | {'seed'} and any(value != values[0] for value in values):
+            found[name] = values
+    return found
+
+
+def common_place(runs, axis, measure):
+    """How far all runs came along an axis; UserError where one begins behind another's end."""
+    curves = [run.curve(axis, measure)[0] for run in runs]
+    end, begin = min(curve[-1] for curve in curves), max(curve[0] for curve in curves)
+    if begin > end:
+        raise UserError(f'no {axis} is common to all: one begins at {begin:g}, one ends at {end:g}')
+    return end
+
+
+def likest_axis(runs, measure):
+    """The axis along which the runs are most nearly of the same length; the first of equal ones."""
+
+    def spread(axis):
+        ends = [run.curve(axis, measure)[0][-1] for run in runs]
+        return max(ends) / min(ends)
+
+    return min(AXES, key=spread)
+
+
+def measure_of(groups):
+    """What the groups are compared by: val_loss, or val_bpb where their data or tokenizers differ.
+
+    UserError where those differ and not all have bits per byte.
+    """
+    evaluations = [line for group in groups for run in group.runs for line in run.evaluations]
+    if len({data_of(run) for group in groups for run in group.runs}) == 1:
+        return 'val_loss'
+    if not all(is_number(line['val_bpb']) for line in evaluations):
+        raise UserError(
+            'the runs have other data, whose nats a token do not compare, and not all have bits a '
+            'byte'
+        )
+    return 'val_bpb'
+
+
+def why_not_comparable(groups):
+    """Why no verdict on the groups' losses can be given, '' where one can."""
+    settings = [group.runs[0].settings for group in groups]
+    if len({s.get('objective', 'next_token') for s in settings}) > 1:
+        return 'they learned by other objectives, whose losses do not compare'
+    of_val = set()
+    for s in settings:
+        some_of_it = s.get('eval_iters', 0)  # else all of val is read, whatever the rows
+        of_val.add(some_of_it and (some_of_it, s['batch_size'], s['block_size']))
+    if len(of_val) > 1:
+        return 'they were evaluated on other parts of val (--eval_iters=0 is all of it)'
+    return ''
+
+
+def data_of(run):
+    """What tells one prepared dataset from another; of older runs the name alone."""
+    return run.settings.get('_data') or run.settings.get('dataset')
+
+
+def t_quantile(share, freedom):
+    """The value below which is a share of Student's t distribution, within 1e-4 of it.
+
+    freedom: its degrees of freedom. Of t = sqrt(freedom) tan(angle) the density of the angle is
+    cos(angle)^(freedom - 1), which is summed here: no library of statistics is needed for it.
+    """
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 1_000_001)
+    below = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(np.interp(share, below / below[-1], angles))
+
+
+def difference(before, after, n_comparisons=1):
+    """By how much the mean of `after` is above that of `before`, and its 95% interval or None.
+
+    The interval is Welch's (Biometrika 34, 1947): it takes any two numbers of seeds and lets the
+    two vary differently. Pairs of the same seed are not used: of three seeds a paired interval is
+    narrower only if they go together closely (correlation above 0.58), and where they go together
+    Welch's is on the safe side. With several comparisons all intervals hold together in 95% of
+    cases (Bonferroni). None: one of the two is a single run, or no seed made any difference.
+    """
+    mean_difference = statistics.fmean(after) - statistics.fmean(before)
+    if min(len(before), len(after)) < 2:
+        return mean_difference, None
+    parts = [statistics.variance(losses) / len(losses) for losses in (before, after)]
+    if not sum(parts):
+        return mean_difference, None
+    freedom = sum(parts) ** 2 / (
+        parts[0] ** 2 / (len(before) - 1) + parts[1] ** 2 / (len(after) - 1)
+    )
+    half = t_quantile(1 - 0.025 / n_comparisons, freedom) * math.sqrt(sum(parts))
+    return mean_difference, (mean_difference - half, mean_difference + half)
+
+
+def verdict(first, other, axis, place, measure, n_comparisons):
+    """Whether one group is better than another at a place, a dict; `text` says it in one line.
+
+    difference is other - first, in UNITS of the measure; interval and more_than_chance are None
+    where there is no telling.
+    """
+    before, after = (group.losses_at(axis, place, measure) for group in (first, other))
+    by, interval = difference(before, after, n_comparisons)
+    text = f'{other.name} is {"better" if by < 0 else "worse"} than {first.name} by {abs(by):.4f} '
+    text += f'{UNITS[measure]} at {in_words(axis, place)}'
+    seeds = f'{len(after)} and {len(before)} seeds'
+    more_than_chance = None
+    if interval:
+        more_than_chance = not interval[0] <= 0 <= interval[1]
+        low, high = sorted(abs(end) if more_than_chance else end for end in interval)
+        if not more_than_chance and by < 0:
+            low, high = -high, -low
+        text += f' (95% interval {low:.4f} to {high:.4f}, {seeds}): '
+        text += 'more than chance' if more_than_chance else 'no more than chance may do'
+    elif min(len(before), len(after)) == 1:
+        text += f' ({seeds}): a single run does not tell chance (--seeds=3 makes three)'
+    else:
+        text += f' ({seeds}): the seeds made no difference, so nothing tells chance'
+    return dict(
+        group=other.name,
+        than=first.name,
+        difference=by,
+        interval=interval,
+        more_than_chance=more_than_chance,
+        text=text,
+    )
+
+
+def notes_on(groups, axis, place, measure):
+    """What a reader of the comparison has to know besides, lines of text."""
+    notes = []
+    runs = [run for group in groups for run in group.runs]
+    if measure == 'val_bpb':
+        notes.append('the data differ: bits a byte compare only where val is the same text')
+    for run in runs:
+        last = run.evaluations[-1]
+        if not run.has_ended:
+            notes.append(
+                f'{run.folder} has not ended: it was evaluated last at step {last["step"]}'
+            )
+        if run.skipped_steps:
+            notes.append(f'{run.folder} skipped {run.skipped_steps} steps that were not finite')
+        if last[axis] > 1.02 * place:
+            notes.append(
+                f'{run.folder} goes on to {in_words(axis, last[axis])}: before its end a loss is '
+                'above that of a run which ends there, for its learning rate is still high'
+            )
+    return notes
+
+
+def draw(groups, measure, path):
+    """Draw the evaluations against tokens and minutes as a PNG: seeds thin, their mean thick.
+
+    What lies above the losses at a quarter of the shortest run is cut off, so that the ends show.
+    """
+    both = new_axes((13, 5), ncols=2, sharey=True)
+    every_run = [run for group in groups for run in group.runs]
+    a_quarter, early = 0.25 * common_place(every_run, 'tokens', measure), []
+    for number, group in enumerate(groups):
+        look = dict(color=f'C{number}')
+        is_single = len(group.runs) == 1
+        for axes, axis in zip(both, ('tokens', 'minutes'), strict=True):
+            for run in group.runs:
+                style = dict(linewidth=1.8, label=group.name) if is_single else dict(linewidth=0.6)
+                axes.plot(*run.curve(axis, measure), marker='.', **look, **style)
+            if not is_single:
+                end = common_place(group.runs, axis, measure)
+                places = [place for place in group.runs[0].curve(axis, measure)[0] if place < end]
+                places.append(end)
+                means = [statistics.fmean(group.losses_at(axis, p, measure)) for p in places]
+                label = f'{group.name} ({len(group.runs)} seeds)'
+                axes.plot(places, means, linewidth=1.8, label=label, **look)
+            axes.set(xlabel=axis)
+            axes.grid(alpha=0.3)
+        early += group.losses_at('tokens', a_quarter, measure)
+    lowest, highest = min(min(run.curve('tokens', measure)[1]) for run in every_run), max(early)
+    margin = 0.04 * (highest - lowest)
+    both[0].set(ylabel=f'val loss ({UNITS[measure]})', ylim=(lowest - margin, highest + margin))
+    both[0].legend()
+    save(both[0].figure, path)
+
+
+def read_runs_tsv():
+    """The lines of the runs.tsv here and in the folders here, dicts, the best of each data first.
+
+    UserError where there is none.
+    """
+    rows = []
+    for path in ['runs.tsv', *sorted(glob.glob(os.path.join('*', 'runs.tsv')))]:
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding='utf-8', newline='') as f:
+            for row in csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE):
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that is cut
+                    row['folder'] = os.path.join(os.path.dirname(path), row['folder'])
+                    row['tokens'] = int(row['tokens'])
+                    row['minutes'] = float(row['minutes'])
+                    row['val_loss'] = float(row['val_loss'])
+                    row['val_bpb'] = float(row['val_bpb']) if row['val_bpb'] else None
+                    rows.append({name: row[name] for name in RUNS_COLUMNS})
+    if not rows:
+        raise UserError(
+            'name the folders of runs, or folders that hold runs (there is no runs.tsv here)'
+        )
+    return sorted(rows, key=lambda row: (row['dataset'], row['data'], row['val_loss']))
