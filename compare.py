@@ -89,7 +89,7 @@ if picture:
 # ---- the verdict
 notes = comparison.notes_on(groups, by, places[by], measure)
 if len(others) > 1:
-    notes.append(f'all {len(others)} intervals together hold in 95% of cases')
+    notes.append(f'the {len(others)} intervals hold together in 95% of cases')
 for note in notes:
     print(f'note: {note}')
 why_not = comparison.why_not_comparable(groups)

@@ -180,6 +180,10 @@ if start is None:
 else:
     n_new_tokens = checkpoint.fit_tokenizer(start, theirs, tokenizer, log.say)
     model = checkpoint.model_to_train(start, source, config, given, log.say)
+    if resuming:  # what the run left open stays so in its settings, as in those of its other seeds
+        for name, value in run.settings_of(start).items():
+            if value in (0, 'auto') and name in config and name not in given:
+                config[name] = value
     del start['model']  # which is the model's now, and in few bits no more
     if quantize.is_quantized(model) and not eval_only:
         raise UserError(

@@ -264,7 +264,8 @@ def each_seed(settings, given):
                 child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hear)
+        with contextlib.suppress(ValueError, OSError):  # a system may lack one
+            signal.signal(number, hear)
     for seed, folder in folders.items():
         own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
         child = subprocess.Popen([sys.executable, *sys.argv, *own])

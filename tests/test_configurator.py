@@ -25,7 +25,7 @@ from fledge.corpus import pipeline
 from model import GPT, GPTConfig
 
 SCRIPTS = ['train.py', 'sample.py', 'serve.py', 'evaluate.py', 'bench.py', 'export.py']
-SCRIPTS += ['draw.py']
+SCRIPTS += ['draw.py', 'compare.py']
 SCRIPTS += sorted(f'prepare/{os.path.basename(p)}' for p in glob.glob(f'{ROOT}/prepare/*.py'))
 PLAIN = dict(steps=10, rate=0.1, name='run', on=False, mode='auto', objective='next_token')
 DEFAULTS = PLAIN | dict(_private=3)
