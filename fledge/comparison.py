@@ -287,35 +287,54 @@ def notes_on(groups, axis, place, measure):
 
 
 def draw(groups, measure, path):
-    """Draw the evaluations against tokens and minutes as a PNG: seeds thin, their mean thick.
+    """Draw the losses by tokens and by minutes, and by how much the first group's differ, as a PNG.
 
-    What lies above the losses at a quarter of the shortest run is cut off, so that the ends show.
+    Seeds are thin lines, their mean is a thick one. What lies above the losses at a quarter of the
+    shortest run is cut off, so that the ends show. The bands are 95% intervals.
     """
-    both = new_axes((13, 5), ncols=2, sharey=True)
+    by_tokens, by_minutes, apart = new_axes((19, 5), ncols=3)
     every_run = [run for group in groups for run in group.runs]
-    a_quarter, early = 0.25 * common_place(every_run, 'tokens', measure), []
+    end = common_place(every_run, 'tokens', measure)
     for number, group in enumerate(groups):
-        look = dict(color=f'C{number}')
-        is_single = len(group.runs) == 1
-        for axes, axis in zip(both, ('tokens', 'minutes'), strict=True):
-            for run in group.runs:
-                style = dict(linewidth=1.8, label=group.name) if is_single else dict(linewidth=0.6)
-                axes.plot(*run.curve(axis, measure), marker='.', **look, **style)
-            if not is_single:
-                end = common_place(group.runs, axis, measure)
-                places = [place for place in group.runs[0].curve(axis, measure)[0] if place < end]
-                places.append(end)
-                means = [statistics.fmean(group.losses_at(axis, p, measure)) for p in places]
-                label = f'{group.name} ({len(group.runs)} seeds)'
-                axes.plot(places, means, linewidth=1.8, label=label, **look)
-            axes.set(xlabel=axis)
-            axes.grid(alpha=0.3)
-        early += group.losses_at('tokens', a_quarter, measure)
-    lowest, highest = min(min(run.curve('tokens', measure)[1]) for run in every_run), max(early)
+        draw_group(by_tokens, group, 'tokens', measure, f'C{number}')
+        draw_group(by_minutes, group, 'minutes', measure, f'C{number}')
+        if number:
+            draw_difference(apart, groups[0], group, end, measure, f'C{number}', len(groups) - 1)
+    lowest = min(min(run.curve('tokens', measure)[1]) for run in every_run)
+    highest = max(run.loss_at('tokens', 0.25 * end, measure) for run in every_run)
     margin = 0.04 * (highest - lowest)
-    both[0].set(ylabel=f'val loss ({UNITS[measure]})', ylim=(lowest - margin, highest + margin))
-    both[0].legend()
-    save(both[0].figure, path)
+    for axes in (by_tokens, by_minutes):
+        axes.set(ylim=(lowest - margin, highest + margin), ylabel=f'val loss ({UNITS[measure]})')
+    by_tokens.legend()
+    apart.axhline(0, color='C0')
+    apart.set(xlabel='tokens', ylabel=f'above {groups[0].name} ({UNITS[measure]})')
+    for axes in (by_tokens, by_minutes, apart):
+        axes.grid(alpha=0.3)
+    save(by_tokens.figure, path)
+
+
+def draw_group(axes, group, axis, measure, color):
+    curves = [run.curve(axis, measure) for run in group.runs]
+    end = min(places[-1] for places, _ in curves)
+    places = sorted({place for places, _ in curves for place in places if place <= end})
+    means = [statistics.fmean(group.losses_at(axis, place, measure)) for place in places]
+    for curve in curves:
+        axes.plot(*curve, marker='.', linewidth=0.6, color=color)
+    axes.plot(places, means, linewidth=1.8, color=color, label=group.name)
+    axes.set(xlabel=axis)
+
+
+def draw_difference(axes, first, other, end, measure, color, n_comparisons):
+    """From a quarter of the common length on, at the evaluations of a run of the other group."""
+    places = [p for p in other.runs[0].curve('tokens', measure)[0] if 0.25 * end <= p <= end]
+    found = []
+    for place in places:
+        both = (group.losses_at('tokens', place, measure) for group in (first, other))
+        found.append(difference(*both, n_comparisons))
+    axes.plot(places, [by for by, _ in found], marker='.', color=color)
+    if all(interval for _, interval in found):
+        lows, highs = zip(*(interval for _, interval in found), strict=True)
+        axes.fill_between(places, lows, highs, color=color, alpha=0.12)
 
 
 def read_runs_tsv():
