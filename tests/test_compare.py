@@ -285,25 +285,34 @@ def test_without_folders_the_runs_are_listed_best_first(tmp_path):
 
 
 MANY = """
-import sys
+import os, sys
 from fledge.configurator import read_settings
 from fledge.log import RunLog
 from fledge.run import RunState
-log, defaults = RunLog(True, sys.argv[1]), read_settings('train.py')
-log.data_digest = 'd'
+folder, name, other = sys.argv[1:]
+defaults = read_settings('train.py')
 state = RunState(step=1, tokens=9, evaluated_step=1, evaluation=dict(loss=1.0))
-for _ in range(100):
+open(f'{folder}/{name}', 'w').close()
+while not os.path.exists(f'{folder}/{other}'):
+    pass
+for i in range(300):
+    os.makedirs(f'{folder}/of-{i}', exist_ok=True)
+    log = RunLog(True, f'{folder}/of-{i}/{name}')
+    log.data_digest = 'd'
     log.list_run(defaults | dict(seed=1), defaults, state)
 """
 
 
 def test_runs_that_end_at_once_each_have_a_whole_line(tmp_path):
-    command = [sys.executable, '-c', MANY]
-    both = [subprocess.Popen([*command, str(tmp_path / name)], cwd=ROOT) for name in ('a', 'b')]
+    command = [sys.executable, '-c', MANY, str(tmp_path)]
+    both = [subprocess.Popen([*command, *names], cwd=ROOT) for names in ('ab', 'ba')]
     assert [process.wait(120) for process in both] == [0, 0]
-    rows = runs_tsv(tmp_path)
-    assert len(rows) == 200 and all(row['settings'] == 'seed=1' for row in rows)
-    assert [row['folder'] for row in rows].count('a') == 100
+    for i in range(300):
+        rows = runs_tsv(tmp_path / f'of-{i}')
+        assert sorted((row['folder'], row['settings']) for row in rows) == [
+            ('a', 'seed=1'),
+            ('b', 'seed=1'),
+        ]
 
 
 def test_a_full_disk_under_runs_tsv_is_a_warning(tmp_path, capsys):
