@@ -88,7 +88,7 @@ if picture:
 
 # ---- the verdict
 notes = comparison.notes_on(groups, by, places[by], measure)
-if len(others) > 1:
+if len(others) > 1 and min(len(group.runs) for group in groups) > 1:
     notes.append(f'the {len(others)} intervals hold together in 95% of cases')
 for note in notes:
     print(f'note: {note}')
