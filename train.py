@@ -26,6 +26,7 @@ from fledge.formats import huggingface
 from fledge.log import RunLog
 from fledge.objectives import loss_and_numbers
 from fledge.plan import dry_run_report, plan_report, why_not_measured
+from fledge.threads import Threads
 from fledge.tokenizer import common_tokenizer, find_tokenizer
 from fledge.tokens import digest, find_data
 
@@ -145,6 +146,7 @@ objective = objectives.choose(objective, dpo_beta)
 
 # ---- where it runs
 machine = Machine(device, dtype, backend, parallel, ddp_timeout)
+threads = Threads()
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
 rows_per_process = machine.share(rows_per_step)
@@ -523,6 +525,8 @@ while True:
     state.progress = max(steps_share, spent)
     done = state.step >= max_iters or spent >= 1
     saver.tend(log.say)
+    if machine.type == 'cpu':
+        threads.adapt(log.say)
 
     # once in a while: evaluate, save, sample
     with clock.not_training():

@@ -15,6 +15,7 @@ import torch
 from encoder_decoder import beam_search, join
 from fledge import UserError, checkpoint, cpu, quantize
 from fledge.formats import huggingface
+from fledge.threads import Threads
 from fledge.tokenizer import TextStream
 from model import pad, penalize, sample_token
 
@@ -178,6 +179,7 @@ class Batch:
         self.held = [[] for _ in range(size)]  # the token ids that each row of the cache holds
         self.freed = [0] * size  # how many replies had left when the row was last freed
         self.n_left = 0
+        self.threads = Threads()
         self.cached = []  # replies; the row of each is its place here
         self.sliding = []  # replies that have no room in a row any more
         self.rows_in_use = None  # the KVCache of the rows of those in `cached`
@@ -226,6 +228,7 @@ class Batch:
     @torch.no_grad()
     def step(self):
         """Draw one more token for each reply; those that end leave."""
+        self.threads.adapt()
         for row in reversed(range(len(self.cached))):
             if len(self.held[row]) == self.length:
                 self.sliding.append(self.cached[row])
