@@ -73,18 +73,21 @@ def own_part(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon, its state and its update, but small matrices of one shape go together.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) whose updates are evened out as NorMuon's (Li et al. 2025).
 
-    So they take half the time. Several processes divide the matrices among them. dtype: in which
-    they are orthogonalized; torch's own always takes bfloat16, which is six times slower than
-    float32 on a CPU that does not multiply in it.
+    An orthogonalized matrix has rows of different lengths where it has more of them than columns,
+    and else columns. Each is divided by its mean length over the last steps (arXiv:2510.05491).
+    Small matrices of one shape go together, in half the time. Several processes divide the matrices
+    among them. dtype: in which they are orthogonalized; bfloat16 is six times slower than float32
+    on a CPU that does not multiply in it.
     """
 
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
+    MOMENTUM = 0.95  # of the gradients, and of the squares of lengths
 
-    def __init__(self, parameters, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
+    def __init__(self, parameters, lr, weight_decay, dtype):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -108,15 +111,35 @@ class Muon(torch.optim.Muon):
         momenta = [own_part(self.state[p]['momentum_buffer']) for p in parameters]
         gradients = [own_part(p.grad) for p in parameters]
         weights = [own_part(p) for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
-        nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), group['momentum'])
+        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+        nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), self.MOMENTUM)
         rows, columns = parameters[0].shape
         in_parts = is_sharded(parameters[0])
         directions = orthogonalize_together(nesterov, self.dtype, rows, in_parts)
-        directions = directions.to(weights[0].dtype)
+        directions = self.evened_out(directions.to(weights[0].dtype), parameters)
         torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_add_(weights, directions.unbind(), alpha=-group['lr'] * scale)
+
+    def evened_out(self, directions, parameters):
+        """directions (n, own rows, columns) with each row, or column, brought to one length."""
+        rows, columns = parameters[0].shape
+        squares = directions.square()
+        if rows >= columns:
+            squares = squares.sum(2, keepdim=True)
+        else:
+            squares = squares.sum(1, keepdim=True)
+            if is_sharded(parameters[0]):
+                dist.all_reduce(squares)
+        for p, new in zip(parameters, squares, strict=True):
+            if 'mean_squares' not in self.state[p]:
+                mean = torch.zeros_like(p[:, :1]) if rows >= columns else torch.zeros_like(new)
+                own_part(mean).copy_(new)
+                self.state[p]['mean_squares'] = mean
+        means = [own_part(self.state[p]['mean_squares']) for p in parameters]
+        torch._foreach_lerp_(means, squares.unbind(), 1 - self.MOMENTUM)
+        usual = min(rows, columns) / max(rows, columns)  # of an orthogonal matrix, in the mean
+        return directions * (usual / torch.stack(means).clamp(min=1e-10)).sqrt()
 
 
 def trained_by(start):
@@ -260,7 +283,9 @@ def _load_one(optimizer, state):
         own[i] = dict(entry)
         for name, tensor in entry.items():
             if torch.is_tensor(tensor) and tensor.dim():
-                if tensor.shape != parameters[i].shape:
+                p = parameters[i]
+                if tensor.shape not in (p.shape, (len(p), 1), (1, p.shape[-1])):
                     raise ValueError(f'the state of parameter {i} has another shape')
-                own[i][name] = sharded_as(tensor, parameters[i])
+                if len(tensor) == len(p):  # a row alone, each process has whole
+                    own[i][name] = sharded_as(tensor, p)
     optimizer.load_state_dict({'state': own, 'param_groups': groups})

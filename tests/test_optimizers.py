@@ -7,6 +7,7 @@ from fledge.optimizers import (
     SCHEDULES,
     Muon,
     learning_rate_at,
+    load_state_dict,
     make_optimizers,
     orthogonalize,
     set_learning_rate,
@@ -43,46 +44,48 @@ def test_muons_steps_equal_written_out_ones(together, monkeypatch):
     torch.manual_seed(0)
     shapes, lr, decay = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12)], 0.02, 0.1
     parameters = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-    expected, momenta = (
-        [p.detach().double() for p in parameters],
-        [torch.zeros(s).double() for s in shapes],
-    )
+    expected = [p.detach().double() for p in parameters]
+    momenta = [torch.zeros(s).double() for s in shapes]
+    means = [None for s in shapes]
     muon = Muon(parameters, lr, decay, torch.float32)
     for _ in range(3):
         for i, p in enumerate(parameters):
             p.grad = torch.randn(shapes[i])
             g = p.grad.double()
             momenta[i] = 0.95 * momenta[i] + 0.05 * g
-            update = (
-                written_out(0.05 * g + 0.95 * momenta[i])
-                * max(1, shapes[i][0] / shapes[i][1]) ** 0.5
-            )
+            update = written_out(0.05 * g + 0.95 * momenta[i])
+            rows, columns = shapes[i]
+            if rows >= columns:
+                lengths = (update**2).sum(dim=1, keepdim=True)
+            else:
+                lengths = (update**2).sum(dim=0, keepdim=True)
+            means[i] = lengths if means[i] is None else 0.95 * means[i] + 0.05 * lengths
+            update = update * (min(rows, columns) / max(rows, columns) / means[i]) ** 0.5
+            update = update * max(1, rows / columns) ** 0.5
             expected[i] = expected[i] * (1 - lr * decay) - lr * update
         muon.step()
         for p, e in zip(parameters, expected, strict=True):
             torch.testing.assert_close(p.detach().double(), e, atol=1e-5, rtol=0)
 
 
-def test_torchs_own_muon_reads_the_state_and_does_the_same():
+def test_a_state_of_torchs_muon_is_gone_on_with():
+    """Earlier checkpoints have it: momenta alone."""
     torch.manual_seed(0)
-    ours, theirs = (
-        [torch.nn.Parameter(p) for p in ps]
-        for ps in zip(*[(x, x.clone()) for x in torch.randn(3, 8, 12).unbind()], strict=True)
-    )
-    a, b = (
-        Muon(ours, 0.02, 0.1, torch.bfloat16),
-        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1),
-    )
-    for _ in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(8, 12)
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)  # both orthogonalize in bfloat16
-    b.load_state_dict(a.state_dict())
-    assert torch.equal(b.state[theirs[1]]['momentum_buffer'], a.state[ours[1]]['momentum_buffer'])
+    model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=8))
+    theirs = torch.optim.Muon([p for p in model.transformer.h.parameters() if p.dim() == 2])
+    ours = make_optimizers(model, 'muon', 0.01, 0.1, (0.9, 0.95))
+    x = torch.randint(10, (2, 8))
+    model(x, x)[1].backward()
+    theirs.step()
+    load_state_dict(ours, [ours[0].state_dict(), theirs.state_dict()])
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    momentum = theirs.state[weight]['momentum_buffer']
+    assert momentum.any() and torch.equal(ours[1].state[weight]['momentum_buffer'], momentum)
+    ours[1].step()
+    again = make_optimizers(model, 'muon', 0.01, 0.1, (0.9, 0.95))
+    load_state_dict(again, [o.state_dict() for o in ours])
+    for name in ('momentum_buffer', 'mean_squares'):
+        assert torch.equal(again[1].state[weight][name], ours[1].state[weight][name])
 
 
 def test_a_frozen_matrix_stays():
