@@ -2,6 +2,8 @@
 
 python bench.py config/dolma_75m.py --dropout=0 --only=train --compare=../nanoGPT
 python bench.py config/gpt2_124m.py --only=generate --compare=transformers --json
+python bench.py config/shakespeare_char_fast.py --only=loss --compare=../nanoGPT
+python bench.py --all --compare=../nanoGPT
 """
 
 import contextlib
@@ -14,14 +16,15 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import torch
 
 from encoder_decoder import make_model
-from fledge import UserError, checkpoint, cpu
+from fledge import UserError, benchmark, checkpoint, cpu, time_to_loss
 from fledge import quantize as quantization
-from fledge.configurator import configure, one_of, read_settings
+from fledge.configurator import configure, given, one_of, read_settings
 from fledge.device import (
     Machine,
     flops_per_token,
@@ -37,7 +40,8 @@ from fledge.tokens import find_data, split_files, write_bin
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 # -----------------------------------------------------------------------------
 # These settings, and all of train.py's. A step is one micro-batch and one update.
-only = 'all'  # train, generate, all
+only = 'all'  # train, generate, all (these two), loss (seconds to nanoGPT's val loss)
+all = False  # all of it in ten minutes, with the model's tests, as one table in Markdown
 compare = ''  # a nanoGPT checkout's folder (eager and compiled), or transformers (generation alone)
 rounds = 5  # runs of each contender, taken in turn
 seconds = 2.0  # the least that a run lasts
@@ -46,6 +50,7 @@ prompt_tokens = 16  # length of each prompt
 new_tokens = 128  # generated after each prompt, greedily
 long_prompt = 900  # the prompt whose first token is timed; at most block_size - 1
 quantize = 'none'  # the weights of fledge's generation: none, int8
+picture = 'time_to_loss.png'  # a PNG of what only=loss measures
 profile = False  # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False  # the last line of output is one JSON object
 config = configure(globals(), also=TRAIN)
@@ -146,37 +151,22 @@ def train_fledge():
 
 def nanogpt(path):
     """nanoGPT's own model.py, of a checkout."""
-    c = gpt_config()
-    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, c.bias)
-    try:
-        where = os.path.join(path, 'model.py')
-        spec = importlib.util.spec_from_file_location('nanogpt_model', where)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules['nanogpt_model'] = module
-        spec.loader.exec_module(module)
-        return module.GPT(module.GPTConfig(*sizes)).to(machine.device)
-    except (OSError, AttributeError, TypeError) as e:
-        raise UserError(f'compare={path} is no nanoGPT checkout ({e})') from None
+    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    sizes = {name: getattr(gpt_config(), name) for name in names}
+    return time_to_loss.load_nanogpt(path, sizes, machine.device)
 
 
 def train_nanogpt(path, compiled):
     """nanoGPT's step, as its train.py takes it: float32 on a CPU, autocast on a GPU, AdamW."""
     model = nanogpt(path)
-    betas = (s.beta1, s.beta2)
-    rate = 0.0  # any is as fast
-    opt = model.configure_optimizers(s.weight_decay, rate, betas, machine.type)
     network = torch.compile(model) if compiled else model
-    autocast = contextlib.nullcontext() if machine.type == 'cpu' else machine.autocast()
+    theirs = time_to_loss.nanogpts_machine(machine.device, s.dtype)
+    step = time_to_loss.nanogpts_step(model, network, theirs, config)
     shape = (2, s.batch_size, s.block_size)
     x, y = torch.randint(model.config.vocab_size, shape, device=machine.device)
 
     def take_step():
-        with autocast:
-            loss = network(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        step(x, y, learning_rate=0.0)  # any is as fast
 
     return model, lambda: clock(take_step, seconds), None, take_step
 
@@ -411,9 +401,46 @@ def bench_generation():
     )
 
 
-one_of(config, compile=('auto', True, False), only=('train', 'generate', 'all'))
+def bench_loss():
+    """Print and draw val losses over seconds, ours and nanoGPT's; returns entries of the JSON."""
+    find_data(s.dataset, s.vocab_size, make_default=True)
+    settings = {name: config[name] for name in read_settings(TRAIN)}
+    compiles = machine.type == 'cuda' and s.compile is not False  # as train.py does
+    theirs = (s.dataset, gpt_config().vocab_size, machine.device, s.dtype, compiles)
+    spawn = multiprocessing.get_context('spawn')
+    curves = {'fledge': [], 'nanoGPT': []}
+    for seed in range(s.seed, s.seed + rounds):
+        with ProcessPoolExecutor(1, spawn) as process:
+            run = process.submit(time_to_loss.nanogpts_curve, compare, *theirs, seed)
+            curves['nanoGPT'].append(run.result())
+        curves['fledge'].append(time_to_loss.our_curve(TRAIN, settings | dict(seed=seed)))
+    goals = [curve[-1][1] for curve in curves['nanoGPT']]  # its last losses, one of each seed
+    goal = statistics.median(goals)
+    print(f'\nval loss on {s.dataset}: seconds of training to that with which nanoGPT ends')
+    times, labels, result = {}, {}, dict(loss=goal, curves=curves)
+    for name, runs in curves.items():
+        times[name] = list(map(time_to_loss.seconds_to, goals, runs))
+        median = statistics.median(times[name])
+        is_reached = math.isfinite(median)
+        words = f'{median:.1f} s to {goal:.3f}' if is_reached else f'{goal:.3f} was not reached'
+        labels[name] = f'{name}: {words}'
+        end_seconds, end_loss = map(statistics.median, zip(*[run[-1] for run in runs], strict=True))
+        spread = f'({min(times[name]):.1f} to {max(times[name]):.1f})'
+        print(f'  {labels[name]} {spread}; {end_loss:.4f} at its end, after {end_seconds:.1f} s')
+        result[f'{name.lower()}_seconds'] = median if is_reached else None
+    both = zip(times['nanoGPT'], times['fledge'], strict=True)
+    ratios = [theirs / ours for theirs, ours in both]
+    ratio = statistics.median(ratios)
+    print(f'  fledge is faster by {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})')
+    title = f'Val loss on {s.dataset}, and seconds to that with which nanoGPT ends\n'
+    title += f'{machine.hardware()}, {torch.get_num_threads()} threads, {time.strftime("%Y-%m-%d")}'
+    time_to_loss.draw(curves, goal, labels, title, picture)
+    return result | dict(ratio=ratio, ratio_range=[min(ratios), max(ratios)])
+
+
+one_of(config, compile=('auto', True, False), only=('train', 'generate', 'loss', 'all'))
 one_of(config, quantize=('none', 'int8'))
-if only != 'train' and prompt_tokens + new_tokens > s.block_size:
+if only in ('generate', 'all') and prompt_tokens + new_tokens > s.block_size:
     raise UserError(
         f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than '
         f'block_size={s.block_size}'
@@ -427,6 +454,8 @@ elif compare and not os.path.exists(os.path.join(compare, 'model.py')):
     raise UserError(
         f"compare={compare} is neither transformers nor a folder with nanoGPT's model.py"
     )
+if only == 'loss' and compare in ('', 'transformers'):
+    raise UserError('only=loss is beside nanoGPT: name a checkout of it, --compare=../nanoGPT')
 machine = Machine(s.device, s.dtype)
 
 if __name__ == '__main__':
@@ -435,17 +464,26 @@ if __name__ == '__main__':
     parameters = model.get_num_params(non_embedding=False)
     result = dict(device=machine.device, dtype=str(machine.dtype)[6:], parameters=parameters)
     result |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
-    if only != 'generate':
-        result |= bench_training()
-    if only != 'train':
-        result |= bench_generation()
-    result.setdefault('matmul_peak', peak_flops(machine.device, machine.dtype))
-    if 'memory_bandwidth' not in result:
-        result['memory_bandwidth'] = read_bandwidth(machine.device)
-    print(
-        f'\n{machine.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: '
-        f'{result["dtype"]} matmul peak {result["matmul_peak"] / 1e9:,.0f} GFLOP/s, '
-        f'memory read {result["memory_bandwidth"] / 1e9:.1f} GB/s'
-    )
+    result |= dict(hardware=machine.hardware(), cpu=cpu.kind())
+    if all:
+        own = given - {'all', 'compare', 'json'}
+        flags = [f'--{name}={config[name]}' for name in sorted(own)]
+        result = benchmark.run_all(machine, compare, flags)
+    else:
+        if only in ('train', 'all'):
+            result |= bench_training()
+        if only in ('generate', 'all'):
+            result |= bench_generation()
+        if only == 'loss':
+            result |= bench_loss()
+        result.setdefault('matmul_peak', peak_flops(machine.device, machine.dtype))
+        if 'memory_bandwidth' not in result:
+            result['memory_bandwidth'] = read_bandwidth(machine.device)
+        print(
+            f'\n{machine.device}: {result["hardware"]}, {result["threads"]} threads, '
+            f'torch {torch.__version__}; '
+            f'{result["dtype"]} matmul peak {result["matmul_peak"] / 1e9:,.0f} GFLOP/s, '
+            f'memory read {result["memory_bandwidth"] / 1e9:.1f} GB/s'
+        )
     if json:
         print(json_.dumps(result))

@@ -1,7 +1,11 @@
-"""The model's tests: run them after you hack the model. python -m pytest test_model.py"""
+"""The model's tests: run them after you hack the model. python -m pytest test_model.py
+
+With FLEDGE_TEST_DEVICE=cuda in the environment they run on a GPU.
+"""
 
 import copy
 import math
+import os
 import pickle
 
 import pytest
@@ -53,9 +57,13 @@ FAMILIES = {
     ),
 }
 every_family = pytest.mark.parametrize('switches', FAMILIES.values(), ids=FAMILIES.keys())
+DEVICE = torch.device(os.environ.get('FLEDGE_TEST_DEVICE', 'cpu'))
+if 'FLEDGE_TEST_DEVICE' in os.environ:
+    torch.set_default_device(DEVICE)
+WAYS = ['plain', 'sped up', 'packed'] if DEVICE.type == 'cpu' else ['plain']
 
 
-@pytest.fixture(params=['plain', 'sped up', 'packed'])
+@pytest.fixture(params=WAYS)
 def ready(request):
     """What is done to a model before it is used: nothing, as on a GPU, or what speeds up a CPU."""
     if request.param == 'plain':
@@ -63,7 +71,7 @@ def ready(request):
     return lambda model: cpu.speed_up(model, packed=request.param == 'packed')
 
 
-@pytest.fixture(params=['plain', 'sped up'])
+@pytest.fixture(params=WAYS[:2])
 def trainable(request):
     return cpu.speed_up if request.param == 'sped up' else lambda model: model
 
@@ -80,7 +88,7 @@ def tiny(switches=QWEN3, **more):
 
 
 def tokens(*shape):
-    return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(50, shape, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
 def all_logits(model, idx):
@@ -318,7 +326,7 @@ def draws(logits, seen=(), **settings):
     mask[:, list(seen)] = True
     options = dict(temperature=1.0) | settings
     rows = penalize(rows, mask, options.pop('repetition_penalty', 1.0))
-    random = torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(0))
+    random = torch.rand(len(rows), 1, generator=torch.Generator(DEVICE).manual_seed(0))
     return set(sample_token(rows, random, **options).tolist())
 
 
@@ -383,7 +391,7 @@ def test_bfloat16_weights_generate_and_autocast_agrees_with_float32(ready):
     idx = tokens(2, 24)
     exact = tiny()(idx, idx)[1]
     model = ready(tiny())
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         for return_logits in (True, False):
             loss = model(idx, idx, return_logits)[1]
             torch.testing.assert_close(loss, exact, atol=0.05, rtol=0.01)

@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import inspect
 import math
+import platform
+import subprocess
 import sys
 
 import torch
@@ -122,6 +124,25 @@ def has_bfloat16():
     """Whether this CPU multiplies in bfloat16."""
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has_avx512() and supported
+
+
+def kind():
+    """What this CPU multiplies by: AMX, AVX512-BF16, AVX512, AVX2, or torch's own name for it."""
+    if has_bfloat16():
+        return 'AMX' if torch.cpu._is_amx_tile_supported() else 'AVX512-BF16'
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def model_name():
+    """What its maker calls this CPU, '' where that cannot be told."""
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as f:
+        for line in f:
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    if sys.platform == 'darwin':
+        command = ['sysctl', '-n', 'machdep.cpu.brand_string']
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return platform.processor()
 
 
 def has_vnni():

@@ -320,6 +320,12 @@ class Machine:
             time.sleep(2)
         os._exit(0)
 
+    def hardware(self):
+        """The name of the GPU; else the CPU's, and the kind that torch takes it for."""
+        if self.type == 'cuda':
+            return torch.cuda.get_device_name(self.device)
+        return f'{cpu.model_name() or "CPU"} ({cpu.kind()})'
+
     def peak_memory(self):
         """Bytes held at most: of the GPU, or of this process where it can be told, else 0."""
         if self.type == 'cuda':
