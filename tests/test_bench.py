@@ -172,8 +172,10 @@ LOSS += ['--batch_size=8', '--n_embd=32', '--max_minutes=0']
 
 @pytest.mark.slow
 def test_seconds_to_nanogpts_loss(checkout):
-    write_tiny(checkout / 'data' / 'tiny', n_train=60_000)
-    learned = ['--max_iters=400', '--learning_rate=0.01']
+    write_tiny(checkout / 'data' / 'tiny', n_train=60_000, n_val=3000)
+    slow = NANOGPT.replace('self.head(x)', 'self.head(x) / 10')
+    (checkout / 'theirs' / 'model.py').write_text(slow)
+    learned = ['--max_iters=200', '--learning_rate=0.01']
     out = run(checkout, 'bench.py', *LOSS, *learned, '--rounds=2', '--picture=both.png')
     r = result(out)
     for runs in r['curves'].values():
@@ -183,7 +185,7 @@ def test_seconds_to_nanogpts_loss(checkout):
             assert abs(losses[0] - math.log(64)) < 0.6
     first, second = (curve[-1][1] for curve in r['curves']['nanoGPT'])
     assert first != second  # of another seed
-    assert abs(first - math.log(3)) < 0.1  # the least there is: three tokens may follow each
+    assert math.log(3) < first < 2  # three tokens may follow each
     assert r['loss'] == (first + second) / 2
     ours = ['--seed=1338', f'--out_dir={checkout}/out', '--eval_iters=0', '--sample_interval=0']
     known = read_settings(os.path.join(ROOT, 'train.py'))
@@ -219,8 +221,7 @@ def test_seconds_of_training_are_those_of_its_steps(tmp_path):
 
 @pytest.mark.slow
 def test_all_of_it_as_one_table(checkout):
-    sizes = [flag for flag in SIZE if not flag.startswith(('--n_kv_head', '--head_dim'))]  # GPT-2's
-    flags = ['--all', '--compare=theirs', *sizes, '--rounds=1']
+    flags = ['--all', '--compare=theirs', *SIZE, '--n_kv_head=2', '--rounds=1', '--seconds=0.05']
     env = dict(PYTEST_ADDOPTS='-n 0 -k initial_loss')
     out = run(checkout, 'bench.py', *flags, env=env)
     parts, lines = result(out)['parts'], out.splitlines()
