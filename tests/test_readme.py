@@ -117,7 +117,7 @@ def test_readmes_commands_run(tmp_path):
                 words += ['--target_epochs=0']
         if 'bench.py' in words:
             words += SMALL.split() + [
-                '--vocab_size=64',
+                '--vocab_size=65',
                 '--rounds=1',
                 '--seconds=0.1',
                 '--new_tokens=3',
