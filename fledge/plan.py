@@ -135,9 +135,11 @@ def memory(model, settings, n_gpus=1, parallel=''):
     weights = gradients = 4 * n_params  # float32
     state = 0
     for optimizer in optimizers.make_optimizers(model, settings['optimizer'], 0.0, 0.0, (0.9, 0.9)):
-        n_moments = 1 if isinstance(optimizer, optimizers.Muon) else 2
-        held = [p.numel() for group in optimizer.param_groups for p in group['params']]
-        state += 4 * n_moments * sum(held)
+        held = [p for group in optimizer.param_groups for p in group['params']]
+        if isinstance(optimizer, optimizers.Muon):  # a momentum, and a mean of each row or column
+            state += 4 * sum(p.numel() + max(p.shape) for p in held)
+        else:
+            state += 4 * 2 * sum(p.numel() for p in held)
     # autocast makes 16-bit copies of the matrices, which the backward pass needs as well
     copies = 2 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
     if parallel == 'FSDP':

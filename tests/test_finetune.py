@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -247,7 +248,8 @@ def test_a_run_that_was_killed_and_then_stopped_equals_one_in_one_go(elsewhere, 
     assert checkpoint.load(str(parts / 'ckpt.pt'))['iter_num'] == 3
     resume = ['--init_from=resume', f'--out_dir={name}-parts']
     out = run(room, 'train.py', 'stop.py', *resume)
-    assert 'resuming at step 3' in out and 'stopped at step 5' in out
+    assert 'resuming at step 3' in out
+    assert re.search('stopped at step [45]', out)  # 4 where the step was not done in a moment
     assert 'done at step 6' in run(room, 'train.py', *resume)
     assert_same_run(whole, parts)
 
