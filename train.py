@@ -63,8 +63,8 @@ tensorboard = False  # log to out_dir/tensorboard
 # data
 dataset = 'stdlib'  # a folder under data/
 gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
-batch_size = 4  # rows in a micro-batch; small ones: many small steps learn more in five minutes
-block_size = 512  # tokens in a row; a new model's context
+batch_size = 8  # rows in a micro-batch; small ones: many small steps learn more in five minutes
+block_size = 256  # tokens in a row; a new model's context
 # model; the default is Qwen3's block, which every runtime loads
 n_layer = 4  # depth
 n_encoder_layer = 0  # depth of an encoder, which reads a source: encoder_decoder.py
@@ -345,10 +345,10 @@ def time_share():
 
 
 def evaluation_is_due(spent):
-    """Every eval_interval steps; every tenth of max_minutes (spent: of 1) where that is sooner."""
+    """Every eval_interval steps; every fifth of max_minutes (spent: of 1) where that is sooner."""
     time_is_ahead = state.progress == spent  # of the share of the steps that are done
-    if state.step and time_is_ahead and 0.1 * state.step / spent < eval_interval:
-        return spent - state.evaluated_at >= 0.1
+    if state.step and time_is_ahead and 0.2 * state.step / spent < eval_interval:
+        return spent - state.evaluated_at >= 0.2
     return state.step % eval_interval == 0
 
 

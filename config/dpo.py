@@ -10,6 +10,7 @@ dpo_beta = 0.1
 target_epochs = 1
 max_minutes = 0.0
 batch_size = 4  # rows, each of several whole pairs
+block_size = 512  # the longest pair
 optimizer = 'adamw'
 learning_rate = 1e-5  # with more, or for longer, answers shrink to nothing; adapters want 1e-4
 weight_decay = 0.0

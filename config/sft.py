@@ -7,6 +7,7 @@ dataset = 'stdlib_chat'
 target_epochs = 3
 max_minutes = 0.0
 batch_size = 4  # rows, each of several whole conversations
+block_size = 512  # the longest conversation; with RoPE it may be more than the model had
 weight_decay = 0.0
 eval_interval = 200
 sample_ask = 'What does os.path.join do?'
