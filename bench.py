@@ -54,6 +54,8 @@ picture = 'time_to_loss.png'  # a PNG of what only=loss measures
 profile = False  # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False  # the last line of output is one JSON object
 config = configure(globals(), also=TRAIN)
+if globals()['settle']:
+    config |= globals()['settle'](config, given)[0]
 s = SimpleNamespace(**config)  # the same; train.py's go by this name
 # -----------------------------------------------------------------------------
 PARTS = ['data', 'forward', 'head and loss', 'backward', 'optimizer']

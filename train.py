@@ -120,10 +120,11 @@ compile = 'auto'  # auto, True, False: torch.compile; auto is on for CUDA alone
 backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
 parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of every parameter
 ddp_timeout = 600.0  # seconds that processes wait for one another, before they end with one line
+settle = None  # a config file's settle(settings, given, machine) chooses settings: config/depth.py
 config = configure(globals())
 defaults = read_settings(__file__)
 if seeds > 1:
-    raise SystemExit(run.each_seed(config, given))
+    raise SystemExit(run.each_seed(config, given, settle))
 if auto_resume and saving.files(out_dir):
     init_from = 'resume'
 resuming = init_from == 'resume'
@@ -146,6 +147,11 @@ objective = objectives.choose(objective, dpo_beta)
 
 # ---- where it runs
 machine = Machine(device, dtype, backend, parallel, ddp_timeout)
+reasons, settling = [], time.monotonic()
+if settle and not resuming:  # some settings follow from others, or from how fast this machine is
+    chosen, reasons = settle(config, given, machine)
+    config |= chosen
+    globals().update(chosen)
 threads = Threads()
 scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
 rows_per_step = gradient_accumulation_steps * batch_size  # over all processes
@@ -216,6 +222,8 @@ if resuming:
     state.meet_changes(start, changed, config, data_digest)
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
+if reasons:  # max_minutes has begun before the measuring
+    state.elapsed = time.monotonic() - settling
 references = start.get('reference') if resuming else None
 saved_optimizer = start.get('optimizer') if resuming else None
 del start
@@ -229,6 +237,10 @@ if last_token:
 log.open(config, state, resuming, data_digest)
 if tokenizer and log.out_dir and not resuming:
     tokenizer.save(log.path('tokenizer.json'))
+for reason in reasons:
+    log.say(reason)
+if dry_run and reasons:
+    raise SystemExit
 log.say('settings: ' + ' '.join(f'{k}={v!r}' for k, v in config.items()))
 if why:
     log.say(f'optimizer={optimizer}: {why}')

@@ -301,6 +301,13 @@ class Machine:
             dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
+    def synchronize(self):
+        """Wait until the device has done what it was given."""
+        if self.type == 'cuda':
+            torch.cuda.synchronize()
+        elif self.type == 'mps':
+            torch.mps.synchronize()
+
     def wait_for_all(self):
         if self.world_size > 1:
             dist.barrier(self.cpu_group)

@@ -222,11 +222,12 @@ def why_not_measured(settings, machine):
 
 
 def memory_of(machine):
-    """Bytes of memory of the GPU, or of the computer where it can be told, else infinity."""
+    """Bytes of memory of the GPU, or of the computer for each of its processes, else infinity."""
     if machine.type == 'cuda':
         return torch.cuda.get_device_properties(machine.device).total_memory
     try:
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        all_here = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        return all_here // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     except (AttributeError, ValueError):  # Windows has no sysconf
         return math.inf
 
@@ -236,8 +237,7 @@ def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts
     for step in (0, 1):  # the first one warms up
         began = time.perf_counter()
         train_step(step, 0.0)
-        if machine.type == 'cuda':
-            torch.cuda.synchronize()
+        machine.synchronize()
     seconds = time.perf_counter() - began
     tokens = max_iters * tokens_per_step
     n_params = model.get_num_params(non_embedding=False)

@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
-from fledge import UserError, optimizers, read_json, saving
+from fledge import UserError, depth, optimizers, read_json, saving
 from fledge.configurator import one_of
 from fledge.log import ASIDE, speak
 from model import GPTConfig
@@ -244,12 +244,13 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def each_seed(settings, given):
+def each_seed(settings, given, settle=None):
     """Run this command once for each of its seeds, one after another, each in out_dir/seed_N.
 
     The same command again goes on where it was. A signal reaches the run that is going, and the
-    rest is not begun. given: names of the settings that the user gave. Returns the exit code.
-    UserError where a run is there with other settings, and for what is no run in one process.
+    rest is not begun. given: names of the settings that the user gave. What a config file's settle
+    chooses for the first seed holds for all. Returns the exit code. UserError where a run is there
+    with other settings, and for what is no run in one process.
     """
     folders = {}
     for seed in range(settings['seed'], settings['seed'] + settings['seeds']):
@@ -268,6 +269,9 @@ def each_seed(settings, given):
             signal.signal(number, hear)
     for seed, folder in folders.items():
         own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
+        if settle and seed != settings['seed']:
+            first = read_json(os.path.join(folders[settings['seed']], 'settings.json'))
+            own += [f'--{name}={first[name]}' for name in depth.CHOSEN]
         child = subprocess.Popen([sys.executable, *sys.argv, *own])
         if signals:  # which came before there was a process to send it to
             hear(signals[-1], None)

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, fails, metrics, run, shared
 from hub import Hub, parquet_bytes
 
-# tested below, by README's own commands, and in test_sequence_to_sequence.py
+# tested below, by README's own commands, in test_sequence_to_sequence.py and test_depth.py
 ELSEWHERE = ['sft.py', 'dpo.py', 'sentiment.py', 'qlora_distilgpt2.py']
-ELSEWHERE += ['copy_task.py', 'translate.py']
+ELSEWHERE += ['copy_task.py', 'translate.py', 'depth.py']
 CONFIGS = {name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py')}
 CONFIGS = sorted(CONFIGS - set(ELSEWHERE))
 # a small model and a single step; tokenizer and vocabulary are the config's own
