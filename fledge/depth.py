@@ -18,11 +18,11 @@ from fledge.tokens import Tokens, find_data
 
 DEPTHS = [1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32]  # of which a time gets the best
 HEAD_DIM = 64
-WIDTH_PER_LAYER = 48  # before it is rounded to whole heads
+WIDTH_PER_LAYER = 32  # before it is rounded to whole heads
 HEADS_PER_KEY = 3  # at least so many query heads share a head for keys and values
 TOKENS_PER_PARAMETER = 20  # without a time; Hoffmann et al. 2022, arXiv:2203.15556
 # the default run, whose settings were tuned: the rules go through this point
-TUNED = SimpleNamespace(n_embd=192, tokens=3.5e6, tokens_per_step=2048, weight_decay=0.1)
+TUNED = SimpleNamespace(n_embd=128, tokens=6e6, tokens_per_step=2048, weight_decay=0.1)
 BATCH_EXPONENT = 0.383  # of the tokens; Bergsma et al. 2025, arXiv:2505.13738
 RATE_BY_BATCH, RATE_BY_WIDTH = 0.5, -0.5  # exponents; the usual ones, Muon's or AdamW's
 MOST_RATE = 2.0  # times what optimizers.RATES has for new weights
@@ -36,7 +36,8 @@ FITTED_ON = 'web text'
 # so many times as many new ones besides; Muennighoff et al. 2023, arXiv:2305.16264
 REPEATS_ARE_WORTH = 15.4
 TRAINING = 0.9  # share of the time that steps have; evaluations and checkpoints take the rest
-MEASURED_SECONDS, MEASURED_ROWS = 0.5, 64  # a step of so long, or so many rows, tells the speed
+MEASURED_SECONDS, MEASURED_ROWS = 1.0, 64  # so long, or with so many rows, a speed is measured
+MOST_ROWS = 10**5  # at once, however much memory there is
 MEMORY = 0.5  # share of the memory that training may take
 LEAST_STEPS = 50  # fewer than that teach nothing
 SPARE_STEPS = 1.5  # times those that the time allows: it is the time that ends the run
@@ -124,11 +125,13 @@ def shape_of(settings, given, depth):
 def rows_that_fit(settings, machine):
     """How many rows the memory holds at once beside the model."""
     if machine is None:
-        return 10**5
+        return MOST_ROWS
     one_row = settings | dict(batch_size=1, gradient_accumulation_steps=1)
     parts = plan.memory(plan.shape_of_model(settings), one_row)
     row = parts.pop('activations') * (2 if machine.dtype == torch.float32 else 1)
-    return max(0, int((MEMORY * plan.memory_of(machine) - sum(parts.values())) / row))
+    missing = sum(parts.values()) - MEMORY * plan.memory_of(machine)
+    fewest = -machine.largest([missing / row])[0]  # of all processes
+    return int(min(max(0, fewest), MOST_ROWS))
 
 
 def measure(settings, most_rows, machine):
@@ -146,7 +149,7 @@ def measure(settings, most_rows, machine):
     def seconds_of_step(n_rows):
         ids = torch.randint(s['vocab_size'], (n_rows, s['block_size']), device=machine.device)
         times = []
-        for _ in range(4):  # the first one warms up
+        while len(times) < 4 and sum(times) < MEASURED_SECONDS:  # the first one warms up
             model.zero_grad(set_to_none=True)
             machine.synchronize()
             began = time.perf_counter()
@@ -156,13 +159,13 @@ def measure(settings, most_rows, machine):
             for opt in opts:
                 opt.step()
             machine.synchronize()
-            times.append(time.perf_counter() - began)
-        return machine.largest([min(times[1:])])[0]
+            times += machine.largest([time.perf_counter() - began])
+        return min(times)
 
     one = seconds_of_step(1)
-    if most_rows == 1:
+    if most_rows == 1 or one > MEASURED_SECONDS:
         return 0.0, one
-    n_rows = min(most_rows, max(2, int(MEASURED_SECONDS / one)), MEASURED_ROWS)
+    n_rows = min(most_rows, max(2, int(MEASURED_SECONDS / 4 / one)), MEASURED_ROWS)
     row = max(seconds_of_step(n_rows) - one, 0.01 * one) / (n_rows - 1)
     return max(0.0, one - row), row
 

@@ -47,7 +47,7 @@ def test_four_layers_have_the_default_runs_shape():
 def test_a_run_of_the_tuned_tokens_is_the_tuned_run():
     s = follow(4, target_tokens=int(depth.TUNED.tokens))
     assert tokens_per_step(s) == 2048
-    assert s['learning_rate'] == 1e-2 and s['weight_decay'] == pytest.approx(0.1, rel=0.01)
+    assert s['learning_rate'] == 1.5e-2 and s['weight_decay'] == pytest.approx(0.1, rel=0.01)
     assert s['warmup_iters'] == 20
 
 
@@ -62,7 +62,7 @@ def test_width_tokens_and_batch_grow_with_depth():
     for s in runs:
         assert s['n_embd'] == 64 * s['n_head'] and s['n_head'] % s['n_kv_head'] == 0
         assert s['n_head'] >= 3 * s['n_kv_head'] or s['n_kv_head'] == 1
-        assert s['learning_rate'] <= 2e-2 and s['max_minutes'] == 0
+        assert s['learning_rate'] <= 3e-2 and s['max_minutes'] == 0
 
 
 def test_the_batch_grows_with_the_tokens_to_the_0_383():
@@ -73,17 +73,17 @@ def test_the_batch_grows_with_the_tokens_to_the_0_383():
 
 def test_what_is_given_holds_and_the_rest_follows():
     assert follow(8, n_embd=512)['n_head'] == 8 and follow(8, n_embd=512)['n_kv_head'] == 2
-    assert follow(8, head_dim=32)['n_head'] == 12 and follow(8, n_head=4)['n_kv_head'] == 1
+    assert follow(8, head_dim=32)['n_head'] == 8 and follow(8, n_head=4)['n_kv_head'] == 1
     whole = tokens_per_step(follow(8))
     for given in (dict(batch_size=3), dict(gradient_accumulation_steps=4), dict(block_size=1024)):
         assert tokens_per_step(follow(8, **given)) == pytest.approx(whole, rel=0.15)
     assert follow(8, batch_size=3)['gradient_accumulation_steps'] > 1
     s = follow(8, max_iters=100)
     assert tokens_per_step(s) == pytest.approx(
-        2048 * (100 * tokens_per_step(s) / 3.5e6) ** 0.383, abs=256
+        2048 * (100 * tokens_per_step(s) / depth.TUNED.tokens) ** 0.383, abs=256
     )
     assert follow(8, learning_rate=1e-3)['weight_decay'] > follow(8)['weight_decay']
-    assert follow(1, max_iters=10**6)['learning_rate'] == 2e-2
+    assert follow(1, max_iters=10**6)['learning_rate'] == 3e-2
     assert follow(8, optimizer='adamw')['learning_rate'] <= 2e-3
 
 
