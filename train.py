@@ -32,7 +32,7 @@ from fledge.tokens import digest, find_data
 
 # -----------------------------------------------------------------------------
 # The settings; fledge/configurator.py has the bounds of numbers. As they stand they are the default
-# run: 2.4M parameters of Qwen3's architecture on Python's own standard library, at most five
+# run: 1.3M parameters of Qwen3's architecture on Python's own standard library, at most five
 # minutes on two CPU cores.
 # where the run lives
 out_dir = 'out'  # checkpoints, metrics.jsonl, train.log, settings.json, samples, loss.png
@@ -68,10 +68,10 @@ block_size = 256  # tokens in a row; a new model's context
 # model; the default is Qwen3's block, which every runtime loads
 n_layer = 4  # depth
 n_encoder_layer = 0  # depth of an encoder, which reads a source: encoder_decoder.py
-n_head = 3  # query heads
+n_head = 2  # query heads
 n_kv_head = 1  # key and value heads, shared by the query heads; 0: n_head
 head_dim = 64  # 0: n_embd / n_head
-n_embd = 192  # width
+n_embd = 128  # width
 n_inner = 0  # width of the MLP; 0: 4 n_embd, or 8/3 n_embd where the activation is gated
 vocab_size = 0  # 0: the dataset's
 dropout = 0.0  # share of activations dropped in training
@@ -97,7 +97,7 @@ objective = 'next_token'  # next_token, dpo, or a config file's objective(model,
 dpo_beta = 0.1  # dpo: how dear it is to depart from the model that it began with
 # optimizer
 optimizer = 'auto'  # muon (the blocks' matrices; AdamW for the rest), adamw; auto: what suits
-learning_rate = 'auto'  # highest; auto: by optimizers.RATES, 1e-2 for muon on new weights
+learning_rate = 'auto'  # highest; auto: by optimizers.RATES, 1.5e-2 for muon on new weights
 max_iters = 4000  # steps
 target_tokens = 0  # instead of max_iters: as many steps as see this many tokens
 target_epochs = 0.0  # instead of max_iters: as many steps as see the data so often

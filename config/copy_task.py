@@ -11,6 +11,7 @@ dataset = 'copy_task'
 block_size = 32
 batch_size = 16  # rows, each of two or three sequences
 max_iters = 800
+learning_rate = 1e-2
 max_minutes = 0.0
 
 n_encoder_layer = 2

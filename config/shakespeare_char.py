@@ -5,6 +5,7 @@ dataset = 'shakespeare_char'
 block_size = 256
 batch_size = 64
 max_iters = 5000
+learning_rate = 1e-2
 n_layer = 6
 n_head = 6
 n_kv_head = 6

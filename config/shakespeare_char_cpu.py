@@ -5,6 +5,7 @@ dataset = 'shakespeare_char'
 block_size = 64
 batch_size = 12
 max_iters = 2000
+learning_rate = 1e-2
 n_layer = 4
 n_head = 4
 n_kv_head = 4

@@ -20,6 +20,7 @@ n_embd = 256
 dropout = 0.1
 
 warmup_iters = 100
+learning_rate = 1e-2
 eval_interval = 500
 eval_iters = 50
 always_save_checkpoint = False  # small data is soon known by heart: keep the best

@@ -42,7 +42,7 @@ def parts_of(machine, nanogpt):
         "time to nanoGPT's val loss": [shakespeare, '--only=loss', compare, '--rounds=1'],
         'generation, 124M, one text': [gpt2, *texts],
         'generation, 124M, 16 texts': [gpt2, *texts, '--streams=16'],
-        'generation, 2.4M, one text': texts,
+        'generation, default, one text': texts,
         'generation, 124M, one text, 8-bit weights': [gpt2, *generate, '--quantize=int8'],
     }
 

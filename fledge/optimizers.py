@@ -12,7 +12,7 @@ from fledge.device import is_sharded, sharded_as
 
 # The learning rate where none is given, by optimizer and by what learns.
 RATES = {
-    ('muon', 'new weights'): 1e-2,
+    ('muon', 'new weights'): 1.5e-2,
     ('muon', 'weights'): 2e-3,
     ('muon', 'adapters'): 1e-3,
     ('adamw', 'new weights'): 1e-3,
