@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 
 from encoder_decoder import make_model
-from fledge import UserError, benchmark, checkpoint, cpu, time_to_loss
+from fledge import UserError, benchmark, checkpoint, cpu, depth, time_to_loss
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of, read_settings
 from fledge.device import (
@@ -54,8 +54,8 @@ picture = 'time_to_loss.png'  # a PNG of what only=loss measures
 profile = False  # write bench_train.json and bench_generate.json, which ui.perfetto.dev opens
 json = False  # the last line of output is one JSON object
 config = configure(globals(), also=TRAIN)
-if globals()['settle']:
-    config |= globals()['settle'](config, given)[0]
+if config['one_dial']:  # of what follows from a depth, its shape is measured
+    config = depth.shape_of(config, given, config['n_layer']) | dict(one_dial=False)
 s = SimpleNamespace(**config)  # the same; train.py's go by this name
 # -----------------------------------------------------------------------------
 PARTS = ['data', 'forward', 'head and loss', 'backward', 'optimizer']

@@ -17,7 +17,17 @@ import numpy as np
 import torch
 
 from encoder_decoder import make_model
-from fledge import UserError, adapters, checkpoint, objectives, optimizers, quantize, run, saving
+from fledge import (
+    UserError,
+    adapters,
+    checkpoint,
+    depth,
+    objectives,
+    optimizers,
+    quantize,
+    run,
+    saving,
+)
 from fledge.configurator import configure, given, read_settings
 from fledge.device import Machine, flops_per_token, peak_flops, sharded_as
 from fledge.documents import open_split
@@ -66,6 +76,7 @@ gradient_accumulation_steps = 1  # micro-batches in a step, over all processes
 batch_size = 8  # rows in a micro-batch; small ones: many small steps learn more in five minutes
 block_size = 256  # tokens in a row; a new model's context
 # model; the default is Qwen3's block, which every runtime loads
+one_dial = False  # all follows from n_layer, or from max_minutes: config/depth.py
 n_layer = 4  # depth
 n_encoder_layer = 0  # depth of an encoder, which reads a source: encoder_decoder.py
 n_head = 2  # query heads
@@ -120,11 +131,10 @@ compile = 'auto'  # auto, True, False: torch.compile; auto is on for CUDA alone
 backend = 'auto'  # of torchrun's processes: auto, nccl, gloo
 parallel = 'ddp'  # ddp: each process has the whole model; fsdp: a part of every parameter
 ddp_timeout = 600.0  # seconds that processes wait for one another, before they end with one line
-settle = None  # a config file's settle(settings, given, machine) chooses settings: config/depth.py
 config = configure(globals())
 defaults = read_settings(__file__)
 if seeds > 1:
-    raise SystemExit(run.each_seed(config, given, settle))
+    raise SystemExit(run.each_seed(config, given))
 if auto_resume and saving.files(out_dir):
     init_from = 'resume'
 resuming = init_from == 'resume'
@@ -134,6 +144,7 @@ if resuming:  # the run's own settings hold, but for those given now
     start = huggingface.with_base(start, source)
     asked_for = config['init_from']
     config = configure(globals(), saved=run.settings_of(start))
+    config['one_dial'] = False  # what followed from it is the run's own
     changed = run.changes_since(start, config)
     run.check_resume(source, start, changed, config)
     config['init_from'] = start['config'].get('init_from', 'scratch')  # how the run began
@@ -147,9 +158,9 @@ objective = objectives.choose(objective, dpo_beta)
 
 # ---- where it runs
 machine = Machine(device, dtype, backend, parallel, ddp_timeout)
-reasons, settling = [], time.monotonic()
-if settle and not resuming:  # some settings follow from others, or from how fast this machine is
-    chosen, reasons = settle(config, given, machine)
+reasons = []
+if one_dial and not resuming:
+    chosen, reasons = depth.settle(config, given, machine)
     config |= chosen
     globals().update(chosen)
 threads = Threads()
@@ -222,8 +233,6 @@ if resuming:
     state.meet_changes(start, changed, config, data_digest)
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
-if reasons:  # max_minutes has begun before the measuring
-    state.elapsed = time.monotonic() - settling
 references = start.get('reference') if resuming else None
 saved_optimizer = start.get('optimizer') if resuming else None
 del start

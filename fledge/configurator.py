@@ -19,8 +19,7 @@ from contextlib import suppress
 
 from fledge import UserError, read_json
 
-# names of functions that a config file may define; settings of these names may be a text as well
-HOOKS = ['objective', 'settle']
+HOOKS = ['objective']  # settings that may be a function, which a config file defines by that name
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
@@ -99,7 +98,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     # kept for a second call, which finds the settings overridden already
     defaults = settings.setdefault('_defaults', plain)
     values, functions = {}, {}  # that argv gives
-    hooks = [name for name in HOOKS if name in settings]
+    hooks = [name for name in HOOKS if name in defaults]
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments:
         arg = arguments.pop(0)
@@ -122,9 +121,7 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
         elif arg.endswith('.py'):
             for name, value in run_config(arg, defaults | values).items():
                 if name in hooks and callable(value):
-                    functions[name] = value
-                    if name in defaults:
-                        values[name] = arg
+                    values[name], functions[name] = arg, value
                 elif name in defaults:
                     values[name] = check(name, value, defaults[name], f'{arg}: ')
                 elif name.startswith('_') or isinstance(value, (type, types.ModuleType)):

@@ -24,7 +24,7 @@ RUNS_COLUMNS = ['folder', 'dataset', 'data', 'settings', 'tokens', 'minutes', 'v
 ASIDE = {'out_dir', 'seeds', 'auto_resume', 'keep_checkpoints', 'always_save_checkpoint'}
 ASIDE |= {'log_interval', 'sample_interval', 'sample_start', 'sample_ask', 'sample_tokens'}
 ASIDE |= {'sample_repetition_penalty', 'eval_only', 'dry_run', 'world_size', 'price_per_hour'}
-ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout'}
+ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout', 'one_dial'}
 PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
 
 

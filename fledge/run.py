@@ -244,13 +244,13 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def each_seed(settings, given, settle=None):
+def each_seed(settings, given):
     """Run this command once for each of its seeds, one after another, each in out_dir/seed_N.
 
     The same command again goes on where it was. A signal reaches the run that is going, and the
-    rest is not begun. given: names of the settings that the user gave. What a config file's settle
-    chooses for the first seed holds for all. Returns the exit code. UserError where a run is there
-    with other settings, and for what is no run in one process.
+    rest is not begun. given: names of the settings that the user gave. What follows from one_dial
+    for the first seed holds for all. Returns the exit code. UserError where a run is there with
+    other settings, and for what is no run in one process.
     """
     folders = {}
     for seed in range(settings['seed'], settings['seed'] + settings['seeds']):
@@ -269,7 +269,7 @@ def each_seed(settings, given, settle=None):
             signal.signal(number, hear)
     for seed, folder in folders.items():
         own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
-        if settle and seed != settings['seed']:
+        if settings['one_dial'] and seed != settings['seed']:
             first = read_json(os.path.join(folders[settings['seed']], 'settings.json'))
             own += [f'--{name}={first[name]}' for name in depth.CHOSEN]
         child = subprocess.Popen([sys.executable, *sys.argv, *own])
