@@ -215,8 +215,8 @@ def difference(before, after, n_comparisons=1):
     two vary differently. Pairs of the same seed are not used. Of three of them a paired interval is
     narrower where the losses of a seed go together (correlation above 0.4). In runs of 40 steps
     they did (0.8), at the end of 600 steps they did not (-0.1); where they do, Welch's is on the
-    safe side. With several comparisons all intervals hold together in 95% of
-    cases (Bonferroni). None: one of the two is a single run, or no seed made any difference.
+    safe side. With several comparisons all intervals hold together in 95% of cases (Bonferroni).
+    None: one of the two is a single run, or no seed made any difference.
     """
     mean_difference = statistics.fmean(after) - statistics.fmean(before)
     if min(len(before), len(after)) < 2:

@@ -73,13 +73,10 @@ def settle(settings, given, machine):
     and four lines that say what they are and why. UserError where there is nothing that they could
     follow from, or too little time or memory.
     """
-    for name, usual in dict(
-        init_from='scratch', n_encoder_layer=0, lora_rank=0, world_size=0
-    ).items():
-        if settings[name] != usual:
-            raise UserError(
-                f'config/depth.py makes a new GPT here: leave out {name}={settings[name]!r}'
-            )
+    for name in ('n_encoder_layer', 'lora_rank', 'world_size', 'init_from'):
+        value = settings[name]
+        if value and value != 'scratch':
+            raise UserError(f'config/depth.py makes a new GPT here: leave out {name}={value!r}')
     given = {name for name in given if settings[name] != 'auto'}
     seconds = 60 * settings['max_minutes'] if 'max_minutes' in given else 0
     if 'n_layer' not in given and not seconds:

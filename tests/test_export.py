@@ -86,6 +86,10 @@ def trained(tmp_path_factory):
             run(
                 made,
                 'train.py',
+                '--batch_size=4',
+                '--n_embd=192',
+                '--n_head=3',
+                '--learning_rate=0.01',
                 '--dataset=notes',
                 '--max_iters=12',
                 '--eval_iters=1',
