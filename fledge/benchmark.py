@@ -62,6 +62,7 @@ def run_process(command, seconds, **options):
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
+        psutil.wait_procs(family, timeout=5)  # the next part has the machine to itself
         raise UserError(f'not done after {seconds:.0f} s') from None
     return process.returncode, out, err
 
