@@ -66,19 +66,14 @@ def gpt_config():
     return checkpoint.config_of(config, find_tokenizer(os.path.join('data', s.dataset)))
 
 
-def synchronize():
-    if machine.type == 'cuda':
-        torch.cuda.synchronize()
-
-
 def clock(f, least):
     """Seconds a call of f, which is called for at least `least` seconds."""
-    synchronize()
+    machine.synchronize()
     began, n = time.perf_counter(), 0
     while n == 0 or time.perf_counter() - began < least:
         f()
         n += 1
-        synchronize()
+        machine.synchronize()
     return (time.perf_counter() - began) / n
 
 
@@ -126,7 +121,7 @@ def train_fledge():
         step += 1
 
     def mark(part):
-        synchronize()
+        machine.synchronize()
         marks[part] = time.perf_counter()
 
     def parts():

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def step_tokens(self):
-        return rows_of(self.settings) * self.settings['block_size']
+        return plan.rows_per_step(self.settings) * self.settings['block_size']
 
 
 def settle(settings, given, machine):
@@ -121,7 +121,7 @@ def with_data(settings, machine):
     train, val = (
         open_split(folder, split, settings['block_size'], size) for split in ('train', 'val')
     )
-    optimizer = 'muon' if settings['optimizer'] == 'auto' else settings['optimizer']
+    optimizer, *_ = optimizers.choose(dict(settings), None)
     return settings | dict(vocab_size=size, optimizer=optimizer), train.n_tokens, val.n_tokens
 
 
@@ -203,8 +203,9 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
     tokens, allowed = TOKENS_PER_PARAMETER * n_matmul, math.inf
     for _ in range(10):  # the batch follows from the tokens, and these from its speed
         s = with_batch(s, given, tokens, most_rows, n_processes)
-        step_tokens = rows_of(s) * s['block_size']
-        step_seconds = speed[0] + speed[1] * rows_of(s) / n_processes
+        rows = plan.rows_per_step(s)
+        step_tokens = rows * s['block_size']
+        step_seconds = speed[0] + speed[1] * rows / n_processes
         if seconds < math.inf:
             val_rows = n_val / s['block_size']
             if s['eval_iters']:
@@ -224,11 +225,6 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
         loss = math.inf
     s = with_rates(s, given, step_tokens, steps)
     return Run(s, model.get_num_params(non_embedding=False), tokens, steps, step_seconds, loss)
-
-
-def rows_of(settings):
-    """Rows of a step, over all processes."""
-    return settings['batch_size'] * settings['gradient_accumulation_steps']
 
 
 def with_batch(settings, given, tokens, most_rows, n_processes):

@@ -109,8 +109,7 @@ def nanogpts_curve(path, dataset, vocab_size, device, dtype, compiles, seed):
         began = time.perf_counter()
         for n in range(first, first + EVAL_INTERVAL):
             step(*random_rows(), learning_rate_at(RATES, n, n, MAX_ITERS))
-        if machine.type == 'cuda':
-            torch.cuda.synchronize()
+        machine.synchronize()
         seconds += time.perf_counter() - began
         curve.append((seconds, val_loss()))
     return curve
