@@ -42,21 +42,24 @@ class GPT(plain.GPT):
 
     @torch.no_grad()
     def record(self, cache):
-        """A function of inputs_of_step() that returns the logits (1, 1, vocab_size), or None."""
+        """A function of inputs_of_step() that returns the logits (1, 1, vocab_size)."""
         self.requires_grad_(False)  # what a record holds has no gradient
         forward, n_layer = super().forward, self.config.n_layer
 
-        def step(idx, position, *keys_and_values):
-            keys, values = keys_and_values[:n_layer], keys_and_values[n_layer:]
-            return forward(idx, cache=StepCache(position, keys, values))[0]
+        class Step(nn.Module):
+            def forward(self, idx, position, *keys_and_values):
+                keys, values = keys_and_values[:n_layer], keys_and_values[n_layer:]
+                return forward(idx, cache=StepCache(position, keys, values))[0]
 
+        step = Step()
+        for number, module in enumerate(self.modules()):
+            for value in vars(module).values():
+                if isinstance(value, torch.ScriptObject):  # a record takes its own module's alone
+                    setattr(step, f'weight_{number}', value)
         inputs = inputs_of_step(torch.zeros(1, 1, dtype=torch.long), cache)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # it is deprecated, and shapes are the same each time
-            try:
-                return torch.jit.trace(step, inputs, check_trace=False)
-            except RuntimeError:  # 8-bit weights are no tensors
-                return None
+            return torch.jit.trace(step, inputs, check_trace=False).forward
 
     def embed(self, idx, positions):
         x = super().embed(idx, positions)
@@ -169,8 +172,10 @@ class PackedLinear(nn.Linear):
         if x.numel() <= self.few_rows * self.in_features:
             if self.in_float16 is None:
                 self.in_float16 = pack_float16(self.weight, self.bias)
-            if self.in_float16 is not None:
+            if isinstance(self.in_float16, tuple):
                 return torch.fbgemm_linear_fp16_weight_fp32_activation(x, *self.in_float16)
+            if self.in_float16 is not None:
+                return torch.ops.quantized.linear_dynamic_fp16(x, self.in_float16)
             self.few_rows = 0
         if self.weight.dtype == torch.float32:
             return F.linear(x, self.weight, self.bias)
@@ -182,15 +187,23 @@ class PackedLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), *packed).float()
 
 
+SHARED = 1 << 19  # elements of a weight for which a second thread is worth its 12 us
+
+
 def pack_float16(weight, bias):
-    """A weight and a bias as FBGEMM takes them; None where float16 does not hold the weight."""
+    """A weight and a bias as FBGEMM takes them; None where float16 does not hold the weight.
+
+    A pair for the product by one thread, or one object for that by all.
+    """
     weight = weight.detach().float()
+    bias = None if bias is None else bias.detach().float()
     error = (weight - weight.half()).abs().max()
     if not error <= weight.abs().max() / 1024:  # some are beyond 65,504, or all are tiny
         return None
-    # it is deprecated; linear_dynamic_fp16, which is not, takes 12 us a call more
-    warnings.filterwarnings('ignore', message='fbgemm_', category=UserWarning)
-    return torch.fbgemm_pack_gemm_matrix_fp16(weight), None if bias is None else bias.float()
+    if torch.get_num_threads() > 1 and weight.numel() >= SHARED:
+        return torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    warnings.filterwarnings('ignore', message='fbgemm_', category=UserWarning)  # it is deprecated
+    return torch.fbgemm_pack_gemm_matrix_fp16(weight), bias
 
 
 class PackedLayerNorm(nn.LayerNorm):

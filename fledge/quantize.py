@@ -106,7 +106,7 @@ class Int8Linear(nn.Module):
         self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer('scale', scale)
         self.bias = linear.bias
-        self.packed = None
+        self.packed, self.packed_version = None, None
 
     def forward(self, x):
         n_rows = x.shape[:-1].numel()
@@ -126,13 +126,14 @@ class Int8Linear(nn.Module):
         """The weight in the layout of torch's integer product, made again when it changes."""
         weight, scale = self.weight, self.scale
         version = weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
-        if self.packed is None or self.packed[0] != version:
+        if self.packed_version != version:
             # torch.quantize_per_channel is deprecated, and nothing as fast has taken its place
             warnings.filterwarnings('ignore', message='torch.quantize_per', category=UserWarning)
             zeros = torch.zeros(len(scale), dtype=torch.long)
             weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-            self.packed = version, torch.ops.quantized.linear_prepack(weight, None)
-        return self.packed[1]
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+            self.packed_version = version
+        return self.packed
 
     def _apply(self, fn, recurse=True):
         scale = self.scale  # stays float32 where a model is turned to bfloat16

@@ -146,9 +146,18 @@ needs_fbgemm = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=['one thread', 'two threads'])
+def threads(request, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if request.param == 'two threads' else 1)
+    monkeypatch.setattr(cpu_generation, 'SHARED', 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_fbgemm
 @torch.no_grad()
-def test_float16_weights_are_as_exact_as_float16(monkeypatch):
+def test_float16_weights_are_as_exact_as_float16(threads, monkeypatch):
     monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
     model, idx = tiny(n_embd=160, bias=True), tokens(17, 20)  # no multiple of FBGEMM's columns
     for name, p in model.named_parameters():
@@ -195,7 +204,7 @@ def steps_are_recorded(monkeypatch):
 
 @every_family
 @torch.no_grad()
-def test_a_recorded_step_is_the_forward_pass(switches, steps_are_recorded):
+def test_a_recorded_step_is_the_forward_pass(switches, threads, steps_are_recorded):
     expected, idx = all_logits(tiny(switches), tokens(1, 24)), tokens(1, 24)
     model = cpu.speed_up(tiny(switches), packed=True)
     for _ in range(2):  # one record serves another text too
@@ -230,12 +239,12 @@ def test_what_may_do_more_than_a_record_is_not_recorded(steps_are_recorded, monk
     assert len(seen) == 18 and model.recorded is None
 
 
-def test_8_bit_weights_are_not_recorded_and_work(steps_are_recorded):
+def test_8_bit_weights_are_recorded_as_well(steps_are_recorded):
     model = quantize.apply(tiny())
     expected = model.generate(tokens(1, 3), 9, temperature=0)
     cpu.speed_up(model, packed=True)
     assert torch.equal(model.generate(tokens(1, 3), 9, temperature=0), expected)
-    assert model.recorded is None
+    assert model.recorded is not None
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_called():
