@@ -291,7 +291,7 @@ network = machine.wrap(model, compile, try_out, log.say)
 opts = []
 if not eval_only:
     rates = (learning_rate, weight_decay, (beta1, beta2))
-    opts = optimizers.make_optimizers(model, optimizer, *rates, machine.dtype)
+    opts = optimizers.make_optimizers(model, optimizer, *rates, machine.muon_dtype)
     if resuming:
         optimizers.load_state_dict(opts, saved_optimizer)
 del saved_optimizer

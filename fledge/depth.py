@@ -167,7 +167,7 @@ def measure(settings, most_rows, machine):
     model.gradient_checkpointing = s['gradient_checkpointing']
     network = machine.wrap(model)
     rates = (0.0, 0.0, (s['beta1'], s['beta2']))
-    opts = optimizers.make_optimizers(model, s['optimizer'], *rates, machine.dtype)
+    opts = optimizers.make_optimizers(model, s['optimizer'], *rates, machine.muon_dtype)
 
     def seconds_of_step(n_rows):
         ids = torch.randint(s['vocab_size'], (n_rows, s['block_size']), device=machine.device)

@@ -32,11 +32,31 @@ def orthogonalize(x, dtype):
     is_wide = x.shape[1] <= x.shape[2]
     wide = x if is_wide else x.mT
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = wide @ wide.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
+    if dtype == torch.float32 and wide.shape[2] >= 2 * wide.shape[1]:
+        wide = iterate_on_gram(wide)
+    else:
+        for _ in range(5):
+            gram = wide @ wide.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
     return wide if is_wide else wide.mT
+
+
+def iterate_on_gram(wide):
+    """The same of much wider matrices, in half the time: all is done on the small square ones.
+
+    Each iteration multiplies by a polynomial of the gram matrix, and these commute. In 16 bits it
+    would not be stable (dao-lab.ai/blog/2026/gram-newton-schulz, which names the idea).
+    """
+    gram = wide @ wide.mT
+    product = None  # of all polynomials
+    for i in range(5):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = polynomial if i == 0 else polynomial @ product
+        if i < 4:
+            gram = polynomial @ gram @ polynomial
+    return product @ wide
 
 
 def orthogonalize_together(x, dtype, n_rows, in_parts):
@@ -79,8 +99,7 @@ class Muon(torch.optim.Optimizer):
     An orthogonalized matrix has rows of different lengths where it has more of them than columns,
     and else columns. Each is divided by its mean length over the last steps (arXiv:2510.05491).
     Small matrices of one shape go together, in half the time. Several processes divide the matrices
-    among them. dtype: in which they are orthogonalized; bfloat16 is six times slower than float32
-    on a CPU that does not multiply in it.
+    among them. dtype: in which they are orthogonalized, device.Machine's muon_dtype.
     """
 
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory

@@ -41,6 +41,9 @@ def test_precisions():
     assert choose_dtype('bfloat16', 'cpu') == torch.bfloat16
     with pytest.raises(UserError, match='none of auto'):
         choose_dtype('float8', 'cpu')
+    muons = torch.bfloat16 if cpu.kind() == 'AMX' else torch.float32
+    assert Machine('cpu', 'bfloat16').muon_dtype == muons
+    assert Machine('cpu', 'float32').muon_dtype == torch.float32
     with pytest.raises(UserError, match='cannot be used here'):
         choose_device('meta')
 

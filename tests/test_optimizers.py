@@ -38,6 +38,14 @@ def test_orthogonalize_equals_a_written_out_one(shape):
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 4), torch.float32), torch.zeros(1, 4, 4))
 
 
+def test_a_wide_matrix_with_almost_nothing_in_most_directions_is_orthogonalized_as_well():
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(32, 96), full_matrices=False)
+    g = u * torch.logspace(0, -7, 32) @ v
+    ours = orthogonalize(g[None], torch.float32)[0]
+    torch.testing.assert_close(ours.double(), written_out(g), atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize('together', [1, 1 << 22])  # one by one, and in batches
 def test_muons_steps_equal_written_out_ones(together, monkeypatch):
     monkeypatch.setattr(Muon, 'TOGETHER', together)
