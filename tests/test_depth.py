@@ -113,7 +113,7 @@ def test_a_depth_is_a_run_that_its_settings_make_again(workdir):
     assert second.startswith(f'{n_tokens:,} tokens')
     assert second.endswith(f'data/tiny has 4,000, and each is seen {n_tokens / 4000:.1f} times')
     assert f'learning rate {settings["learning_rate"]:g}, weight decay' in third
-    assert why.startswith('a law of web text predicts depth 2 ') and 'tokens/s' in why
+    assert why.startswith('predicted loss: depth 2 ') and 'tokens/s' in why
     assert (workdir / 'out' / 'train.log').read_text().startswith(first)
     run(workdir, 'train.py', 'out/settings.json', '--out_dir=again')
     end, again = metrics(workdir / 'out')[-1], metrics(workdir / 'again')[-1]
@@ -172,7 +172,7 @@ def test_more_time_makes_a_deeper_model():
 def test_all_seeds_have_what_the_first_one_chose(workdir):
     command = [CONFIG, *SMALL, '--n_layer=1', '--max_iters=20', '--seeds=2']
     out = run(workdir, 'train.py', *command)
-    assert out.count('a law') == 1 and 'without effect' not in out
+    assert out.count('predicted loss') == 1 and 'without effect' not in out
     first, second = (
         json.loads((workdir / 'out' / f'seed_{n}' / 'settings.json').read_text())
         for n in (1337, 1338)
@@ -184,7 +184,7 @@ def test_all_seeds_have_what_the_first_one_chose(workdir):
 @pytest.mark.slow
 def test_processes_choose_the_same(workdir):
     out = torchrun(workdir, 2, CONFIG, *SMALL, '--n_layer=2', '--max_iters=10')
-    assert out.count('a law') == 1 and 'done at step 10' in out
+    assert out.count('predicted loss') == 1 and 'done at step 10' in out
     settings = json.loads((workdir / 'out' / 'settings.json').read_text())
     assert settings['gradient_accumulation_steps'] == 2
 
