@@ -332,7 +332,7 @@ def draw_difference(axes, first, other, end, measure, color, n_comparisons):
         both = (group.losses_at('tokens', place, measure) for group in (first, other))
         found.append(difference(*both, n_comparisons))
     axes.plot(places, [by for by, _ in found], marker='.', color=color)
-    if all(interval for _, interval in found):
+    if found and all(interval for _, interval in found):
         lows, highs = zip(*(interval for _, interval in found), strict=True)
         axes.fill_between(places, lows, highs, color=color, alpha=0.12)
 

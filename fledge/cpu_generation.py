@@ -26,6 +26,10 @@ class GPT(plain.GPT):
     RECORD_AFTER = 100
     can_record = False
     recorded, n_steps = None, 0
+    recorded_weights = None  # where they were in memory, and how often they had been written to
+
+    def __getstate__(self):
+        return vars(self) | dict(recorded=None, n_steps=0)  # a record cannot be copied
 
     def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
         is_step = idx.numel() == 1 and targets is None
@@ -72,6 +76,9 @@ class GPT(plain.GPT):
         cache = KVCache(self.config, batch_size, length)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
         cache.can_record = self.can_record and not hooked
+        weights = [(w.data_ptr(), w._version) for w in (*self.parameters(), *self.buffers())]
+        if weights != self.recorded_weights:  # a record holds copies of some
+            self.recorded, self.n_steps, self.recorded_weights = None, 0, weights
         return cache
 
 

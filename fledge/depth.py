@@ -13,7 +13,7 @@ import torch
 
 from encoder_decoder import make_model
 from fledge import UserError, checkpoint, optimizers, plan
-from fledge.device import matmul_params
+from fledge.device import matmul_params, peak_flops
 from fledge.documents import open_split
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import find_data
@@ -38,7 +38,7 @@ E, A, B, EXPONENT = 1.615, 0.659, 2.026, 0.7
 # Tokens teach less each time that they are seen again. However often, they are worth no more than
 # so many times as many new ones besides; Muennighoff et al. 2023, arXiv:2305.16264
 REPEATS_ARE_WORTH = 15.4
-EVALUATIONS = 7  # in max_minutes: at the start, five times, and the time of one is kept for the end
+EVALUATIONS = 7  # or more: at the start, five times, and the time of one is kept for the end
 TRAINING = 0.95  # share of the rest of the time that steps have; checkpoints and samples take some
 MEASURING = 0.1  # share of the time after which no deeper model is measured
 MEASURED_SECONDS, MEASURED_ROWS = 1.0, 64  # so long, or with so many rows, a speed is measured
@@ -174,7 +174,7 @@ def measure(settings, most_rows, machine):
     def seconds_of_step(n_rows):
         ids = torch.randint(s['vocab_size'], (n_rows, s['block_size']), device=machine.device)
         times = []
-        while len(times) < 4 and sum(times) < MEASURED_SECONDS:
+        while len(times) < 2 or (len(times) < 4 and sum(times) < MEASURED_SECONDS):
             model.zero_grad(set_to_none=True)
             machine.synchronize()
             began = time.perf_counter()
@@ -185,13 +185,15 @@ def measure(settings, most_rows, machine):
                 opt.step()
             machine.synchronize()
             times += machine.largest([time.perf_counter() - began])
-        return statistics.median(times[1:] or times)  # the first one warms up
+        return statistics.median(times[1:])  # the first one warms up
 
     one = seconds_of_step(1)
-    if most_rows == 1 or one > MEASURED_SECONDS:
+    if most_rows == 1:
         return 0.0, one
     n_rows = min(most_rows, max(2, int(MEASURED_SECONDS / 4 / one)), MEASURED_ROWS)
-    row = max(seconds_of_step(n_rows) - one, 0.01 * one) / (n_rows - 1)
+    flops = 6 * matmul_params(model) * s['block_size']
+    fastest = flops / peak_flops(machine.device, machine.dtype)  # no noise makes a row faster
+    row = max((seconds_of_step(n_rows) - one) / (n_rows - 1), fastest)
     return max(0.0, one - row), row
 
 
@@ -212,9 +214,10 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
             val_rows = n_val / s['block_size']
             if s['eval_iters']:
                 val_rows = min(val_rows, s['eval_iters'] * s['batch_size'])
-            # a forward pass is a third of a step
-            evaluations = EVALUATIONS * val_rows * speed[1] / 3 / n_processes
-            tokens = allowed = max(0, seconds - evaluations) * TRAINING / step_seconds * step_tokens
+            evaluation = val_rows * speed[1] / 3 / n_processes  # forward is a third of a step
+            few = (seconds - EVALUATIONS * evaluation) / step_seconds
+            many = (seconds - 2 * evaluation) / (step_seconds + evaluation / s['eval_interval'])
+            tokens = allowed = max(0, min(few, many)) * TRAINING * step_tokens
         if s['target_tokens'] or s['target_epochs']:
             tokens = min(allowed, s['target_tokens'] or s['target_epochs'] * n_train)
         elif 'max_iters' in given:
@@ -240,7 +243,7 @@ def with_batch(settings, given, tokens, most_rows, n_processes):
     s = unless_given(settings, given, gradient_accumulation_steps=n_batches)
     n_batches = s['gradient_accumulation_steps']
     together = n_processes // math.gcd(n_processes, n_batches)  # each process has as many rows
-    batch_size = together * max(1, round(rows / n_batches / together))
+    batch_size = together * max(1, round(min(rows / n_batches, most_rows) / together))
     return unless_given(s, given, batch_size=batch_size)
 
 
@@ -257,7 +260,7 @@ def with_rates(settings, given, step_tokens, steps):
     s = unless_given(settings, given, learning_rate=rate)
     forgotten = TUNED_DECAY * usual * TUNED_TOKENS / TUNED_TOKENS_PER_STEP
     decay = min(MOST_DECAY, forgotten / max(s['learning_rate'] * steps, 1e-9))
-    warmup = max(LEAST_WARMUP, round(WARMUP * steps))
+    warmup = min(max(LEAST_WARMUP, round(WARMUP * steps)), steps // 5)
     return unless_given(s, given, weight_decay=float(f'{decay:.3g}'), warmup_iters=warmup)
 
 

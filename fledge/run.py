@@ -299,7 +299,8 @@ def check_seeds(settings, given, folders):
         if not saving.files(folder):
             continue
         before = read_json(os.path.join(folder, 'settings.json'))
-        for name in sorted(given - ASIDE - {'seed'}):
+        names = given if settings['one_dial'] else set(before)  # the dial chooses the others
+        for name in sorted(names & settings.keys() - ASIDE - {'seed'}):
             was, now = before.get(name, settings[name]), settings[name]
             if was != now and now != 'auto':
                 raise UserError(

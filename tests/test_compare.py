@@ -202,7 +202,8 @@ def test_eight_groups_are_drawn(tmp_path):
 
 
 def test_seeds_are_trained_one_after_another_and_once(workdir):
-    flags = [*SHORT, '--seed=7', '--dtype=float32']
+    same = [*SHORT, '--seed=7', '--dtype=float32']
+    flags = [*same, '--min_lr=1e-4']
     out = run(workdir, 'train.py', *flags, '--seeds=2')
     assert out.endswith('all runs are done: python compare.py out\n') and 'done at step 4' in out
     rows = runs_tsv(workdir / 'out')
@@ -220,6 +221,17 @@ def test_seeds_are_trained_one_after_another_and_once(workdir):
     assert result['groups'] == {'out': [f'out/seed_{n}' for n in (7, 8, 9)], 'alone': ['alone']}
     words = fails(workdir, 'train.py', *flags, '--seeds=3', '--learning_rate=0.5')
     assert 'out/seed_7 has a run with learning_rate=0.006' in words
+    words = fails(workdir, 'train.py', *same, '--seeds=3')  # what was left out counts as well
+    assert 'out/seed_7 has a run with min_lr=0.0001' in words
+
+
+def test_a_run_with_no_evaluation_in_the_others_length_is_compared(workdir):
+    for n in (4, 12):
+        run(
+            workdir, 'train.py', *SHORT, f'--max_iters={n}', '--eval_interval=100', f'--out_dir={n}'
+        )
+    _, result = compare(workdir, '4', '12')
+    assert len(result['verdicts']) == 1
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -1,5 +1,6 @@
 """What a CPU does faster: each part against the plain one that it stands for."""
 
+import copy
 import math
 import weakref
 
@@ -245,6 +246,19 @@ def test_8_bit_weights_are_recorded_as_well(steps_are_recorded):
     cpu.speed_up(model, packed=True)
     assert torch.equal(model.generate(tokens(1, 3), 9, temperature=0), expected)
     assert model.recorded is not None
+
+
+def test_8_bit_weights_that_change_are_recorded_again(steps_are_recorded):
+    first, second = quantize.apply(tiny()), quantize.apply(tiny())
+    for p in second.buffers():
+        if p.dtype == torch.int8:
+            p.neg_()
+    expected = second.generate(tokens(1, 3), 9, temperature=0)
+    cpu.speed_up(first, packed=True).generate(tokens(1, 3), 9, temperature=0)
+    copied = copy.deepcopy(first)  # without the record
+    for model in (first, copied):
+        model.load_state_dict(second.state_dict())
+        assert torch.equal(model.generate(tokens(1, 3), 9, temperature=0), expected)
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_called():

@@ -11,7 +11,7 @@ from test_plan import settings_of
 from test_processes import torchrun
 
 from fledge import depth, plan
-from fledge.device import flops_per_token
+from fledge.device import Machine, flops_per_token
 
 CONFIG = os.path.join(ROOT, 'config', 'depth.py')
 # small enough to take steps of in no time
@@ -196,6 +196,23 @@ def test_processes_have_rows_alike(n_batches, n_processes):
         given = {'gradient_accumulation_steps'}
         s = depth.with_batch(s, given, tokens, 100, n_processes)
         assert plan.rows_per_step(s) % n_processes == 0
+
+
+def test_a_step_costs_something_beside_its_rows_on_a_slow_machine_too(monkeypatch):
+    monkeypatch.setattr(depth, 'MEASURED_SECONDS', 1e-9)
+    machine = Machine('cpu', 'float32')
+    settings = settings_of(vocab_size=32, n_embd=16, n_head=2, head_dim=8, optimizer='muon')
+    assert any(depth.measure(settings, 8, machine)[0] > 0 for _ in range(5))
+
+
+def test_evaluations_are_in_the_time():
+    settings = settings_of(vocab_size=32, n_embd=16, n_head=2, head_dim=8, optimizer='muon')
+
+    def steps(eval_interval):
+        own = settings | dict(eval_interval=eval_interval)
+        return depth.run_of(own, set(), 8, (0.001, 0.001), 60, (10**6, 10**6), 1).steps
+
+    assert steps(1) < 0.2 * steps(10**6)
 
 
 def test_bench_takes_the_shape_and_measures_that_alone(workdir):
