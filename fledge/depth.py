@@ -192,7 +192,8 @@ def measure(settings, most_rows, machine):
         return 0.0, one
     n_rows = min(most_rows, max(2, int(MEASURED_SECONDS / 4 / one)), MEASURED_ROWS)
     flops = 6 * matmul_params(model) * s['block_size']
-    fastest = flops / peak_flops(machine.device, machine.dtype)  # no noise makes a row faster
+    # no noise makes a row faster than that
+    (fastest,) = machine.largest([flops / peak_flops(machine.device, machine.dtype)])
     row = max((seconds_of_step(n_rows) - one) / (n_rows - 1), fastest)
     return max(0.0, one - row), row
 
