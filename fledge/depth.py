@@ -86,12 +86,13 @@ def settle(settings, given, machine):
     seconds = seconds or math.inf
     settings, n_train, n_val = with_data(settings, machine)
     began, runs = time.monotonic(), []
+    (flop,) = machine.largest([1 / peak_flops(machine.device, machine.dtype)])  # seconds
     for depth in [settings['n_layer']] if 'n_layer' in given else DEPTHS:
         shape = shape_of(settings, given, depth)
         most_rows = rows_that_fit(shape, machine)
         if not most_rows:
             break  # nor do deeper ones fit
-        speed = measure(shape, most_rows, machine)
+        speed = measure(shape, most_rows, flop, machine)
         data = n_train, n_val
         runs.append(run_of(shape, given, most_rows, speed, seconds, data, machine.world_size))
         best = min(runs, key=lambda run: run.loss)
@@ -159,10 +160,11 @@ def rows_that_fit(settings, machine):
     return int(min(max(0, fewest), MOST_ROWS))
 
 
-def measure(settings, most_rows, machine):
+def measure(settings, most_rows, flop, machine):
     """Time a model's steps on random tokens: seconds of a step of no rows, and of a row.
 
-    It is not compiled, which would take longer than all of this.
+    flop: seconds of a FLOP at the machine's peak, than which no noise makes a row faster. The model
+    is not compiled, which would take longer than all of this.
     """
     s = settings
     model = make_model(checkpoint.config_of(s, None))
@@ -191,9 +193,7 @@ def measure(settings, most_rows, machine):
     if most_rows == 1:
         return 0.0, one
     n_rows = min(most_rows, max(2, int(MEASURED_SECONDS / 4 / one)), MEASURED_ROWS)
-    flops = 6 * matmul_params(model) * s['block_size']
-    # no noise makes a row faster than that
-    (fastest,) = machine.largest([flops / peak_flops(machine.device, machine.dtype)])
+    fastest = 6 * matmul_params(model) * s['block_size'] * flop
     row = max((seconds_of_step(n_rows) - one) / (n_rows - 1), fastest)
     return max(0.0, one - row), row
 

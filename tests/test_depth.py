@@ -202,7 +202,7 @@ def test_a_step_costs_something_beside_its_rows_on_a_slow_machine_too(monkeypatc
     monkeypatch.setattr(depth, 'MEASURED_SECONDS', 1e-9)
     machine = Machine('cpu', 'float32')
     settings = settings_of(vocab_size=32, n_embd=16, n_head=2, head_dim=8, optimizer='muon')
-    assert any(depth.measure(settings, 8, machine)[0] > 0 for _ in range(5))
+    assert any(depth.measure(settings, 8, 1e-12, machine)[0] > 0 for _ in range(5))
 
 
 def test_evaluations_are_in_the_time():
