@@ -110,7 +110,10 @@ def settle(settings, given, machine):
             f'{best.settings["n_layer"]}: {LEAST_STEPS} steps and the evaluations take longer here'
         )
     chosen = {name: best.settings[name] for name in CHOSEN if name not in given}
-    return chosen | dict(one_dial=False), in_words(best, runs, n_train)
+    reasons = in_words(best, runs, n_train)
+    if spent > MEASURING * seconds and best is runs[-1]:
+        reasons[-1] += f'; deeper ones would take more than {MEASURING:.0%} of the time to measure'
+    return chosen | dict(one_dial=False), reasons
 
 
 def with_data(settings, machine):
@@ -223,7 +226,7 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
             tokens = min(allowed, s['target_tokens'] or s['target_epochs'] * n_train)
         elif 'max_iters' in given:
             tokens = min(allowed, s['max_iters'] * step_tokens)
-    steps = max(1, round(tokens / step_tokens))
+    steps = math.ceil(tokens / step_tokens)
     spare = SPARE_STEPS if seconds < math.inf else 1
     s = unless_given(s, given, max_iters=steps * spare)
     loss = predicted_loss(n_matmul, tokens, n_train)

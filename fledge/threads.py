@@ -17,6 +17,7 @@ class Threads:
     """
 
     INTERVAL = 2.0  # seconds between two looks at the other programs
+    FIRST = 0.5  # and before the first one: a run begins with an evaluation, which takes longer
 
     def __init__(self):
         self.most = torch.get_num_threads()
@@ -25,6 +26,7 @@ class Threads:
         self.cores = range(psutil.cpu_count())
         if hasattr(psutil.Process, 'cpu_affinity'):  # macOS has none
             self.cores = psutil.Process().cpu_affinity()
+        self.wait = self.FIRST
         self.start_interval()
 
     def start_interval(self):
@@ -34,11 +36,12 @@ class Threads:
     def adapt(self, say=None):
         """Give up threads, or take them back, now and then; say(text) is told of it."""
         seconds = time.monotonic() - self.began
-        if self.most == 1 or seconds < self.INTERVAL:
+        if self.most == 1 or seconds < self.wait:
             return
         busy = psutil.cpu_percent(percpu=True)
         busy = sum(busy[core] for core in self.cores if core < len(busy)) / 100
         others = max(0.0, busy - (time.process_time() - self.used) / seconds)
+        self.wait = self.INTERVAL
         self.start_interval()
         n_threads = int(len(self.cores) - others + 0.4)  # less than 0.4 of a core is no program
         n_threads = min(max(n_threads, 1), self.most)
