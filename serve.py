@@ -28,14 +28,6 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import NamedTuple
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.background import BackgroundTask
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
 from fledge import UserError
 from fledge.configurator import configure, one_of
 from fledge.conversation import is_tuned
@@ -65,7 +57,15 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto, float32, bfloat16, float16
 quantize = 'none'  # int8: 8-bit weights, faster on a CPU
 compile = False  # torch.compile the model, on a GPU; the first tokens then take a minute
-configure(globals())
+configure(globals())  # which says in a line what is not installed of the rest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 # -----------------------------------------------------------------------------
 one_of(globals(), quantize=('none', 'int8'))
 MOST_BYTES = 4 << 20  # of a body

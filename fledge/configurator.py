@@ -22,7 +22,8 @@ from fledge import UserError, read_json
 HOOKS = ['objective']  # settings that may be a function, which a config file defines by that name
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
+OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are, and in no requirements
+BROUGHT_BY = dict(pyarrow='datasets')
 # The least and the most of every numeric setting, in all scripts. A script's own default holds even
 # outside, where it stands for something else: evaluate.py's block_size=0 is that of the run.
 BOUNDS = {}
@@ -313,14 +314,17 @@ def one_line(kind, error, trace):
 
     A mistake in code that someone is hacking keeps Python's own traceback.
     """
-    missing = missing_package(error)
+    missing, install = missing_package(error)
     if isinstance(error, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)
+    if isinstance(error, BrokenPipeError):  # who read what is printed has read enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)  # as of a program that SIGPIPE ends
     if isinstance(error, UserError):
         words = str(error)
     elif missing:
-        words = f'the package {missing} is not installed: pip install {missing}'
+        words = f'the package {missing} is not installed: {install}'
     elif (
         isinstance(error, MemoryError)
         or kind.__name__ == 'OutOfMemoryError'
@@ -330,7 +334,7 @@ def one_line(kind, error, trace):
         words += 'a shorter block_size or, to train, --gradient_checkpointing'
     elif isinstance(error, (ConnectionError, TimeoutError)) or (
         isinstance(error, OSError) and error.errno in FULL_OR_BROKEN_DISK
-    ):  # a closed pipe, a lost network, a disk
+    ):  # a lost network, a disk
         words = str(error)
     else:
         return sys.__excepthook__(kind, error, trace)
@@ -343,14 +347,20 @@ def one_line(kind, error, trace):
 
 
 def missing_package(error):
-    """The package that an import wants and that requirements.txt would install, or None."""
+    """The package that an import wants, and the command that installs it; None, None of others."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
-        return None
+        return None, None
     package = error.name.partition('.')[0]
-    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), 'requirements.txt')
-    known = list(OPTIONAL_PACKAGES)
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            known += [line.partition('==')[0].strip() for line in f]
-    is_known = package in known and importlib.util.find_spec(package) is None
-    return package if is_known else None
+    package = BROUGHT_BY.get(package, package)
+    if importlib.util.find_spec(package) is not None:
+        return None, None
+    if package in OPTIONAL_PACKAGES:
+        return package, f'pip install {package}'
+    folder = os.path.dirname(os.path.dirname(__file__))
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith('requirements') or name == 'requirements-dev.txt':
+            continue
+        with open(os.path.join(folder, name), encoding='utf-8') as f:
+            if package in [line.partition('==')[0].strip() for line in f]:
+                return package, f'pip install -r {name}'
+    return None, None

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-from fledge import UserError
 from fledge.generation import Reply, generate, reply_to_source
 from fledge.tasks import share_interval
 
@@ -17,13 +16,10 @@ def measure_targets(model, tokenizer, data, numbers, sampling):
     the share of which every token is right, with its 95% interval. chrf (Popovic 2015) and bleu
     (Papineni et al. 2002), 0 to 100: sacrebleu's of the texts, by its defaults; BLEU is None where
     no target has the four words that it counts by. A decoder alone reads the source as its prompt;
-    a reply ends at twice the longest target. UserError where sacrebleu is not installed, ValueError
-    for logits that are not finite.
+    a reply ends at twice the longest target. ValueError for logits that are not finite.
     """
-    try:
-        import sacrebleu
-    except ImportError:
-        raise UserError('chrF and BLEU need sacrebleu: pip install -r requirements.txt') from None
+    import sacrebleu
+
     pairs = [data.source_and_target(number) for number in numbers]
     targets = [target for _, target in pairs]
     sampling = replace(sampling, max_new_tokens=2 * max(map(len, targets)))

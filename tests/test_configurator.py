@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -230,11 +231,12 @@ def test_advice_is_for_packages_that_are_ours():
     def missing(name):
         return missing_package(ModuleNotFoundError(f'No module named {name!r}', name=name))
 
-    assert missing('mdoel') is None  # a slip of who hacks the code: Python's own traceback
-    assert missing('torch.utils.gone') is None  # torch is there
-    assert missing_package(ImportError('cannot import name', name='torch')) is None
+    none = (None, None)
+    assert missing('mdoel') == none  # a slip of who hacks the code: Python's own traceback
+    assert missing('torch.utils.gone') == none  # torch is there
+    assert missing_package(ImportError('cannot import name', name='torch')) == none
     if importlib.util.find_spec('tensorboard') is None:
-        assert missing('tensorboard') == 'tensorboard'
+        assert missing('tensorboard') == ('tensorboard', 'pip install tensorboard')
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_advice_is_for_packages_that_are_ours():
         ('raise OSError(28, "No space left on device")', 2, 'error: [Errno 28] No space left'),
         ('raise UserError("what is wrong")', 2, 'error: what is wrong'),
         ('raise KeyboardInterrupt', 130, 'interrupted'),
-        ('raise BrokenPipeError(32, "Broken pipe")', 2, 'error: [Errno 32] Broken pipe'),
+        ('raise ConnectionResetError("it hung up")', 2, 'error: it hung up'),
     ],
 )
 def test_only_a_users_mistake_is_one_line(tmp_path, code, status, words):
@@ -388,3 +390,9 @@ def test_what_a_config_file_defines_and_nobody_reads_is_a_mistake(tmp_path, text
     assert (
         configure(dict(n_layer=3, objective='next_token'), [str(tmp_path / 'c.py')])['n_layer'] == 4
     )
+
+
+def test_who_has_read_enough_of_the_help_is_told_nothing():
+    command = f'{shlex.quote(sys.executable)} train.py --help | head -1'
+    done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith('Train a GPT') and done.stderr == ''

@@ -53,6 +53,9 @@ def write(path, model, kv_cache):
     input_ids int64 (batch, length) in, logits out. kv_cache: past_key_values.0.key, ... in and
     present.0.key, ... out as well. model: a plain GPT.
     """
+    import onnxruntime  # noqa: F401  torch would say that it misses another package
+    import onnxscript  # noqa: F401
+
     c = model.config
     batch, length, past = (torch.export.Dim(name) for name in ('batch', 'length', 'past'))
     inputs = [torch.zeros(2, 5, dtype=torch.long)]
