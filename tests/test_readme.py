@@ -48,7 +48,7 @@ def test_readmes_table_has_every_corpus():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         named = set(re.findall(r'`(?:python )?prepare/(\w+)\.py', f.read()))
     scripts = {n[:-3] for n in os.listdir(os.path.join(ROOT, 'prepare')) if n.endswith('.py')}
-    assert named == scripts - {'text', 'chat', 'look', 'merge'}  # those have examples of their own
+    assert named | {'text', 'chat', 'look', 'merge'} == scripts  # those have examples of their own
 
 
 def test_readmes_map_is_true():
