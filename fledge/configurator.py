@@ -12,7 +12,9 @@ import errno
 import importlib.util
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import traceback
 import types
 from contextlib import suppress
@@ -24,6 +26,7 @@ given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are, and in no requirements
 BROUGHT_BY = dict(pyarrow='datasets')
+HELP_COLUMN = 41  # where --help has the comments
 # The least and the most of every numeric setting, in all scripts. A script's own default holds even
 # outside, where it stands for something else: evaluate.py's block_size=0 is that of the run.
 BOUNDS = {}
@@ -305,8 +308,18 @@ def print_help(settings, also):
     for path in filter(None, (settings['__file__'], also)):
         for name, default, comment in assignments(path):
             if name not in shown and isinstance(default, tuple(KINDS)):
-                print(f'  --{name}={in_shell(default)}'.ljust(40), comment)
+                print_setting(f'--{name}={in_shell(default)}', comment)
             shown.add(name)
+
+
+def print_setting(flag, comment):
+    """Print a flag and, beside it, its comment, which goes on below itself on a narrow terminal."""
+    columns = shutil.get_terminal_size(fallback=(1000, 0)).columns
+    width = max(20, columns - HELP_COLUMN)
+    first, *more = textwrap.wrap(comment, width) or ['']
+    print(f'  {flag}'.ljust(HELP_COLUMN - 1), first)
+    for line in more:
+        print(' ' * HELP_COLUMN + line)
 
 
 def one_line(kind, error, trace):

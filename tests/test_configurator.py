@@ -396,3 +396,11 @@ def test_who_has_read_enough_of_the_help_is_told_nothing():
     command = f'{shlex.quote(sys.executable)} train.py --help | head -1'
     done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith('Train a GPT') and done.stderr == ''
+
+
+def test_help_fits_a_narrow_terminal(tmp_path):
+    out = run(tmp_path, 'sample.py', '--help', env={'COLUMNS': '80'})
+    settings = out[out.index('  --') :].splitlines()
+    assert max(map(len, settings)) <= 80 and any(line.startswith(' ' * 41) for line in settings)
+    joined = ' '.join(out.split())
+    assert ' '.join(run(tmp_path, 'sample.py', '--help').split()) == joined
