@@ -54,32 +54,31 @@ def read_bin(path, headerless=False):
     """The tokens of one .bin, a read-only memory map; headerless allows nanoGPT's bare uint16."""
     try:
         size = os.path.getsize(path)
-        header = np.fromfile(path, '<i4', count=3)
+        header = np.fromfile(path, '<i4', count=3).tolist()
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
-    dtype = FORMATS.get(tuple(int(v) for v in header[:2]))
+    if size == 0:
+        raise UserError(f'{path} is empty')
+    magic, version, count = header + [0] * (3 - len(header))  # a file may be shorter than that
+    dtype = FORMATS.get((magic, version))
     if dtype is None:
-        count = int(header[2]) if len(header) == 3 else 0
         looks_headed = count > 0 and size - HEADER_BYTES in (2 * count, 4 * count)
-        if size == 0:
-            raise UserError(f'{path} is empty')
         if looks_headed or not headerless:
-            found = ', '.join(str(v) for v in header[:2])
-            no_tokens = f'a wrong magic or version ({found}): it is no token file, or a broken one'
-            raise UserError(f'{path} has {no_tokens}')
+            problem = f'a wrong magic or version ({magic}, {version})'
+            raise UserError(f'{path} has {problem}: it is no token file, or a broken one')
         if size % 2:
             raise UserError(
                 f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens'
             )
         return np.memmap(path, np.dtype('<u2'), mode='r')
-    if len(header) == 3 and header[2] < 0:
-        raise UserError(f'{path} has a broken header: {header[2]} tokens')
-    expected = HEADER_BYTES + int(header[2]) * dtype.itemsize if len(header) == 3 else HEADER_BYTES
+    if count < 0:
+        raise UserError(f'{path} has a broken header: {count} tokens')
+    expected = HEADER_BYTES + count * dtype.itemsize
     if size < expected:
         raise UserError(f'{path} is truncated: {expected:,} bytes are expected, {size:,} are there')
-    if header[2] == 0:
+    if count == 0:
         raise UserError(f'{path} is empty: it holds no tokens')
-    return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(int(header[2]),))
+    return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(count,))
 
 
 def split_files(folder, split):
