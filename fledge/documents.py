@@ -23,6 +23,7 @@ from fledge.tokens import (
     read_bin,
     split_files,
     spread,
+    training_rows,
 )
 
 TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
@@ -94,7 +95,6 @@ class Documents:
         self._pack()
         if self.pairs:  # until objectives.add_reference knows better
             self.of_documents['reference'] = np.zeros(self.n_documents, np.float32)
-        self.epoch = None  # whose order is at hand
 
     def _open(self, folder):
         """Map the shards and their masks. All positions below count through all the shards."""
@@ -267,14 +267,7 @@ class Documents:
         return seen
 
     def _training_rows(self, first, count):
-        places = np.arange(first, first + count)
-        rows = np.empty(count, np.int64)
-        for epoch in np.unique(places // self.n_rows).tolist():
-            if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-                self.epoch = epoch
-            here = places // self.n_rows == epoch
-            rows[here] = self.order[places[here] % self.n_rows]
+        rows, _ = training_rows(self.seed, self.n_rows, first, count)
         return rows
 
     def evaluation_rows(self, limit=None):

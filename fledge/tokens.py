@@ -6,6 +6,7 @@ step, batch geometry): no state to save, nothing replayed after a resume, the sa
 any number of processes.
 """
 
+import functools
 import glob
 import hashlib
 import os
@@ -183,6 +184,27 @@ def check_ids(ids, vocab_size, path, start):
         )
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, n_rows):
+    """A permutation of n_rows for an epoch, and a random number for where their grid begins."""
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n_rows), int(rng.integers(1 << 62))
+
+
+def training_rows(seed, n_rows, first, count):
+    """Rows first .. first + count - 1 of training's endless order: int64 (count,).
+
+    Each epoch takes all n_rows once. The second array has the random number of each one's epoch.
+    """
+    places = np.arange(first, first + count)
+    rows, shifts = np.empty((2, count), np.int64)
+    for epoch in np.unique(places // n_rows).tolist():
+        here = places // n_rows == epoch
+        order, shift = epoch_order(seed, epoch, n_rows)
+        rows[here], shifts[here] = order[places[here] % n_rows], shift
+    return rows, shifts
+
+
 class Tokens:
     """One split of a prepared dataset, as rows of block_size tokens and the tokens behind each.
 
@@ -214,7 +236,6 @@ class Tokens:
                 f'block_size={block_size} is longer than the data: {self.paths[0]} has '
                 f'{self.n_tokens:,} tokens and a row takes {block_size + 1:,}'
             )
-        self.epoch = None  # whose order is at hand
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
             check_ids(self.shards[0], vocab_size, self.paths[0], 0)
 
@@ -257,24 +278,10 @@ class Tokens:
 
     def _places(self, first, count):
         """The shards, and the starts in them, of rows of training's endless order."""
-        places = np.arange(first, first + count)
-        shards, starts = np.empty((2, count), np.int64)
-        for epoch in np.unique(places // self.n_rows).tolist():
-            here = places // self.n_rows == epoch
-            shards[here], starts[here] = self._find(epoch, places[here] % self.n_rows)
-        return shards, starts
-
-    def _find(self, epoch, places):
-        """The shards, and the starts in them, of the rows at these places in the epoch's order."""
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.order = rng.permutation(self.n_rows)
-            self.shift = int(rng.integers(1 << 62))
-            self.epoch = epoch
-        rows = self.order[places]
+        rows, shifts = training_rows(self.seed, self.n_rows, first, count)
         shards = np.searchsorted(self.first_row, rows, side='right') - 1
         in_shard = rows - self.first_row[shards]
-        return shards, in_shard * self.block_size + self.shift % (self.slack[shards] + 1)
+        return shards, in_shard * self.block_size + shifts % (self.slack[shards] + 1)
 
     def evaluation_rows(self, limit=None):
         """Where evaluation reads: (shard, start) of `limit` rows spread evenly, or of all."""
