@@ -3,10 +3,10 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -103,15 +103,14 @@ def set_job(*job):
     _job = job
 
 
-def start_worker(parent, *job):
-    """Begin a worker of the process `parent`, with which it ends."""
+def start_worker(*job):
+    """Begin a worker process, which ends with its parent, however that ends."""
     set_job(*job)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def leave_with_parent():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -180,14 +179,7 @@ def _encode(s, stage, encoder, record, repaired):
     else:
         key = repr(documents)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    split = stage.split
-    if not split:
-        drawn = digest
-        if not isinstance(documents[0], str) and not is_chat(documents[0]):
-            # pieces: all targets of a source are in one split, so val's sources are not in train
-            drawn = documents[0][0][0].encode()
-        draw = hashlib.blake2b(drawn, digest_size=8, key=str(s.seed).encode()).digest()
-        split = 'val' if int.from_bytes(draw, 'big') / 2**64 < s.val_fraction else 'train'
+    split = stage.split or _draw_split(s, documents[0], digest)
     example = (
         int.from_bytes(digest, 'big'),
         SPLITS.index(split),
@@ -200,6 +192,17 @@ def _encode(s, stage, encoder, record, repaired):
     return example, pieces, spelled
 
 
+def _draw_split(s, document, digest):
+    """train or val, by the digest of an example, the first document of which is given."""
+    drawn = digest
+    if not isinstance(document, str) and not is_chat(document):
+        # pieces: all targets of a source are in one split, so val's sources are not in train
+        source, _ = document[0]
+        drawn = source.encode()
+    draw = hashlib.blake2b(drawn, digest_size=8, key=str(s.seed).encode()).digest()
+    return 'val' if int.from_bytes(draw, 'big') / 2**64 < s.val_fraction else 'train'
+
+
 def _encode_document(encoder, document, begins):
     """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
     if is_chat(document):
@@ -207,20 +210,14 @@ def _encode_document(encoder, document, begins):
     parts = [(document, 1)] if isinstance(document, str) else document
     pieces = [np.array(encoder.begin if begins else [], np.uint32)]
     for i, (text, _) in enumerate(parts):
-        behind_another = i > 0 or not begins
-        pieces.append(
-            _encode_behind(encoder, text) if behind_another else encoder.encode_array(text)
-        )
+        stands_behind_another = i > 0 or not begins
+        if stands_behind_another and encoder.space_in_front:  # which has no place there
+            ids, _ = encoder.encode_inside(text)
+            pieces.append(np.array(ids, np.uint32))
+        else:
+            pieces.append(encoder.encode_array(text))
     learned = np.repeat([0, *(is_learned for _, is_learned in parts)], [len(p) for p in pieces])
     return np.concatenate(pieces), learned
-
-
-def _encode_behind(encoder, text):
-    """ids of a text that stands behind another, where no tokenizer puts a space in front of it."""
-    if not encoder.space_in_front:
-        return encoder.encode_array(text)
-    ids, _ = encoder.encode_inside(text)
-    return np.array(ids, np.uint32)
 
 
 def is_chat(document):

@@ -416,7 +416,6 @@ def _workers(number, *job):
         encoding.set_job(*job)
         return ThreadPoolExecutor(number)
     fork = multiprocessing.get_context('fork')
-    job = (os.getpid(), *job)
     pool = ProcessPoolExecutor(number, fork, encoding.start_worker, job)
     pool.submit(int)  # starts them all, before the source starts threads
     return pool
