@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fledge import UserError
-from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Replaced, Skip, Text, read
+from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Skip, Text, read
 from fledge.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -126,9 +126,9 @@ def tokenize(stage_index, records):
         before = len(examples)
         try:
             example, pieces, spelled = _encode(s, stages[stage_index], encoder, record, repaired)
-        except Replaced as e:
-            notes.append(Note('replaced', str(e), (path, line), before))
-        except (Skip, UserError) as e:  # UserError: a character that the vocabulary lacks
+        except Skip as e:
+            notes.append(Note(e.kind, str(e), (path, line), before))
+        except UserError as e:  # a character that the vocabulary lacks
             notes.append(Note('dropped', str(e), (path, line), before))
         else:
             examples.append(example)

@@ -39,11 +39,21 @@ WINDOW = 256  # and where they are not
 
 
 class Skip(Exception):
-    """A record that cannot be used, and why."""
+    """In place of a record: it cannot be used, and why."""
+
+    kind = 'dropped'  # a field of the pipeline's state that counts such notes
 
 
 class Replaced(Skip):
     """In place of a record: another source is read from here on, and why."""
+
+    kind = 'replaced'
+
+
+class Repaired(Skip):
+    """In place of a record: what is wrong with the next ones, which are used all the same."""
+
+    kind = 'repaired'
 
 
 class Unavailable(UserError):
@@ -213,7 +223,8 @@ class Files:
         self.left_out += empty
         # a broken link has no size, and is named when it is opened
         self.files = [(f, os.path.getsize(f) if os.path.exists(f) else 0) for f in found]
-        self.size = sum(size for _, size in self.files)
+        # an empty file counts as a byte, so that it lies in a slice
+        self.size = sum(max(size, 1) for _, size in self.files)
         self.identity = [[f, size, os.stat(f).st_mtime_ns if size else 0] for f, size in self.files]
         self.twins = _twins(self.files)
 
@@ -227,12 +238,9 @@ class Files:
         high = self.size * (slice_index + 1) // num_slices
         end = 0
         for i, (path, size) in enumerate(self.files):
-            # this slice's bytes of the file; an empty file belongs to the slice that it lies in
-            start, stop = max(low - end, 0), min(high - end, size)
-            end += size
-            last_slice = slice_index == num_slices - 1
-            is_here = start < stop or (size == 0 and low <= end and (end < high or last_slice))
-            if i < current or not is_here:
+            start, stop = max(low - end, 0), min(high - end, max(size, 1))  # this slice's bytes
+            end += max(size, 1)
+            if i < current or start >= stop:
                 continue
             offset, number = at if i == current else (0, 0)
             try:
@@ -280,19 +288,18 @@ def _files_in(folder, extensions, without):
         others.append((error.filename, f'a folder that cannot be read ({error.strerror})'))
 
     for directory, folders, names in os.walk(folder, onerror=unreadable):
-        if set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
-            continue
-        hidden = [name for name in names + folders if name.startswith('.')]
-        others += [(os.path.join(directory, name), 'a hidden file') for name in hidden]
-        folders[:] = [name for name in folders if name not in hidden]
-        for path in [os.path.join(directory, name) for name in names if name not in hidden]:
-            if path.lower().endswith(extensions):
+        for name in names + folders:
+            path = os.path.join(directory, name)
+            if name.startswith('.'):
+                others.append((path, 'a hidden file'))
+            elif name in folders:
+                if os.path.islink(path):
+                    others.append((path, 'a link to a folder'))
+            elif path.lower().endswith(extensions):
                 found.append(path)
             else:
                 others.append((path, 'a file of another kind'))
-        for path in [os.path.join(directory, name) for name in folders]:
-            if os.path.islink(path):
-                others.append((path, 'a link to a folder'))
+        folders[:] = [name for name in folders if name[0] != '.' and name not in without]
     return sorted(found), sorted(others) if extensions in (TEXTS, RECORDS, TABLES) else []
 
 
@@ -370,20 +377,15 @@ def _json(path, size, start, stop, row, number):
     """
     with _opened(path) as f:
         lines = (line for line in f if not line.isspace())
-        first, more = next(lines, b'').removeprefix(codecs.BOM_UTF8), next(lines, b'')
-        is_list = first.lstrip().startswith(b'[')
+        first = next(lines, b'').removeprefix(codecs.BOM_UTF8)
+        if next(lines, None) and _is_json(first):
+            yield from _lines(path, start, stop, row, number)
+            return
         f.seek(0)
-        content = b'' if more and not is_list and _is_json(first) else f.read()
-    try:
-        text, broken = _decoded(content.removeprefix(codecs.BOM_UTF8), 0)
-        records = json.loads(text)
-    except (ValueError, RecursionError):
-        if is_list:
-            raise
-        yield from _lines(path, start, stop, row, number)
-        return
+        text, broken = _decoded(f.read().removeprefix(codecs.BOM_UTF8), 0)
+    records = json.loads(text)
     if broken and row == 0 and start == 0:
-        yield Skip(REPAIRED), broken, (0, 0)
+        yield Repaired(REPAIRED), broken, (0, 0)
     if isinstance(records, dict):
         lists = [value for value in records.values() if _are_records(value)]
         records = lists[0] if len(lists) == 1 else [records]
@@ -423,21 +425,16 @@ def _text(path, start, offset, number):
         f.seek(0)
         if not offset and any(b'\0' in block for block in iter(lambda: f.read(1 << 20), b'')):
             raise Skip(NO_TEXT)
-        f.seek(offset)
-        rest = b''
         while offset < size:
-            piece = rest + f.read(PART_BYTES - len(rest))
-            if not piece:
+            f.seek(offset)
+            part = f.read(PART_BYTES)
+            if not part:
                 raise Skip('a text that has become shorter while it was read')
-            cut = len(piece)
-            if offset + cut < size:
-                cut = _last_cut(piece)
-            part, rest = piece[:cut], piece[cut:]
-            if not offset:
-                part = part.removeprefix(codecs.BOM_UTF8)
-            text, broken = _decoded(part, number)
+            if offset + len(part) < size:
+                part = part[: _last_cut(part)]
             first, line = offset == 0, number + 1
-            offset, number = offset + cut, number + part.count(b'\n')
+            text, broken = _decoded(part.removeprefix(codecs.BOM_UTF8) if first else part, number)
+            offset, number = offset + len(part), number + part.count(b'\n')
             yield Text(text, broken, key, offset >= size, first), line, (offset, number)
 
 
@@ -500,7 +497,8 @@ def _decoded(content, number):
 
 def first_line(error):
     """What an error is and the first line of what it says."""
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+    said, _, _ = str(error).partition('\n')
+    return f'{type(error).__name__}: {said[:200]}'
 
 
 # ---- the Hugging Face hub
