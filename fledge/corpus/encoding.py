@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -83,8 +84,13 @@ def texts(s, stages, budget):
         many = isinstance(stage.source, Files) and stage.source.size > share > 0
         slices = 64 if many else 1
         size = count = 0
+        position = None  # where a slice is left, and the next one is looked for from there
         for i in range(slices):
-            for record, _, _ in read(stage.source, None, i, slices, s.retries):
+            enough = share * (i + 1) / slices if budget else math.inf
+            if size >= enough:  # a slice before it gave more than its share
+                continue
+            for record, _, after in read(stage.source, position, i, slices, s.retries):
+                position = after
                 found = []
                 with suppress(Skip):
                     for document in documents_of(stage, record, []):
@@ -93,7 +99,7 @@ def texts(s, stages, budget):
                     yield text
                     size += len(text.encode())
                 count += 1
-                if (budget and size * slices >= share * (i + 1)) or count == stage.limit:
+                if size >= enough or count == stage.limit:
                     break
 
 

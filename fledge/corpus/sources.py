@@ -274,7 +274,7 @@ class Files:
             raise Skip('a duplicate')
         if self.separator:
             return _separated(path, self.separator, start, stop, offset, number)
-        return _text(path, start, offset, number)
+        return _text(path, start, stop, offset, number)
 
 
 def _files_in(folder, extensions, without):
@@ -355,18 +355,13 @@ def _opened(path):
 def _lines(path, start, stop, offset, number):
     """Lines as bytes, those that begin in [start, stop)."""
     with _opened(path) as f:
-        if start and not offset:
-            f.seek(start - 1)
-            offset = start - 1 + len(f.readline())
-            f.seek(0)
-            for at in range(0, offset, 1 << 20):
-                number += f.read(min(1 << 20, offset - at)).count(b'\n')
         f.seek(offset)
         for line in f:
-            if offset >= stop:
-                return
+            begin = offset
             offset, number = offset + len(line), number + 1
-            if not line.isspace():
+            if begin >= stop:
+                return
+            if begin >= start and not line.isspace():
                 yield line, number, (offset, number)
 
 
@@ -409,15 +404,16 @@ def _are_records(value):
     return all(isinstance(item, dict) and 'role' not in item for item in value)
 
 
-def _text(path, start, offset, number):
-    """A text file; in parts where it is long. It belongs to the slice that it begins in."""
-    if start:
-        return
+def _text(path, start, stop, offset, number):
+    """A text file, or the parts of a long one, if they begin in [start, stop).
+
+    The parts are found from the end of one, or from the beginning: so slices agree on them.
+    """
     with _opened(path) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         if size <= PART_BYTES:
-            if not offset:
+            if not offset and not start:
                 content = f.read().removeprefix(codecs.BOM_UTF8)
                 yield Text(*_decoded(content, 0)), 1, (size, 0)
             return
@@ -432,10 +428,19 @@ def _text(path, start, offset, number):
                 raise Skip('a text that has become shorter while it was read')
             if offset + len(part) < size:
                 part = part[: _last_cut(part)]
-            first, line = offset == 0, number + 1
-            text, broken = _decoded(part.removeprefix(codecs.BOM_UTF8) if first else part, number)
+            begin, before = offset, number
             offset, number = offset + len(part), number + part.count(b'\n')
-            yield Text(text, broken, key, offset >= size, first), line, (offset, number)
+            if begin >= stop:
+                return
+            if begin >= start:
+                if begin == 0:
+                    part = part.removeprefix(codecs.BOM_UTF8)
+                text, broken = _decoded(part, before)
+                yield (
+                    Text(text, broken, key, offset >= size, begin == 0),
+                    before + 1,
+                    (offset, number),
+                )
 
 
 def _separated(path, separator, start, stop, offset, number):
@@ -471,9 +476,9 @@ def _separated(path, separator, start, stop, offset, number):
 
 def _last_cut(piece):
     """The last place to cut bytes where no tokenizer joins: between a word and newline, word."""
-    words = [m.start() + 1 for m in re.finditer(rb'[0-9A-Za-z](?=\n[0-9A-Za-z])', piece)]
-    if words:
-        return words[-1]
+    up_to_word = re.match(rb'.*[0-9A-Za-z](?=\n[0-9A-Za-z])', piece, re.DOTALL)
+    if up_to_word:
+        return up_to_word.end()
     newline = piece.rfind(b'\n')
     if newline > 0:
         return newline - piece[:newline].endswith(b'\r')  # \r\n stays together
