@@ -266,15 +266,17 @@ class Files:
             if start:
                 return []
             stop = math.inf
-        if name.endswith('.json'):
-            return _json(path, size, start, stop, offset, number)
-        if name.endswith(('.jsonl', '.gz')):
-            return _lines(path, start, stop, offset, number)
-        if path in self.twins:
+        if name.endswith('.json') and not _has_lines(path):
+            return _json(path, size, start, stop, offset)
+        if name.endswith(('.json', '.jsonl', '.gz')):
+            found = _lines(path, offset, number)
+        elif path in self.twins:
             raise Skip('a duplicate')
-        if self.separator:
-            return _separated(path, self.separator, start, stop, offset, number)
-        return _text(path, start, stop, offset, number)
+        elif self.separator:
+            found = _separated(path, self.separator, offset, number)
+        else:
+            found = _text(path, offset, number)
+        return _within(found, offset, start, stop)
 
 
 def _files_in(folder, extensions, without):
@@ -352,31 +354,48 @@ def _opened(path):
     return io.BytesIO(content.encode('utf-8', 'surrogatepass'))
 
 
-def _lines(path, start, stop, offset, number):
-    """Lines as bytes, those that begin in [start, stop)."""
+def _within(found, offset, start, stop):
+    """What is found in a file from offset on, as far as it begins in [start, stop).
+
+    It begins where the one before it ends: so slices agree, which read a file from the end of a
+    record, or from its beginning.
+    """
+    for record, line, (end, number) in found:
+        if offset >= stop:
+            return
+        if offset >= start:
+            yield record, line, (end, number)
+        offset = end
+
+
+def _lines(path, offset, number):
+    """Lines as bytes, from a line's beginning at offset on."""
     with _opened(path) as f:
         f.seek(offset)
         for line in f:
-            begin = offset
             offset, number = offset + len(line), number + 1
-            if begin >= stop:
-                return
-            if begin >= start and not line.isspace():
+            if not line.isspace():
                 yield line, number, (offset, number)
 
 
-def _json(path, size, start, stop, row, number):
-    """The records of a .json that is one value, which is read whole; one of lines is read as lines.
+def _has_lines(path):
+    """Whether a .json is one of lines, which need not be held: the first is a value by itself."""
+    with _opened(path) as f:
+        lines = (line for line in f if not line.isspace())
+        first, second = next(lines, b''), next(lines, b'')
+    try:
+        json.loads(first.removeprefix(codecs.BOM_UTF8) if second else b'')
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(path, size, start, stop, row):
+    """The records of a .json that is one value, which is read whole.
 
     They are a list's items, those of an object's one list of records, or an object itself.
     """
     with _opened(path) as f:
-        lines = (line for line in f if not line.isspace())
-        first = next(lines, b'').removeprefix(codecs.BOM_UTF8)
-        if next(lines, None) and _is_json(first):
-            yield from _lines(path, start, stop, row, number)
-            return
-        f.seek(0)
         text, broken = _decoded(f.read().removeprefix(codecs.BOM_UTF8), 0)
     records = json.loads(text)
     if broken and row == 0 and start == 0:
@@ -389,14 +408,6 @@ def _json(path, size, start, stop, row, number):
         yield records[i], i + 1, (i + 1, 0)
 
 
-def _is_json(line):
-    try:
-        json.loads(line)
-        return True
-    except (ValueError, RecursionError):
-        return False
-
-
 def _are_records(value):
     """Whether a value is a list of objects; the messages of a conversation are one record."""
     if not isinstance(value, list) or not value:
@@ -404,16 +415,13 @@ def _are_records(value):
     return all(isinstance(item, dict) and 'role' not in item for item in value)
 
 
-def _text(path, start, stop, offset, number):
-    """A text file, or the parts of a long one, if they begin in [start, stop).
-
-    The parts are found from the end of one, or from the beginning: so slices agree on them.
-    """
+def _text(path, offset, number):
+    """A text file, or the parts of a long one from offset on."""
     with _opened(path) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
         if size <= PART_BYTES:
-            if not offset and not start:
+            if not offset:
                 content = f.read().removeprefix(codecs.BOM_UTF8)
                 yield Text(*_decoded(content, 0)), 1, (size, 0)
             return
@@ -428,26 +436,14 @@ def _text(path, start, stop, offset, number):
                 raise Skip('a text that has become shorter while it was read')
             if offset + len(part) < size:
                 part = part[: _last_cut(part)]
-            begin, before = offset, number
+            first, line = offset == 0, number + 1
             offset, number = offset + len(part), number + part.count(b'\n')
-            if begin >= stop:
-                return
-            if begin >= start:
-                if begin == 0:
-                    part = part.removeprefix(codecs.BOM_UTF8)
-                text, broken = _decoded(part, before)
-                yield (
-                    Text(text, broken, key, offset >= size, begin == 0),
-                    before + 1,
-                    (offset, number),
-                )
+            text, broken = _decoded(part.removeprefix(codecs.BOM_UTF8) if first else part, line - 1)
+            yield Text(text, broken, key, offset >= size, first), line, (offset, number)
 
 
-def _separated(path, separator, start, stop, offset, number):
-    """The texts between separators that begin in [start, stop), without the newlines next to those.
-
-    A file is read from the end of a text, or from its beginning: so slices agree on its separators.
-    """
+def _separated(path, separator, offset, number):
+    """The texts between separators from offset on, without the newlines next to those."""
     rest, end, more = b'', offset, True
     with _opened(path) as f:
         f.seek(offset)
@@ -463,9 +459,7 @@ def _separated(path, separator, start, stop, offset, number):
                 begin, line = end, number + 1
                 end += len(text) + len(separator)
                 number += (text + separator).count(b'\n')
-                if begin >= stop:
-                    return
-                if begin < start or not text.strip():
+                if not text.strip():
                     continue
                 content = text.lstrip(b'\r\n') if begin else text.removeprefix(codecs.BOM_UTF8)
                 line += text[: len(text) - len(content)].count(b'\n')
