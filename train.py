@@ -474,7 +474,7 @@ def go_back(why):
 
 def order_data():
     """Take the data in the run's order, which is another one after it has gone back."""
-    train_data.seed, train_data.epoch = seed + 10**9 * state.went_back, None
+    train_data.seed = seed + 10**9 * state.went_back
 
 
 def note_step(loss, numbers, is_finite):

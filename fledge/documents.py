@@ -23,6 +23,7 @@ from fledge.tokens import (
     read_bin,
     split_files,
     spread,
+    training_rows,
 )
 
 TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
@@ -94,7 +95,6 @@ class Documents:
         self._pack()
         if self.pairs:  # until objectives.add_reference knows better
             self.of_documents['reference'] = np.zeros(self.n_documents, np.float32)
-        self.epoch = None  # whose order is at hand
 
     def _open(self, folder):
         """Map the shards and their masks. All positions below count through all the shards."""
@@ -172,7 +172,7 @@ class Documents:
         chosen = self._fitting(learned > 0, longer, 'source and target')
         # the input in front of the first target is the end of text, in place of the source's last
         self._keep(chosen, first - 1, lengths, learned)
-        self.source_lengths = source_lengths[chosen]
+        self.source_starts, self.source_lengths = starts[chosen], source_lengths[chosen]
 
     def _fitting(self, teaches, sizes, what):
         """Which of those that teach something fit in a row; counts the others.
@@ -257,24 +257,17 @@ class Documents:
         """[(path, position, ids)] of the documents in rows of training: where each is, and what."""
         seen = []
         for number in self.documents_of(self._training_rows(first, count)).tolist():
-            start, length = int(self.starts[number]), int(self.lengths[number])
-            if self.with_sources:
-                start -= int(self.source_lengths[number]) - 1
-                length += int(self.source_lengths[number]) - 1
-            shard = int(np.searchsorted(self.first_token, start, side='right')) - 1
-            ids = self._read(self.shards, start + np.arange(length + 1))
-            seen.append((self.paths[shard], start - int(self.first_token[shard]), ids))
+            start = self.source_starts[number] if self.with_sources else self.starts[number]
+            end = self.starts[number] + self.lengths[number] + 1
+            shard = np.searchsorted(self.first_token, start, side='right') - 1
+            position = int(start - self.first_token[shard])
+            seen.append(
+                (self.paths[shard], position, self._read(self.shards, np.arange(start, end)))
+            )
         return seen
 
     def _training_rows(self, first, count):
-        places = np.arange(first, first + count)
-        rows = np.empty(count, np.int64)
-        for epoch in np.unique(places // self.n_rows).tolist():
-            if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-                self.epoch = epoch
-            here = places // self.n_rows == epoch
-            rows[here] = self.order[places[here] % self.n_rows]
+        rows, _ = training_rows(self.seed, self.n_rows, first, count)
         return rows
 
     def evaluation_rows(self, limit=None):
@@ -314,8 +307,8 @@ class Documents:
         )
         if self.with_sources:
             lengths = self.source_lengths[chosen]
-            starts = self.starts[chosen] + 1 - lengths
-            ids = self._read(self.shards, np.repeat(starts, lengths) + _count_within(lengths))
+            places = np.repeat(self.source_starts[chosen], lengths) + _count_within(lengths)
+            ids = self._read(self.shards, places)
             used = np.bincount(row_of_each, lengths, len(rows))
             batch['source'] = self._in_rows(ids, used, -1)
             batch['source_documents'] = self._in_rows(np.repeat(numbers, lengths), used, -1)
@@ -332,10 +325,10 @@ class Documents:
 
     def source_and_target(self, number):
         """The token ids of a document's source and of its target, lists; for with_sources."""
-        first = self.starts[number] + 1
-        source = np.arange(first - self.source_lengths[number], first)
-        target = np.arange(first, first + self.lengths[number])
-        return self._read(self.shards, source).tolist(), self._read(self.shards, target).tolist()
+        start, first = self.source_starts[number], self.starts[number] + 1
+        source = self._read(self.shards, np.arange(start, first))
+        target = self._read(self.shards, np.arange(first, first + self.lengths[number]))
+        return source.tolist(), target.tolist()
 
     def _read(self, files, places):
         """What the shards, or their masks, hold at these places; int64."""

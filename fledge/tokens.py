@@ -6,6 +6,7 @@ step, batch geometry): no state to save, nothing replayed after a resume, the sa
 any number of processes.
 """
 
+import functools
 import glob
 import hashlib
 import os
@@ -54,32 +55,31 @@ def read_bin(path, headerless=False):
     """The tokens of one .bin, a read-only memory map; headerless allows nanoGPT's bare uint16."""
     try:
         size = os.path.getsize(path)
-        header = np.fromfile(path, '<i4', count=3)
+        header = np.fromfile(path, '<i4', count=3).tolist()
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}') from None
-    dtype = FORMATS.get(tuple(int(v) for v in header[:2]))
+    if size == 0:
+        raise UserError(f'{path} is empty')
+    magic, version, count = header + [0] * (3 - len(header))  # a file may be shorter than that
+    dtype = FORMATS.get((magic, version))
     if dtype is None:
-        count = int(header[2]) if len(header) == 3 else 0
         looks_headed = count > 0 and size - HEADER_BYTES in (2 * count, 4 * count)
-        if size == 0:
-            raise UserError(f'{path} is empty')
         if looks_headed or not headerless:
-            found = ', '.join(str(v) for v in header[:2])
-            no_tokens = f'a wrong magic or version ({found}): it is no token file, or a broken one'
-            raise UserError(f'{path} has {no_tokens}')
+            problem = f'a wrong magic or version ({magic}, {version})'
+            raise UserError(f'{path} has {problem}: it is no token file, or a broken one')
         if size % 2:
             raise UserError(
                 f'{path} is truncated: {size:,} bytes is no whole number of uint16 tokens'
             )
         return np.memmap(path, np.dtype('<u2'), mode='r')
-    if len(header) == 3 and header[2] < 0:
-        raise UserError(f'{path} has a broken header: {header[2]} tokens')
-    expected = HEADER_BYTES + int(header[2]) * dtype.itemsize if len(header) == 3 else HEADER_BYTES
+    if count < 0:
+        raise UserError(f'{path} has a broken header: {count} tokens')
+    expected = HEADER_BYTES + count * dtype.itemsize
     if size < expected:
         raise UserError(f'{path} is truncated: {expected:,} bytes are expected, {size:,} are there')
-    if header[2] == 0:
+    if count == 0:
         raise UserError(f'{path} is empty: it holds no tokens')
-    return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(int(header[2]),))
+    return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(count,))
 
 
 def split_files(folder, split):
@@ -184,6 +184,27 @@ def check_ids(ids, vocab_size, path, start):
         )
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed, epoch, n_rows):
+    """A permutation of n_rows for an epoch, and a random number for where their grid begins."""
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n_rows), int(rng.integers(1 << 62))
+
+
+def training_rows(seed, n_rows, first, count):
+    """Rows first .. first + count - 1 of training's endless order: int64 (count,).
+
+    Each epoch takes all n_rows once. The second array has the random number of each one's epoch.
+    """
+    places = np.arange(first, first + count)
+    rows, shifts = np.empty((2, count), np.int64)
+    for epoch in np.unique(places // n_rows).tolist():
+        here = places // n_rows == epoch
+        order, shift = epoch_order(seed, epoch, n_rows)
+        rows[here], shifts[here] = order[places[here] % n_rows], shift
+    return rows, shifts
+
+
 class Tokens:
     """One split of a prepared dataset, as rows of block_size tokens and the tokens behind each.
 
@@ -215,7 +236,6 @@ class Tokens:
                 f'block_size={block_size} is longer than the data: {self.paths[0]} has '
                 f'{self.n_tokens:,} tokens and a row takes {block_size + 1:,}'
             )
-        self.epoch = None  # whose order is at hand
         if len(self.shards[0]) <= CHECKED_AT_ONCE:  # else each row is checked as it is read
             check_ids(self.shards[0], vocab_size, self.paths[0], 0)
 
@@ -258,24 +278,10 @@ class Tokens:
 
     def _places(self, first, count):
         """The shards, and the starts in them, of rows of training's endless order."""
-        places = np.arange(first, first + count)
-        shards, starts = np.empty((2, count), np.int64)
-        for epoch in np.unique(places // self.n_rows).tolist():
-            here = places // self.n_rows == epoch
-            shards[here], starts[here] = self._find(epoch, places[here] % self.n_rows)
-        return shards, starts
-
-    def _find(self, epoch, places):
-        """The shards, and the starts in them, of the rows at these places in the epoch's order."""
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.order = rng.permutation(self.n_rows)
-            self.shift = int(rng.integers(1 << 62))
-            self.epoch = epoch
-        rows = self.order[places]
+        rows, shifts = training_rows(self.seed, self.n_rows, first, count)
         shards = np.searchsorted(self.first_row, rows, side='right') - 1
         in_shard = rows - self.first_row[shards]
-        return shards, in_shard * self.block_size + self.shift % (self.slack[shards] + 1)
+        return shards, in_shard * self.block_size + shifts % (self.slack[shards] + 1)
 
     def evaluation_rows(self, limit=None):
         """Where evaluation reads: (shard, start) of `limit` rows spread evenly, or of all."""

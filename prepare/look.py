@@ -149,7 +149,8 @@ def lines_of(cells, with_ids):
 def header(dataset, number, ids, mask, more=''):
     """The lines over a document: what it is, and the legend."""
     data = dataset.splits[0]
-    title = f'document {number + 1:,} of {len(data.lengths):,} · {data.name} · {len(ids):,} tokens'
+    title = f'document {number + 1:,} of {len(data.lengths):,} · {data.name}'
+    title += f' · {len(ids):,} tokens'
     legend = 'ids alone: there is no tokenizer'
     if dataset.tokenizer:
         title += f', {dataset.size_of(ids):,} bytes'

@@ -384,12 +384,13 @@ def test_text_of_windows_and_what_is_no_text(tmp_path):
     (tmp_path / 'd.txt').write_bytes(b'good text ' * 1000 + b'\xff')
     (tmp_path / 'e.txt').write_bytes(b'PK\x03\x04\0\0')
     (tmp_path / 'f.md').write_bytes(b'long enough to be read in parts\n' * 150_000 + b'\0')
+    (tmp_path / 'g.json').write_bytes(b'[{"text": "a list"},\n {"text": "caf\xe9"}]')
     out, texts = prepared(
-        tmp_path, '--input=a.txt,b.jsonl,c.txt,d.txt,e.txt,f.md', '--val_fraction=0.4'
+        tmp_path, '--input=a.txt,b.jsonl,c.txt,d.txt,e.txt,f.md,g.json', '--val_fraction=0.4'
     )
     good = ['naïve 中 😀\nend', 'line 1 é', 'line 2 é', 'good text ' * 1000 + '�', 'caf� ' * 250]
-    assert sorted(texts) == sorted(good)
-    assert 'repaired: 2 x invalid UTF-8 (c.txt:1, d.txt:1)\n' in out
+    assert sorted(texts) == sorted([*good, 'a list', 'caf�'])
+    assert 'repaired: 3 x invalid UTF-8 (c.txt:1, d.txt:1, g.json:2)\n' in out
     lost = '250 characters are lost of files that are not UTF-8, such as c.txt; convert them first'
     assert f'warning: {lost}\n' in out
     assert 'left out: 2 x no text, for it has NUL characters (e.txt:1, f.md)\n' in out

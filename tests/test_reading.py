@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fledge import UserError
+from fledge.corpus import sources
 from fledge.corpus.encoding import texts
 from fledge.corpus.pipeline import Run, Stage
 from fledge.corpus.sources import Files, Lost, Made, OrElse, Replaced, Unavailable, read
@@ -77,7 +78,7 @@ def test_another_source_takes_the_place_of_one_that_cannot_be_had(capsys):
     assert [r for r, _, _ in read(source, None, 0, 1, retries=1)] == list(range(10))
 
 
-def test_a_tokenizer_sees_its_budget_spread_over_the_files(tmp_path):
+def test_a_tokenizer_sees_its_budget_spread_over_the_files(tmp_path, monkeypatch):
     for name in 'abc':
         (tmp_path / f'{name}.jsonl').write_text(
             ''.join(json.dumps({'text': f'{name} {i:05d} ' + 'é' * 45}) + '\n' for i in range(5000))
@@ -89,5 +90,11 @@ def test_a_tokenizer_sees_its_budget_spread_over_the_files(tmp_path):
     assert {t[0] for t in some} == {'a', 'b', 'c'} and max(t for t in some if t[0] == 'c')[
         2:7
     ] > '04500'
+    monkeypatch.setattr(sources, 'PART_BYTES', 5000)
+    lines = [f'{i:06d} ' + 'é' * 45 + '\n' for i in range(10_000)]
+    (tmp_path / 'one.txt').write_text(''.join(lines))
+    one = Stage(Files([str(tmp_path / 'one.txt')]), lambda record: [record])
+    parts = list(texts(SETTINGS, [one], 500_000))
+    assert 400_000 < sum(len(t.encode()) for t in parts) < 700_000 and '\n0099' in parts[-1]
     both = [stage, stage._replace(split='val')]
     assert len(list(texts(SETTINGS, both, 100_000))) == len(some)  # val is not for training

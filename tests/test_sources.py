@@ -119,12 +119,10 @@ def test_json_of_every_form(tmp_path, content, texts):
 
 
 def test_json_of_lines_is_not_held(tmp_path):
-    lines = ['{"broken', *(json.dumps(dict(text='x' * 1000)) for _ in range(5000))]
-    (tmp_path / 'broken.json').write_text('\n'.join(lines))
-    assert len(list(Files([str(tmp_path / 'broken.json')]).read())) == 5001
-    (tmp_path / 'a.json').write_text('\n'.join(lines[1:]))
+    lines = [json.dumps(dict(text='x' * 1000)) for _ in range(5000)]
+    (tmp_path / 'a.json').write_text('\n'.join([*lines, '{"broken']))
     tracemalloc.start()
-    assert sum(1 for _ in Files([str(tmp_path / 'a.json')]).read()) == 5000
+    assert sum(1 for _ in Files([str(tmp_path / 'a.json')]).read()) == 5001
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 

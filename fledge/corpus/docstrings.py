@@ -67,21 +67,18 @@ def call_of(dotted, function):
     return f'It is called as {dotted}({ast.unparse(function.args)}).'
 
 
-def all_about(documents_about):
-    """What documents_about(dotted name, node) makes of each module and its public parts."""
+def stage_of(documents_about):
+    """The Stage of all documents that documents_about, talks_about or pair_about, makes.
+
+    It is given (dotted name, node) of each module, and of its public functions and classes.
+    """
+    warnings.simplefilter('ignore')  # old modules have odd escapes in their texts
     found = []
     for dotted, tree in modules():
-        parts = [(dotted, tree)]
+        found.append(documents_about(dotted, tree))
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
-                parts.append((f'{dotted}.{node.name}', node))
-        found += [documents for part in parts if (documents := documents_about(*part))]
-    return found
-
-
-def stage_of(documents_about):
-    """The Stage of all that documents_about, talks_about or pair_about, finds to say."""
-    warnings.simplefilter('ignore')  # old modules have odd escapes in their texts
-    found = all_about(documents_about)
+                found.append(documents_about(f'{dotted}.{node.name}', node))
+    found = [documents for documents in found if documents]
     source = Made("the standard library's docstrings", len(found), lambda i: found[i])
     return Stage(source, lambda documents: documents)

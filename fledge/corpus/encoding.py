@@ -3,17 +3,18 @@
 import hashlib
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
 from fledge import UserError
-from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Replaced, Skip, Text, read
+from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Skip, Text, read
 from fledge.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -83,8 +84,13 @@ def texts(s, stages, budget):
         many = isinstance(stage.source, Files) and stage.source.size > share > 0
         slices = 64 if many else 1
         size = count = 0
+        position = None  # where a slice is left, and the next one is looked for from there
         for i in range(slices):
-            for record, _, _ in read(stage.source, None, i, slices, s.retries):
+            enough = share * (i + 1) / slices if budget else math.inf
+            if size >= enough:  # a slice before it gave more than its share
+                continue
+            for record, _, after in read(stage.source, position, i, slices, s.retries):
+                position = after
                 found = []
                 with suppress(Skip):
                     for document in documents_of(stage, record, []):
@@ -93,7 +99,7 @@ def texts(s, stages, budget):
                     yield text
                     size += len(text.encode())
                 count += 1
-                if (budget and size * slices >= share * (i + 1)) or count == stage.limit:
+                if size >= enough or count == stage.limit:
                     break
 
 
@@ -103,15 +109,14 @@ def set_job(*job):
     _job = job
 
 
-def start_worker(parent, *job):
-    """Begin a worker of the process `parent`, with which it ends."""
+def start_worker(*job):
+    """Begin a worker process, which ends with its parent, however that ends."""
     set_job(*job)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def leave_with_parent():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -127,9 +132,9 @@ def tokenize(stage_index, records):
         before = len(examples)
         try:
             example, pieces, spelled = _encode(s, stages[stage_index], encoder, record, repaired)
-        except Replaced as e:
-            notes.append(Note('replaced', str(e), (path, line), before))
-        except (Skip, UserError) as e:  # UserError: a character that the vocabulary lacks
+        except Skip as e:
+            notes.append(Note(e.kind, str(e), (path, line), before))
+        except UserError as e:  # a character that the vocabulary lacks
             notes.append(Note('dropped', str(e), (path, line), before))
         else:
             examples.append(example)
@@ -180,14 +185,7 @@ def _encode(s, stage, encoder, record, repaired):
     else:
         key = repr(documents)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    split = stage.split
-    if not split:
-        drawn = digest
-        if not isinstance(documents[0], str) and not is_chat(documents[0]):
-            # pieces: all targets of a source are in one split, so val's sources are not in train
-            drawn = documents[0][0][0].encode()
-        draw = hashlib.blake2b(drawn, digest_size=8, key=str(s.seed).encode()).digest()
-        split = 'val' if int.from_bytes(draw, 'big') / 2**64 < s.val_fraction else 'train'
+    split = stage.split or _draw_split(s, documents[0], digest)
     example = (
         int.from_bytes(digest, 'big'),
         SPLITS.index(split),
@@ -200,6 +198,17 @@ def _encode(s, stage, encoder, record, repaired):
     return example, pieces, spelled
 
 
+def _draw_split(s, document, digest):
+    """train or val, by the digest of an example, the first document of which is given."""
+    drawn = digest
+    if not isinstance(document, str) and not is_chat(document):
+        # pieces: all targets of a source are in one split, so val's sources are not in train
+        source, _ = document[0]
+        drawn = source.encode()
+    draw = hashlib.blake2b(drawn, digest_size=8, key=str(s.seed).encode()).digest()
+    return 'val' if int.from_bytes(draw, 'big') / 2**64 < s.val_fraction else 'train'
+
+
 def _encode_document(encoder, document, begins):
     """ids of a document and, for each, whether it is learned; begins: not a later part of one."""
     if is_chat(document):
@@ -207,20 +216,14 @@ def _encode_document(encoder, document, begins):
     parts = [(document, 1)] if isinstance(document, str) else document
     pieces = [np.array(encoder.begin if begins else [], np.uint32)]
     for i, (text, _) in enumerate(parts):
-        behind_another = i > 0 or not begins
-        pieces.append(
-            _encode_behind(encoder, text) if behind_another else encoder.encode_array(text)
-        )
+        stands_behind_another = i > 0 or not begins
+        if stands_behind_another and encoder.space_in_front:  # which has no place there
+            ids, _ = encoder.encode_inside(text)
+            pieces.append(np.array(ids, np.uint32))
+        else:
+            pieces.append(encoder.encode_array(text))
     learned = np.repeat([0, *(is_learned for _, is_learned in parts)], [len(p) for p in pieces])
     return np.concatenate(pieces), learned
-
-
-def _encode_behind(encoder, text):
-    """ids of a text that stands behind another, where no tokenizer puts a space in front of it."""
-    if not encoder.space_in_front:
-        return encoder.encode_array(text)
-    ids, _ = encoder.encode_inside(text)
-    return np.array(ids, np.uint32)
 
 
 def is_chat(document):

@@ -225,19 +225,21 @@ class Run:
         bar = tqdm(initial=state['bytes'], unit='B', unit_scale=True, disable=None)
         stopped = _signals()
         batches, pending = self.batches(), collections.deque()
-        failure, more = None, True
+        reading, failure = True, None
         saved = shown = time.monotonic()
         try:
-            while more or pending:
-                try:
-                    batch = None if stopped or not more else next(batches, None)
-                except UserError as e:  # what was read before it is still written
-                    batch, failure = None, e
-                more = batch is not None
-                if more:
+            while reading or pending:
+                batch = None
+                if reading and not stopped:
+                    try:
+                        batch = next(batches, None)
+                    except UserError as e:  # what was read before it is still written
+                        failure = e
+                reading = batch is not None
+                if reading:
                     task = workers.submit(encoding.tokenize, batch.stage, batch.records)
                     pending.append((batch, task))
-                while pending and (not more or len(pending) > 2 * num_proc):
+                while pending and (not reading or len(pending) > 2 * num_proc):
                     batch, task = pending.popleft()
                     self.write(batch, task.result())
                 self.show(bar)
@@ -248,11 +250,12 @@ class Run:
                 if now - saved > COMMIT_SECONDS:
                     self.commit()
                     saved = now
-            if state['bytes'] and (failure or stopped):
+            kept = ''
+            if (failure or stopped) and state['bytes']:
                 self.commit()
-                failure = failure and UserError(f'{failure}; {GOES_ON}')
+                kept = f'; {GOES_ON}'
             if failure:
-                raise failure
+                raise UserError(f'{failure}{kept}')
             if stopped:
                 raise KeyboardInterrupt if signal.SIGINT in stopped else SystemExit(143)
             if s.num_shards == 1 and not any(n['tokens'] for n in state['splits'].values()):
@@ -275,26 +278,26 @@ class Run:
         s, state = self.s, self.state
         begun = state['stage']
         for index, stage in enumerate(self.stages):
-            records, size, position = [], 0, state['position'] if index == begun else None
             if index < state['stage']:  # the writer has all that it wants of it
                 continue
-            found = read(stage.source, position, s.shard, s.num_shards, s.retries)
+            position = state['position'] if index == begun else None
+            records, size, failure = [], 0, None
             try:
-                for record, place, after in found:
+                found = read(stage.source, position, s.shard, s.num_shards, s.retries)
+                for record, place, position in found:
                     if index < state['stage']:
                         break
                     records.append((record, place))
                     size += _size_of(record)
-                    position = after
                     if size >= BATCH_BYTES:
                         yield Batch(index, records, size, position)
                         records, size = [], 0
-            except UserError:  # what was read before is not lost
-                if records:
-                    yield Batch(index, records, size, position)
-                raise
+            except UserError as e:  # what was read before it is handed on
+                failure = e
             if records:
                 yield Batch(index, records, size, position)
+            if failure:
+                raise failure
 
     def write(self, batch, out):
         """Write a Tokenized, but for what has come before and what is beyond a limit."""
@@ -365,11 +368,10 @@ class Run:
         counts = ['tokens', 'bytes', 'documents']
         for key in counts:
             n[key] += int(examples[key][rows].sum())
-        for row in rows if examples['part'].any() else rows[-1:]:
-            last = [int(examples[key][row]) for key in counts]
-            if examples['part'][row] and not n['last'][2]:  # it goes on with the part before it
-                last = [a + b for a, b in zip(n['last'], last, strict=True)]
-            n['last'] = last
+        for row in zip(*[examples[key][rows].tolist() for key in counts], strict=True):
+            if n['last'][2]:  # it has ended, and this one begins another
+                n['last'] = [0, 0, 0]
+            n['last'] = [a + b for a, b in zip(n['last'], row, strict=True)]
 
     def end_document(self, split):
         """End the long text that a split's last example is a part of."""
@@ -416,7 +418,6 @@ def _workers(number, *job):
         encoding.set_job(*job)
         return ThreadPoolExecutor(number)
     fork = multiprocessing.get_context('fork')
-    job = (os.getpid(), *job)
     pool = ProcessPoolExecutor(number, fork, encoding.start_worker, job)
     pool.submit(int)  # starts them all, before the source starts threads
     return pool

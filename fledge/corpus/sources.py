@@ -39,11 +39,21 @@ WINDOW = 256  # and where they are not
 
 
 class Skip(Exception):
-    """A record that cannot be used, and why."""
+    """In place of a record: it cannot be used, and why."""
+
+    kind = 'dropped'  # a field of the pipeline's state that counts such notes
 
 
 class Replaced(Skip):
     """In place of a record: another source is read from here on, and why."""
+
+    kind = 'replaced'
+
+
+class Repaired(Skip):
+    """In place of a record: what is wrong with the next ones, which are used all the same."""
+
+    kind = 'repaired'
 
 
 class Unavailable(UserError):
@@ -213,7 +223,8 @@ class Files:
         self.left_out += empty
         # a broken link has no size, and is named when it is opened
         self.files = [(f, os.path.getsize(f) if os.path.exists(f) else 0) for f in found]
-        self.size = sum(size for _, size in self.files)
+        # an empty file counts as a byte, so that it lies in a slice
+        self.size = sum(max(size, 1) for _, size in self.files)
         self.identity = [[f, size, os.stat(f).st_mtime_ns if size else 0] for f, size in self.files]
         self.twins = _twins(self.files)
 
@@ -227,12 +238,9 @@ class Files:
         high = self.size * (slice_index + 1) // num_slices
         end = 0
         for i, (path, size) in enumerate(self.files):
-            # this slice's bytes of the file; an empty file belongs to the slice that it lies in
-            start, stop = max(low - end, 0), min(high - end, size)
-            end += size
-            last_slice = slice_index == num_slices - 1
-            is_here = start < stop or (size == 0 and low <= end and (end < high or last_slice))
-            if i < current or not is_here:
+            start, stop = max(low - end, 0), min(high - end, max(size, 1))  # this slice's bytes
+            end += max(size, 1)
+            if i < current or start >= stop:
                 continue
             offset, number = at if i == current else (0, 0)
             try:
@@ -258,15 +266,17 @@ class Files:
             if start:
                 return []
             stop = math.inf
-        if name.endswith('.json'):
-            return _json(path, size, start, stop, offset, number)
-        if name.endswith(('.jsonl', '.gz')):
-            return _lines(path, start, stop, offset, number)
-        if path in self.twins:
+        if name.endswith('.json') and not _has_lines(path):
+            return _json(path, size, start, stop, offset)
+        if name.endswith(('.json', '.jsonl', '.gz')):
+            found = _lines(path, offset, number)
+        elif path in self.twins:
             raise Skip('a duplicate')
-        if self.separator:
-            return _separated(path, self.separator, start, stop, offset, number)
-        return _text(path, start, offset, number)
+        elif self.separator:
+            found = _separated(path, self.separator, offset, number)
+        else:
+            found = _text(path, offset, number)
+        return _within(found, offset, start, stop)
 
 
 def _files_in(folder, extensions, without):
@@ -280,19 +290,18 @@ def _files_in(folder, extensions, without):
         others.append((error.filename, f'a folder that cannot be read ({error.strerror})'))
 
     for directory, folders, names in os.walk(folder, onerror=unreadable):
-        if set(os.path.relpath(directory, folder).split(os.sep)) & set(without):
-            continue
-        hidden = [name for name in names + folders if name.startswith('.')]
-        others += [(os.path.join(directory, name), 'a hidden file') for name in hidden]
-        folders[:] = [name for name in folders if name not in hidden]
-        for path in [os.path.join(directory, name) for name in names if name not in hidden]:
-            if path.lower().endswith(extensions):
+        for name in names + folders:
+            path = os.path.join(directory, name)
+            if name.startswith('.'):
+                others.append((path, 'a hidden file'))
+            elif name in folders:
+                if os.path.islink(path):
+                    others.append((path, 'a link to a folder'))
+            elif path.lower().endswith(extensions):
                 found.append(path)
             else:
                 others.append((path, 'a file of another kind'))
-        for path in [os.path.join(directory, name) for name in folders]:
-            if os.path.islink(path):
-                others.append((path, 'a link to a folder'))
+        folders[:] = [name for name in folders if name[0] != '.' and name not in without]
     return sorted(found), sorted(others) if extensions in (TEXTS, RECORDS, TABLES) else []
 
 
@@ -345,59 +354,58 @@ def _opened(path):
     return io.BytesIO(content.encode('utf-8', 'surrogatepass'))
 
 
-def _lines(path, start, stop, offset, number):
-    """Lines as bytes, those that begin in [start, stop)."""
+def _within(found, offset, start, stop):
+    """What is found in a file from offset on, as far as it begins in [start, stop).
+
+    It begins where the one before it ends: so slices agree, which read a file from the end of a
+    record, or from its beginning.
+    """
+    for record, line, (end, number) in found:
+        if offset >= stop:
+            return
+        if offset >= start:
+            yield record, line, (end, number)
+        offset = end
+
+
+def _lines(path, offset, number):
+    """Lines as bytes, from a line's beginning at offset on."""
     with _opened(path) as f:
-        if start and not offset:
-            f.seek(start - 1)
-            offset = start - 1 + len(f.readline())
-            f.seek(0)
-            for at in range(0, offset, 1 << 20):
-                number += f.read(min(1 << 20, offset - at)).count(b'\n')
         f.seek(offset)
         for line in f:
-            if offset >= stop:
-                return
             offset, number = offset + len(line), number + 1
             if not line.isspace():
                 yield line, number, (offset, number)
 
 
-def _json(path, size, start, stop, row, number):
-    """The records of a .json that is one value, which is read whole; one of lines is read as lines.
+def _has_lines(path):
+    """Whether a .json is one of lines, which need not be held: the first is a value by itself."""
+    with _opened(path) as f:
+        lines = (line for line in f if not line.isspace())
+        first, second = next(lines, b''), next(lines, b'')
+    try:
+        json.loads(first.removeprefix(codecs.BOM_UTF8) if second else b'')
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(path, size, start, stop, row):
+    """The records of a .json that is one value, which is read whole.
 
     They are a list's items, those of an object's one list of records, or an object itself.
     """
     with _opened(path) as f:
-        lines = (line for line in f if not line.isspace())
-        first, more = next(lines, b'').removeprefix(codecs.BOM_UTF8), next(lines, b'')
-        is_list = first.lstrip().startswith(b'[')
-        f.seek(0)
-        content = b'' if more and not is_list and _is_json(first) else f.read()
-    try:
-        text, broken = _decoded(content.removeprefix(codecs.BOM_UTF8), 0)
-        records = json.loads(text)
-    except (ValueError, RecursionError):
-        if is_list:
-            raise
-        yield from _lines(path, start, stop, row, number)
-        return
+        text, broken = _decoded(f.read().removeprefix(codecs.BOM_UTF8), 0)
+    records = json.loads(text)
     if broken and row == 0 and start == 0:
-        yield Skip(REPAIRED), broken, (0, 0)
+        yield Repaired(REPAIRED), broken, (0, 0)
     if isinstance(records, dict):
         lists = [value for value in records.values() if _are_records(value)]
         records = lists[0] if len(lists) == 1 else [records]
     row = max(row, math.ceil(start * len(records) / size))
     for i in range(row, math.ceil(min(stop, size) * len(records) / size)):
         yield records[i], i + 1, (i + 1, 0)
-
-
-def _is_json(line):
-    try:
-        json.loads(line)
-        return True
-    except (ValueError, RecursionError):
-        return False
 
 
 def _are_records(value):
@@ -407,10 +415,8 @@ def _are_records(value):
     return all(isinstance(item, dict) and 'role' not in item for item in value)
 
 
-def _text(path, start, offset, number):
-    """A text file; in parts where it is long. It belongs to the slice that it begins in."""
-    if start:
-        return
+def _text(path, offset, number):
+    """A text file, or the parts of a long one from offset on."""
     with _opened(path) as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(0)
@@ -423,29 +429,21 @@ def _text(path, start, offset, number):
         f.seek(0)
         if not offset and any(b'\0' in block for block in iter(lambda: f.read(1 << 20), b'')):
             raise Skip(NO_TEXT)
-        f.seek(offset)
-        rest = b''
         while offset < size:
-            piece = rest + f.read(PART_BYTES - len(rest))
-            if not piece:
+            f.seek(offset)
+            part = f.read(PART_BYTES)
+            if not part:
                 raise Skip('a text that has become shorter while it was read')
-            cut = len(piece)
-            if offset + cut < size:
-                cut = _last_cut(piece)
-            part, rest = piece[:cut], piece[cut:]
-            if not offset:
-                part = part.removeprefix(codecs.BOM_UTF8)
-            text, broken = _decoded(part, number)
+            if offset + len(part) < size:
+                part = part[: _last_cut(part)]
             first, line = offset == 0, number + 1
-            offset, number = offset + cut, number + part.count(b'\n')
+            offset, number = offset + len(part), number + part.count(b'\n')
+            text, broken = _decoded(part.removeprefix(codecs.BOM_UTF8) if first else part, line - 1)
             yield Text(text, broken, key, offset >= size, first), line, (offset, number)
 
 
-def _separated(path, separator, start, stop, offset, number):
-    """The texts between separators that begin in [start, stop), without the newlines next to those.
-
-    A file is read from the end of a text, or from its beginning: so slices agree on its separators.
-    """
+def _separated(path, separator, offset, number):
+    """The texts between separators from offset on, without the newlines next to those."""
     rest, end, more = b'', offset, True
     with _opened(path) as f:
         f.seek(offset)
@@ -461,9 +459,7 @@ def _separated(path, separator, start, stop, offset, number):
                 begin, line = end, number + 1
                 end += len(text) + len(separator)
                 number += (text + separator).count(b'\n')
-                if begin >= stop:
-                    return
-                if begin < start or not text.strip():
+                if not text.strip():
                     continue
                 content = text.lstrip(b'\r\n') if begin else text.removeprefix(codecs.BOM_UTF8)
                 line += text[: len(text) - len(content)].count(b'\n')
@@ -474,9 +470,9 @@ def _separated(path, separator, start, stop, offset, number):
 
 def _last_cut(piece):
     """The last place to cut bytes where no tokenizer joins: between a word and newline, word."""
-    words = [m.start() + 1 for m in re.finditer(rb'[0-9A-Za-z](?=\n[0-9A-Za-z])', piece)]
-    if words:
-        return words[-1]
+    up_to_word = re.match(rb'.*[0-9A-Za-z](?=\n[0-9A-Za-z])', piece, re.DOTALL)
+    if up_to_word:
+        return up_to_word.end()
     newline = piece.rfind(b'\n')
     if newline > 0:
         return newline - piece[:newline].endswith(b'\r')  # \r\n stays together
@@ -500,7 +496,8 @@ def _decoded(content, number):
 
 def first_line(error):
     """What an error is and the first line of what it says."""
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+    said, _, _ = str(error).partition('\n')
+    return f'{type(error).__name__}: {said[:200]}'
 
 
 # ---- the Hugging Face hub
