@@ -102,7 +102,7 @@ class Tokenizer:
         for i in ids:
             if type(i) is not int or not 0 <= i < 2**24:
                 raise ValueError(f'{i!r} is no id of a token')
-        self.n_ids, self.vocab_size = len(ids), max(ids, default=-1) + 1
+        self.n_ids, self.vocab_size = len(ids), max(ids) + 1
         self.bpe = self.chars = self.hf = None
         pattern = _byte_level_pattern(spec)
         if pattern is not None:
@@ -233,9 +233,7 @@ class Tokenizer:
         start = []
         if text.startswith(END_OF_TEXT) and self.end_of_text is not None:
             text, start = text.removeprefix(END_OF_TEXT), [self.end_of_text]
-        ids = self.encode(text, allow_special=True)
-        if ids[: len(self.begin)] != self.begin:
-            ids = self.begin + ids
+        ids = self._after_begin(self.encode(text, allow_special=True))
         return start + ids or [self.end_of_text or 0]
 
     def encode_source(self, text):
@@ -245,7 +243,10 @@ class Tokenizer:
         """
         if self.separator:
             text = text.strip().removesuffix(self.separator).rstrip() + self.separator
-        ids = self.encode(text)
+        return self._after_begin(self.encode(text))
+
+    def _after_begin(self, ids):
+        """ids with the begin in front; a text or a template may have it spelled out already."""
         return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
     def encode_chat(self, messages):
@@ -258,22 +259,12 @@ class Tokenizer:
         """
         if self.template:
             spans = chat_template.lay_out(self.template, messages, self.special_pattern)
-            ids, learned = self._encode_pieces(*spans)
-            if ids[: len(self.begin)] != self.begin:  # else the template itself has written it
-                ids, learned = self.begin + ids, [0] * len(self.begin) + learned
-            return np.array(ids, np.uint32), np.array(learned, np.uint8)
-        ids, learned = [*self.begin], [0] * len(self.begin)
-        start, end = self.special[IM_START], self.special[IM_END]
-        newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
-        for message in messages:
-            role = f'{message["role"]}\n'
-            # one text, as of a template: a token may hold the end of one and the other's beginning
-            said, ends = self._encode_part(role + message['content'], IM_START)
-            ids += [start, *said, end, *newline]
-            is_learned = message.get('learned', message['role'] == 'assistant')
-            learned += [0, *(is_learned and n > len(role) for n in ends), is_learned]
-            learned += [0] * len(newline)
-        return np.array(ids, np.uint32), np.array(learned, np.uint8)
+        else:
+            spans = _lay_out_chatml(messages)
+        ids, learned = self._encode_pieces(*spans)
+        whole = self._after_begin(ids)
+        learned = [0] * (len(whole) - len(ids)) + learned
+        return np.array(whole, np.uint32), np.array(learned, np.uint8)
 
     def encode_chat_prompt(self, messages):
         """The ids that a model goes on with to answer messages (see encode_chat).
@@ -287,15 +278,15 @@ class Tokenizer:
             except UserError:  # it changes a message, as Qwen3's leaves out what was thought
                 text = chat_template.render(self.template, messages, add_generation_prompt=True)
                 return self.encode_prompt(text)
-            ids, _ = self._encode_pieces(pieces, [])
-            return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
-        if not self.has_chat_form:
+        elif self.has_chat_form:
+            pieces = [*_lay_out_chatml(messages)[0], (f'{IM_START}assistant\n', None)]
+        else:
             raise UserError(
                 'this model has no form for conversations: it was never tuned for them; '
                 'a text that it can go on with is --start'
             )
-        role, _ = self._encode_part('assistant\n', IM_START)
-        return [*self.encode_chat(messages)[0].tolist(), self.special[IM_START], *role]
+        ids, _ = self._encode_pieces(pieces, [])
+        return self._after_begin(ids)
 
     @property
     def has_chat_form(self):
@@ -320,17 +311,13 @@ class Tokenizer:
                 ids.append(self.special[part])
                 learned.append(unlearned != part)
             elif part:
-                found, ends = self._encode_part(part, parts[i - 1] if i else None)
+                # in front of a whole text, and behind some special tokens, a space is put
+                spaced = i == 0 or self.puts_space_behind(parts[i - 1])
+                found, ends = self.encode_behind('', part) if spaced else self.encode_inside(part)
                 n = len(unlearned if self.hf else unlearned.encode())
                 ids += found
                 learned += [end > n for end in ends]
         return ids, learned
-
-    def _encode_part(self, text, behind):
-        """encode_behind for text that stands behind a special token of a whole text, or None."""
-        if behind and not self.puts_space_behind(behind):
-            return self.encode_inside(text)
-        return self.encode_behind('', text)
 
     @functools.cached_property
     def turn_end(self):
@@ -476,6 +463,23 @@ class TextStream:
     def end(self):
         """The rest of the text: U+FFFD where it breaks off within a character."""
         return self.decoder.decode(b'', final=True)
+
+
+def _lay_out_chatml(messages):
+    """What chat_template.lay_out gives of CHAT_TEMPLATE, without the time that Jinja takes.
+
+    Here a message of anybody may be learned.
+    """
+    pieces, learned, at = [], [], 0
+    for i, message in enumerate(messages):
+        role = f'{message["role"]}\n'
+        said = role + message['content']
+        pieces += [(IM_START, None), (said, i), (f'{IM_END}\n', None)]
+        start, end = at + len(IM_START + role), at + len(IM_START + said + IM_END)
+        if message.get('learned', message['role'] == 'assistant'):
+            learned.append((start, end))
+        at = end + 1
+    return pieces, learned
 
 
 def _begin(spec):
