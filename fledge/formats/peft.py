@@ -103,7 +103,7 @@ def read_config(folder):
 
 
 def read(folder, saved, config):
-    """The adapters' tensors in folder, {name: float32 tensor} as adapters.merge takes them.
+    """The adapters' tensors in folder, {name: float32 tensor} as adapters.merged takes them.
 
     saved: read_config's. config: the base's GPTConfig. Layers may have different ranks: B is scaled
     so that saved's lora_alpha / rank holds for each. UserError for what does not fit the base.
