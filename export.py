@@ -260,7 +260,7 @@ def write(target):
     spelling = dict(begin=tokenizer.begin, separator=tokenizer.separator)
     spelling['tokenizer'] = tokenizer.digest()
     checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **spelling))
-    again = checkpoint.load_model(checkpoint.load(target, own=True), target).eval()
+    again = checkpoint.load_model(checkpoint.load(target), target).eval()
     return again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
 
 

@@ -152,19 +152,19 @@ def our_tensors(file_of, kind, args, where):
     return state
 
 
-def load(source, block_size=0, own=False):
+def load(source, block_size=0):
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
     peft's, or a name on the Hugging Face hub (OWNER/NAME). block_size: see families.read_config; a
-    checkpoint keeps its own. own: see checkpoint.load. Returns a dict of model (float32 tensors),
-    model_args, config (the run's settings, if any) and folder, where its tokenizer is. Where there
-    are adapters, model has the base's tensors and theirs, which adapters.split parts; of an adapter
-    checkpoint, base (its source and digest) stays in the dict.
+    checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
+    run's settings, if any) and folder, where its tokenizer is. Where there are adapters, model has
+    the base's tensors and theirs, which adapters.split parts; of an adapter checkpoint, base (its
+    source and digest) stays in the dict.
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        return with_base(checkpoint.load(source, own), source)
+        return with_base(checkpoint.load(source), source)
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
     if os.path.exists(os.path.join(folder, peft.CONFIG)):
         return load_peft(folder, block_size)
@@ -275,11 +275,9 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     path = init_from
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
-        state = load(path, own=True)
-    else:
-        if 'out_dir' in given:
-            print('without effect beside --init_from: out_dir', file=sys.stderr)
-        state = load(init_from)
+    elif 'out_dir' in given:
+        print('without effect beside --init_from: out_dir', file=sys.stderr)
+    state = load(path)
     state.pop('optimizer', None)  # twice the weights, and nothing to do but train
     folders = [state.get('folder') or os.path.dirname(path) or '.']
     dataset = state['config'].get('dataset') or dataset
