@@ -239,7 +239,7 @@ def write(target):
         huggingface.write(target, model, tokenizer, getattr(torch, dtype), card, source)
         return huggingface.read(target, ids, start, tokenizer)
     if format == 'gguf':
-        template = huggingface.chat_template(tokenizer, source)
+        template = huggingface.chat_template(tokenizer)
         huggingface.check_template(template, tokenizer)
         gguf.write(target, model, tokenizer, dtype, name, template)
         return gguf.largest_error(target, model, dtype), 'the file alone'

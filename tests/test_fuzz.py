@@ -290,7 +290,7 @@ def read_tokenizer(folder):
     tokenizer.for_chats()
     tokenizer.text_bytes(100)
     huggingface.ends(tokenizer)
-    huggingface.chat_template(tokenizer, str(folder))
+    huggingface.chat_template(tokenizer)
 
 
 # of the kind that Llama's and Qwen's are

@@ -12,7 +12,7 @@ import os
 import torch
 
 from fledge import UserError, adapters, checkpoint, read_json
-from fledge.formats import families, save_tensors
+from fledge.formats import families, hub, save_tensors
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -97,7 +97,7 @@ def read_config(folder):
     alpha, base = config.get('lora_alpha'), config.get('base_model_name_or_path')
     if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise UserError(f'{where}: lora_alpha={alpha!r:.60} is no number above 0')
-    if not isinstance(base, str) or not base.isprintable() or not 0 < len(base) < 1000:
+    if not hub.may_be_source(base):
         raise UserError(f'{where} names no base: put its folder in as base_model_name_or_path')
     return config
 
