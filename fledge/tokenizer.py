@@ -53,7 +53,8 @@ GPT2_BYTE_LEVEL = BYTE_LEVEL | dict(use_regex=True)
 AFFIXES = ('continuing_subword_prefix', 'end_of_word_suffix')  # of BPE that is not byte-level
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe'
 GPT2_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
-# merges.txt alone, as of old, is not read; it is looked at only to say so
+# What a folder may hold, and the first of them counts. merges.txt alone, as of old, is not read; it
+# is looked at only to say so.
 TOKENIZER_FILES = ['tokenizer.json', 'meta.pkl', 'merges.txt']
 BUILT_IN = ('gpt2', 'bytes')
 GPT2_SIZE, GPT2_PADDED_SIZE = 50257, 50304  # hardware likes a multiple of 64
@@ -126,10 +127,9 @@ class Tokenizer:
             import tokenizers
 
             prefix = model.get('continuing_subword_prefix') or ''
-            for merge in model.get('merges', []) if prefix else []:
-                _, second = merge.split(' ') if isinstance(merge, str) else merge
+            for first, second in merges_of(model):
                 if not second.startswith(prefix):  # which would end the process
-                    raise ValueError(f'the merge {merge} does not fit {prefix!r}')
+                    raise ValueError(f'the merge {first} {second} does not fit {prefix!r}')
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.token_bytes = self._bytes_by_tokenizers(added)
 
@@ -504,6 +504,11 @@ def _bytes_of(vocab):
     return found
 
 
+def merges_of(model):
+    """The merges of a tokenizer.json's model, each a pair; older files have a pair as one text."""
+    return [m.split(' ') if isinstance(m, str) else m for m in model.get('merges', [])]
+
+
 def _byte_level_pattern(spec):
     """The split pattern where tiktoken gives the ids of this tokenizer.json, else None."""
     model, pre = spec['model'], spec.get('pre_tokenizer') or {}
@@ -524,7 +529,7 @@ def _byte_level_pattern(spec):
     # token that no merge makes
     vocab, letters = model['vocab'], set(byte_to_unicode().values())
     special = {t['content'] for t in added}
-    made = [''.join(m.split(' ')) if isinstance(m, str) else ''.join(m) for m in model['merges']]
+    made = [''.join(merge) for merge in merges_of(model)]
     ids = [vocab.get(token, -1) for token in made]
     if -1 in ids or ids != sorted(ids) or not letters <= vocab.keys() - special:
         return None
@@ -643,6 +648,18 @@ class _NoCode(pickle.Unpickler):
         raise UserError(f'meta.pkl asks to load {module}.{name}; only plain dictionaries are read')
 
 
+def _read_meta_pkl(path):
+    """nanoGPT's vocabulary of characters, out of the meta.pkl that its prepare.py writes."""
+    with open(path, 'rb') as f:
+        content = f.read()
+    # an unpickler takes memory for as many objects as a broken number says
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in ('PUT', 'LONG_BINPUT') and number > len(content):
+            raise ValueError('it is broken')
+    meta = _NoCode(io.BytesIO(content)).load()
+    return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+
+
 def load_tokenizer(source):
     """A tokenizer by name (gpt2, bytes), from a tokenizer.json, a folder or the Hugging Face hub.
 
@@ -653,29 +670,21 @@ def load_tokenizer(source):
         return gpt2_tokenizer() if source == 'gpt2' else byte_tokenizer()
     if '/' in source and hub.is_name(source):
         source = hub.download(source, TOKENIZER_FILES + chat_template.FILES)
-    path, nanogpts = source, os.path.join(source, 'meta.pkl')
-    if os.path.isdir(source):
-        path = os.path.join(source, 'tokenizer.json')
-        if not os.path.exists(path) and os.path.exists(nanogpts):
-            path = nanogpts
-    if os.path.exists(os.path.join(source, 'merges.txt')) and not os.path.exists(path):
+    path, is_folder = source, os.path.isdir(source)
+    if is_folder:
+        paths = [os.path.join(source, name) for name in TOKENIZER_FILES]
+        path = next(filter(os.path.exists, paths), paths[0])
+    if is_folder and path.endswith('merges.txt'):
         raise UserError(
             f'{source} has merges.txt and no tokenizer.json: '
             'load and save its tokenizer with transformers'
         )
     try:
-        if path == nanogpts:
-            with open(path, 'rb') as f:
-                content = f.read()
-            # an unpickler takes memory for as many objects as a broken number says
-            for opcode, number, _ in pickletools.genops(content):
-                if opcode.name in ('PUT', 'LONG_BINPUT') and number > len(content):
-                    raise ValueError('it is broken')
-            meta = _NoCode(io.BytesIO(content)).load()
-            return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+        if is_folder and path.endswith('meta.pkl'):
+            return _read_meta_pkl(path)
         with open(path, encoding='utf-8') as f:
             spec = json.load(f)
-        return Tokenizer(spec, chat_template.read(source) if os.path.isdir(source) else None)
+        return Tokenizer(spec, chat_template.read(source) if is_folder else None)
     except FileNotFoundError:
         raise UserError(
             f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json, a folder that holds '

@@ -120,15 +120,13 @@ def read(folder, saved, config):
         raise UserError(f'{where} cannot be read: {str(e).splitlines()[0][:200]}') from None
     kind = families.config_of(config)['model_type']
     alpha, own = saved['lora_alpha'], {}
-    blocks = checkpoint.empty_model(config).transformer.h
-    modules = [f'transformer.h.{i}.{name}' for i in range(len(blocks)) for name in adapters.LAYERS]
-    for ours in modules:
-        layer = blocks.get_submodule(ours.removeprefix('transformer.h.'))
+    for ours, layer in checkpoint.empty_model(config).named_modules():
+        if not ours.endswith(adapters.LAYERS):
+            continue
         names = theirs(kind, ours)
+        rows_of_each = families.rows_of(config, len(names), layer.out_features)
         all_a, all_b = [], []
-        for name, rows in zip(
-            names, families.rows_of(config, len(names), layer.out_features), strict=True
-        ):
+        for name, rows in zip(names, rows_of_each, strict=True):
             # a layer without an adapter has one of rank 0
             nothing = torch.zeros(0, layer.in_features), torch.zeros(rows, 0)
             a = tensors.pop(f'{PREFIX}{name}.lora_A.weight', nothing[0]).float()
