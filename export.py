@@ -85,8 +85,11 @@ if dtype not in DTYPES[format]:
     raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
-idle = given & {'name'} if format in ('onnx', 'ckpt', 'peft') else set()
-idle |= given & {'dtype'} if quantize == 'int8' else set()
+idle = set()
+if format in ('onnx', 'ckpt', 'peft'):
+    idle |= given & {'name'}
+if quantize == 'int8':
+    idle |= given & {'dtype'}
 if idle:
     print(f'without effect with --format={format}: {", ".join(sorted(idle))}', file=sys.stderr)
 

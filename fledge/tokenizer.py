@@ -21,8 +21,10 @@ import numpy as np
 from fledge import UserError, chat_template, read_meta, replacing
 from fledge.formats import hub
 
-END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # two of ChatML
-END_OF_DOCUMENT = '<|end_of_document|>'  # where a chat template has the end of text for its turns
+END_OF_TEXT = '<|endoftext|>'
+IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # around a turn, in ChatML
+# Ends a document where a chat template ends its turns with the end of text.
+END_OF_DOCUMENT = '<|end_of_document|>'
 # ChatML, as transformers and llama.cpp take it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
@@ -75,8 +77,8 @@ def byte_to_unicode():
 class Tokenizer:
     """One interface over the backends.
 
-    spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None for ChatML
-    (and where it is that). `vocab_size` counts every id, special tokens included;
+    spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None where there
+    is none or it is ChatML's own. `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
     document, or None; `begin` are the ids that stand in front of each document (Llama's
     <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id; `separator` is the
@@ -92,8 +94,7 @@ class Tokenizer:
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
         names = (END_OF_DOCUMENT, END_OF_TEXT, '<|end_of_text|>', '</s>')
-        ends = [t for t in names if t in self.special]
-        self.end_of_text = self.special[ends[0]] if ends else None
+        self.end_of_text = next((self.special[t] for t in names if t in self.special), None)
         self.begin = _begin(spec)
         vocab = model.get('vocab')
         ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
@@ -140,19 +141,19 @@ class Tokenizer:
             return 0
         try:
             ids = self.encode('a')
-        except Exception:  # a vocabulary without this letter, and without a token for the unknown
+        except UserError:  # a vocabulary without this letter, and without a token for the unknown
             return 0
         alone = b''.join(self.token_bytes.get(i, b'') for i in ids)
         return len(alone) - 1 if alone.endswith(b' a') else 0
 
     @functools.cached_property
     def before_texts(self):
-        """The special tokens behind which a text begins, and has that space: of some every one."""
+        """The ids of the special tokens behind which a text begins, and so has that space."""
         found = {self.end_of_text, *self.begin}
         return found | {self.special[IM_START]} if self.puts_space_behind(IM_START) else found
 
     def puts_space_behind(self, token):
-        """Whether a text has that space as well where it stands behind a special token."""
+        """Whether that space is also put in front of a text that stands behind a special token."""
         if not self.space_in_front or token not in self.special:
             return False
         behind = self.encode(f'{token}a', allow_special=True)
