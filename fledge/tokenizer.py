@@ -256,13 +256,13 @@ class Tokenizer:
         messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. The form is
         that of the chat template, or ChatML. What the assistant says is learned, with the token
         that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
-        Raises UserError for messages that the template does not take.
+        Raises UserError for messages that the template does not take, and where there is no form.
         """
         if self.template:
-            spans = chat_template.lay_out(self.template, messages, self.special_pattern)
+            laid_out = chat_template.lay_out(self.template, messages, self.special_pattern)
         else:
-            spans = _lay_out_chatml(messages)
-        ids, learned = self._encode_pieces(*spans)
+            laid_out = self._lay_out_chatml(messages)
+        ids, learned = self._encode_pieces(*laid_out)
         whole = self._after_begin(ids)
         learned = [0] * (len(whole) - len(ids)) + learned
         return np.array(whole, np.uint32), np.array(learned, np.uint8)
@@ -279,13 +279,9 @@ class Tokenizer:
             except UserError:  # it changes a message, as Qwen3's leaves out what was thought
                 text = chat_template.render(self.template, messages, add_generation_prompt=True)
                 return self.encode_prompt(text)
-        elif self.has_chat_form:
-            pieces = [*_lay_out_chatml(messages)[0], (f'{IM_START}assistant\n', None)]
         else:
-            raise UserError(
-                'this model has no form for conversations: it was never tuned for them; '
-                'a text that it can go on with is --start'
-            )
+            pieces, _ = self._lay_out_chatml(messages)
+            pieces.append((f'{IM_START}assistant\n', None))
         ids, _ = self._encode_pieces(pieces, [])
         return self._after_begin(ids)
 
@@ -293,6 +289,27 @@ class Tokenizer:
     def has_chat_form(self):
         """Whether conversations have a form: a chat template, or ChatML's tokens."""
         return bool(self.template) or {IM_START, IM_END} <= self.special.keys()
+
+    def _lay_out_chatml(self, messages):
+        """What chat_template.lay_out gives of CHAT_TEMPLATE, without the time that Jinja takes.
+
+        Here a message of anybody may be learned. UserError where ChatML's tokens are missing.
+        """
+        if not self.has_chat_form:
+            raise UserError(
+                'this model has no form for conversations: it was never tuned for them; '
+                'a text that it can go on with is --start'
+            )
+        pieces, learned, at = [], [], 0
+        for i, message in enumerate(messages):
+            role = f'{message["role"]}\n'
+            said = role + message['content']
+            pieces += [(IM_START, None), (said, i), (f'{IM_END}\n', None)]
+            start, end = at + len(IM_START + role), at + len(IM_START + said + IM_END)
+            if message.get('learned', message['role'] == 'assistant'):
+                learned.append((start, end))
+            at = end + 1
+        return pieces, learned
 
     def _encode_pieces(self, pieces, spans):
         """encode_chat's two lists of what lay_out gives: no message has special tokens."""
@@ -464,23 +481,6 @@ class TextStream:
     def end(self):
         """The rest of the text: U+FFFD where it breaks off within a character."""
         return self.decoder.decode(b'', final=True)
-
-
-def _lay_out_chatml(messages):
-    """What chat_template.lay_out gives of CHAT_TEMPLATE, without the time that Jinja takes.
-
-    Here a message of anybody may be learned.
-    """
-    pieces, learned, at = [], [], 0
-    for i, message in enumerate(messages):
-        role = f'{message["role"]}\n'
-        said = role + message['content']
-        pieces += [(IM_START, None), (said, i), (f'{IM_END}\n', None)]
-        start, end = at + len(IM_START + role), at + len(IM_START + said + IM_END)
-        if message.get('learned', message['role'] == 'assistant'):
-            learned.append((start, end))
-        at = end + 1
-    return pieces, learned
 
 
 def _begin(spec):

@@ -71,8 +71,7 @@ def open_weights(folder):
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
         weight_map = read_json(index).get('weight_map')
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        names = [n if isinstance(n, str) and n.isprintable() else '' for n in names]
-        if not all(n and n == os.path.basename(n) for n in names):
+        if not all(hub.may_be_source(n) and n == os.path.basename(n) for n in names):
             raise UserError(f'{index} has no weight_map of files beside it')
     file_of = {}
     for name in sorted(set(names)):
