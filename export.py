@@ -85,8 +85,11 @@ if dtype not in DTYPES[format]:
     raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
-idle = given & {'name'} if format in ('onnx', 'ckpt', 'peft') else set()
-idle |= given & {'dtype'} if quantize == 'int8' else set()
+idle = set()
+if format in ('onnx', 'ckpt', 'peft'):
+    idle |= given & {'name'}
+if quantize == 'int8':
+    idle |= given & {'dtype'}
 if idle:
     print(f'without effect with --format={format}: {", ".join(sorted(idle))}', file=sys.stderr)
 
@@ -239,7 +242,7 @@ def write(target):
         huggingface.write(target, model, tokenizer, getattr(torch, dtype), card, source)
         return huggingface.read(target, ids, start, tokenizer)
     if format == 'gguf':
-        template = huggingface.chat_template(tokenizer, source)
+        template = huggingface.chat_template(tokenizer)
         huggingface.check_template(template, tokenizer)
         gguf.write(target, model, tokenizer, dtype, name, template)
         return gguf.largest_error(target, model, dtype), 'the file alone'
@@ -260,7 +263,7 @@ def write(target):
     spelling = dict(begin=tokenizer.begin, separator=tokenizer.separator)
     spelling['tokenizer'] = tokenizer.digest()
     checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **spelling))
-    again = checkpoint.load_model(checkpoint.load(target, own=True), target).eval()
+    again = checkpoint.load_model(checkpoint.load(target), target).eval()
     return again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
 
 

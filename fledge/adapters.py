@@ -174,8 +174,9 @@ def load(model, saved):
         own[name].copy_(tensor)
 
 
-def merge(state, alpha, path):
+def merged(checkpoint, path):
     """A checkpoint's tensors with each adapter added to its weight; path names it in errors."""
+    state, alpha = checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha')
     merged = dict(state)
     for name in state:
         if not name.endswith('.lora_A'):
@@ -202,11 +203,6 @@ def merge(state, alpha, path):
         if tied:
             merged[f'{HEAD}.weight'] = merged[f'{base}.weight']
     return merged
-
-
-def merged(checkpoint, path):
-    """The tensors of a loaded checkpoint, its adapters merged (see merge)."""
-    return merge(checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha'), path)
 
 
 def digest(checkpoint):

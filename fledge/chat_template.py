@@ -36,13 +36,16 @@ def read(folder):
             text = f.read()
     if not isinstance(text, str):
         return None
-    tokens = {}
-    for key in ('bos_token', 'eos_token'):
-        token = config.get(key)
-        token = token.get('content') if isinstance(token, dict) else token
-        if isinstance(token, str):
-            tokens[key] = token
-    return ChatTemplate(text, tokens)
+    tokens = {key: special_token(config, key) for key in ('bos_token', 'eos_token')}
+    return ChatTemplate(text, {key: token for key, token in tokens.items() if token is not None})
+
+
+def special_token(config, key):
+    """The text of a special token in a parsed tokenizer_config.json, or None."""
+    token = config.get(key)
+    if isinstance(token, dict):
+        token = token.get('content')
+    return token if isinstance(token, str) else None
 
 
 def write(folder, template):

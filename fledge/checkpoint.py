@@ -58,19 +58,11 @@ def check_finite(checkpoint, path):
             raise NotFinite(f'{name} has weights that are not finite: {path} is not written')
 
 
-def load(path, own=False):
+def load(path):
     """The checkpoint at path, ours or nanoGPT's, as a dict.
 
-    own: it is of a run that goes on or is used where it was made, and so comes from nowhere else.
-    Raises UserError where it is missing, broken, or carries code, and where torch itself could be
-    made to run code by a file from elsewhere.
+    Raises UserError where it is missing, broken, or carries code.
     """
-    if torch.__version__ < (2, 10) and not own:
-        raise UserError(
-            f'{path} is not read: torch {torch.__version__} can be made to run code by a file from '
-            "elsewhere (CVE-2026-24747): pip install 'torch>=2.10'; what a run here has saved is "
-            'read by its --out_dir'
-        )
     try:
         check_sums(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)

@@ -24,14 +24,20 @@ def apply(model):
 
     Embeddings and norms stay as they are, and so does the embedding that was tied to the head.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+    replace_linear_layers(model, Int8Linear)
     return model
 
 
+def replace_linear_layers(model, make):
+    """Put make(layer) in the place of each linear layer of a model or of a part of one."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, make(child))
+
+
 def is_quantized(model):
+    """Whether a model has the 8-bit weights of apply."""
     return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
@@ -52,10 +58,7 @@ def quantize_base(model, kind, device='cpu'):
             f'a base in {kind} needs bitsandbytes: pip install -r requirements-qlora.txt'
         )
     for block in model.blocks:
-        for module in list(block.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, frozen_linear(child, kind, device))
+        replace_linear_layers(block, lambda linear: frozen_linear(linear, kind, device))
     return model
 
 

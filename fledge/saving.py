@@ -41,7 +41,7 @@ def newest(out_dir, say, before_bad_steps=False):
     problems = []
     for path in paths:
         try:
-            loaded = load(path, own=True)
+            loaded = load(path)
         except UserError as e:
             problems.append(str(e))
             continue
@@ -52,7 +52,7 @@ def newest(out_dir, say, before_bad_steps=False):
             say(f'skipped: {problem}')
         return path, loaded
     if not problems:
-        load(os.path.join(out_dir, 'ckpt.pt'), own=True)  # the UserError for a file that is missing
+        load(os.path.join(out_dir, 'ckpt.pt'))  # the UserError for a file that is missing
     raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
 
 

@@ -21,8 +21,10 @@ import numpy as np
 from fledge import UserError, chat_template, read_meta, replacing
 from fledge.formats import hub
 
-END_OF_TEXT, IM_START, IM_END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'  # two of ChatML
-END_OF_DOCUMENT = '<|end_of_document|>'  # where a chat template has the end of text for its turns
+END_OF_TEXT = '<|endoftext|>'
+IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # around a turn, in ChatML
+# Ends a document where a chat template ends its turns with the end of text.
+END_OF_DOCUMENT = '<|end_of_document|>'
 # ChatML, as transformers and llama.cpp take it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'"
@@ -53,7 +55,8 @@ GPT2_BYTE_LEVEL = BYTE_LEVEL | dict(use_regex=True)
 AFFIXES = ('continuing_subword_prefix', 'end_of_word_suffix')  # of BPE that is not byte-level
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe'
 GPT2_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
-# merges.txt alone, as of old, is not read; it is looked at only to say so
+# What a folder may hold, and the first of them counts. merges.txt alone, as of old, is not read; it
+# is looked at only to say so.
 TOKENIZER_FILES = ['tokenizer.json', 'meta.pkl', 'merges.txt']
 BUILT_IN = ('gpt2', 'bytes')
 GPT2_SIZE, GPT2_PADDED_SIZE = 50257, 50304  # hardware likes a multiple of 64
@@ -74,8 +77,8 @@ def byte_to_unicode():
 class Tokenizer:
     """One interface over the backends.
 
-    spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None for ChatML
-    (and where it is that). `vocab_size` counts every id, special tokens included;
+    spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None where there
+    is none or it is ChatML's own. `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
     document, or None; `begin` are the ids that stand in front of each document (Llama's
     <|begin_of_text|>), mostly none; `token_bytes` are the bytes behind each id; `separator` is the
@@ -91,8 +94,7 @@ class Tokenizer:
         model, added = spec['model'], spec.get('added_tokens') or []
         self.special = {t['content']: t['id'] for t in added if t.get('special')}
         names = (END_OF_DOCUMENT, END_OF_TEXT, '<|end_of_text|>', '</s>')
-        ends = [t for t in names if t in self.special]
-        self.end_of_text = self.special[ends[0]] if ends else None
+        self.end_of_text = next((self.special[t] for t in names if t in self.special), None)
         self.begin = _begin(spec)
         vocab = model.get('vocab')
         ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
@@ -102,7 +104,7 @@ class Tokenizer:
         for i in ids:
             if type(i) is not int or not 0 <= i < 2**24:
                 raise ValueError(f'{i!r} is no id of a token')
-        self.n_ids, self.vocab_size = len(ids), max(ids, default=-1) + 1
+        self.n_ids, self.vocab_size = len(ids), max(ids) + 1
         self.bpe = self.chars = self.hf = None
         pattern = _byte_level_pattern(spec)
         if pattern is not None:
@@ -126,10 +128,9 @@ class Tokenizer:
             import tokenizers
 
             prefix = model.get('continuing_subword_prefix') or ''
-            for merge in model.get('merges', []) if prefix else []:
-                _, second = merge.split(' ') if isinstance(merge, str) else merge
+            for first, second in merges_of(model):
                 if not second.startswith(prefix):  # which would end the process
-                    raise ValueError(f'the merge {merge} does not fit {prefix!r}')
+                    raise ValueError(f'the merge {first} {second} does not fit {prefix!r}')
             self.hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.token_bytes = self._bytes_by_tokenizers(added)
 
@@ -140,19 +141,19 @@ class Tokenizer:
             return 0
         try:
             ids = self.encode('a')
-        except Exception:  # a vocabulary without this letter, and without a token for the unknown
+        except UserError:  # a vocabulary without this letter, and without a token for the unknown
             return 0
         alone = b''.join(self.token_bytes.get(i, b'') for i in ids)
         return len(alone) - 1 if alone.endswith(b' a') else 0
 
     @functools.cached_property
     def before_texts(self):
-        """The special tokens behind which a text begins, and has that space: of some every one."""
+        """The ids of the special tokens behind which a text begins, and so has that space."""
         found = {self.end_of_text, *self.begin}
         return found | {self.special[IM_START]} if self.puts_space_behind(IM_START) else found
 
     def puts_space_behind(self, token):
-        """Whether a text has that space as well where it stands behind a special token."""
+        """Whether that space is also put in front of a text that stands behind a special token."""
         if not self.space_in_front or token not in self.special:
             return False
         behind = self.encode(f'{token}a', allow_special=True)
@@ -233,9 +234,7 @@ class Tokenizer:
         start = []
         if text.startswith(END_OF_TEXT) and self.end_of_text is not None:
             text, start = text.removeprefix(END_OF_TEXT), [self.end_of_text]
-        ids = self.encode(text, allow_special=True)
-        if ids[: len(self.begin)] != self.begin:
-            ids = self.begin + ids
+        ids = self._after_begin(self.encode(text, allow_special=True))
         return start + ids or [self.end_of_text or 0]
 
     def encode_source(self, text):
@@ -245,7 +244,10 @@ class Tokenizer:
         """
         if self.separator:
             text = text.strip().removesuffix(self.separator).rstrip() + self.separator
-        ids = self.encode(text)
+        return self._after_begin(self.encode(text))
+
+    def _after_begin(self, ids):
+        """ids with the begin in front; a text or a template may have it spelled out already."""
         return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
     def encode_chat(self, messages):
@@ -254,26 +256,16 @@ class Tokenizer:
         messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. The form is
         that of the chat template, or ChatML. What the assistant says is learned, with the token
         that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
-        Raises UserError for messages that the template does not take.
+        Raises UserError for messages that the template does not take, and where there is no form.
         """
         if self.template:
-            spans = chat_template.lay_out(self.template, messages, self.special_pattern)
-            ids, learned = self._encode_pieces(*spans)
-            if ids[: len(self.begin)] != self.begin:  # else the template itself has written it
-                ids, learned = self.begin + ids, [0] * len(self.begin) + learned
-            return np.array(ids, np.uint32), np.array(learned, np.uint8)
-        ids, learned = [*self.begin], [0] * len(self.begin)
-        start, end = self.special[IM_START], self.special[IM_END]
-        newline = self.encode(f'{IM_END}\n{IM_START}', allow_special=True)[1:-1]
-        for message in messages:
-            role = f'{message["role"]}\n'
-            # one text, as of a template: a token may hold the end of one and the other's beginning
-            said, ends = self._encode_part(role + message['content'], IM_START)
-            ids += [start, *said, end, *newline]
-            is_learned = message.get('learned', message['role'] == 'assistant')
-            learned += [0, *(is_learned and n > len(role) for n in ends), is_learned]
-            learned += [0] * len(newline)
-        return np.array(ids, np.uint32), np.array(learned, np.uint8)
+            laid_out = chat_template.lay_out(self.template, messages, self.special_pattern)
+        else:
+            laid_out = self._lay_out_chatml(messages)
+        ids, learned = self._encode_pieces(*laid_out)
+        whole = self._after_begin(ids)
+        learned = [0] * (len(whole) - len(ids)) + learned
+        return np.array(whole, np.uint32), np.array(learned, np.uint8)
 
     def encode_chat_prompt(self, messages):
         """The ids that a model goes on with to answer messages (see encode_chat).
@@ -287,20 +279,37 @@ class Tokenizer:
             except UserError:  # it changes a message, as Qwen3's leaves out what was thought
                 text = chat_template.render(self.template, messages, add_generation_prompt=True)
                 return self.encode_prompt(text)
-            ids, _ = self._encode_pieces(pieces, [])
-            return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
-        if not self.has_chat_form:
-            raise UserError(
-                'this model has no form for conversations: it was never tuned for them; '
-                'a text that it can go on with is --start'
-            )
-        role, _ = self._encode_part('assistant\n', IM_START)
-        return [*self.encode_chat(messages)[0].tolist(), self.special[IM_START], *role]
+        else:
+            pieces, _ = self._lay_out_chatml(messages)
+            pieces.append((f'{IM_START}assistant\n', None))
+        ids, _ = self._encode_pieces(pieces, [])
+        return self._after_begin(ids)
 
     @property
     def has_chat_form(self):
         """Whether conversations have a form: a chat template, or ChatML's tokens."""
         return bool(self.template) or {IM_START, IM_END} <= self.special.keys()
+
+    def _lay_out_chatml(self, messages):
+        """What chat_template.lay_out gives of CHAT_TEMPLATE, without the time that Jinja takes.
+
+        Here a message of anybody may be learned. UserError where ChatML's tokens are missing.
+        """
+        if not self.has_chat_form:
+            raise UserError(
+                'this model has no form for conversations: it was never tuned for them; '
+                'a text that it can go on with is --start'
+            )
+        pieces, learned, at = [], [], 0
+        for i, message in enumerate(messages):
+            role = f'{message["role"]}\n'
+            said = role + message['content']
+            pieces += [(IM_START, None), (said, i), (f'{IM_END}\n', None)]
+            start, end = at + len(IM_START + role), at + len(IM_START + said + IM_END)
+            if message.get('learned', message['role'] == 'assistant'):
+                learned.append((start, end))
+            at = end + 1
+        return pieces, learned
 
     def _encode_pieces(self, pieces, spans):
         """encode_chat's two lists of what lay_out gives: no message has special tokens."""
@@ -320,17 +329,13 @@ class Tokenizer:
                 ids.append(self.special[part])
                 learned.append(unlearned != part)
             elif part:
-                found, ends = self._encode_part(part, parts[i - 1] if i else None)
+                # in front of a whole text, and behind some special tokens, a space is put
+                spaced = i == 0 or self.puts_space_behind(parts[i - 1])
+                found, ends = self.encode_behind('', part) if spaced else self.encode_inside(part)
                 n = len(unlearned if self.hf else unlearned.encode())
                 ids += found
                 learned += [end > n for end in ends]
         return ids, learned
-
-    def _encode_part(self, text, behind):
-        """encode_behind for text that stands behind a special token of a whole text, or None."""
-        if behind and not self.puts_space_behind(behind):
-            return self.encode_inside(text)
-        return self.encode_behind('', text)
 
     @functools.cached_property
     def turn_end(self):
@@ -500,6 +505,11 @@ def _bytes_of(vocab):
     return found
 
 
+def merges_of(model):
+    """The merges of a tokenizer.json's model, each a pair; older files have a pair as one text."""
+    return [m.split(' ') if isinstance(m, str) else m for m in model.get('merges', [])]
+
+
 def _byte_level_pattern(spec):
     """The split pattern where tiktoken gives the ids of this tokenizer.json, else None."""
     model, pre = spec['model'], spec.get('pre_tokenizer') or {}
@@ -520,7 +530,7 @@ def _byte_level_pattern(spec):
     # token that no merge makes
     vocab, letters = model['vocab'], set(byte_to_unicode().values())
     special = {t['content'] for t in added}
-    made = [''.join(m.split(' ')) if isinstance(m, str) else ''.join(m) for m in model['merges']]
+    made = [''.join(merge) for merge in merges_of(model)]
     ids = [vocab.get(token, -1) for token in made]
     if -1 in ids or ids != sorted(ids) or not letters <= vocab.keys() - special:
         return None
@@ -639,6 +649,18 @@ class _NoCode(pickle.Unpickler):
         raise UserError(f'meta.pkl asks to load {module}.{name}; only plain dictionaries are read')
 
 
+def _read_meta_pkl(path):
+    """nanoGPT's vocabulary of characters, out of the meta.pkl that its prepare.py writes."""
+    with open(path, 'rb') as f:
+        content = f.read()
+    # an unpickler takes memory for as many objects as a broken number says
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in ('PUT', 'LONG_BINPUT') and number > len(content):
+            raise ValueError('it is broken')
+    meta = _NoCode(io.BytesIO(content)).load()
+    return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+
+
 def load_tokenizer(source):
     """A tokenizer by name (gpt2, bytes), from a tokenizer.json, a folder or the Hugging Face hub.
 
@@ -649,29 +671,21 @@ def load_tokenizer(source):
         return gpt2_tokenizer() if source == 'gpt2' else byte_tokenizer()
     if '/' in source and hub.is_name(source):
         source = hub.download(source, TOKENIZER_FILES + chat_template.FILES)
-    path, nanogpts = source, os.path.join(source, 'meta.pkl')
-    if os.path.isdir(source):
-        path = os.path.join(source, 'tokenizer.json')
-        if not os.path.exists(path) and os.path.exists(nanogpts):
-            path = nanogpts
-    if os.path.exists(os.path.join(source, 'merges.txt')) and not os.path.exists(path):
+    path, is_folder = source, os.path.isdir(source)
+    if is_folder:
+        paths = [os.path.join(source, name) for name in TOKENIZER_FILES]
+        path = next(filter(os.path.exists, paths), paths[0])
+    if is_folder and path.endswith('merges.txt'):
         raise UserError(
             f'{source} has merges.txt and no tokenizer.json: '
             'load and save its tokenizer with transformers'
         )
     try:
-        if path == nanogpts:
-            with open(path, 'rb') as f:
-                content = f.read()
-            # an unpickler takes memory for as many objects as a broken number says
-            for opcode, number, _ in pickletools.genops(content):
-                if opcode.name in ('PUT', 'LONG_BINPUT') and number > len(content):
-                    raise ValueError('it is broken')
-            meta = _NoCode(io.BytesIO(content)).load()
-            return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
+        if is_folder and path.endswith('meta.pkl'):
+            return _read_meta_pkl(path)
         with open(path, encoding='utf-8') as f:
             spec = json.load(f)
-        return Tokenizer(spec, chat_template.read(source) if os.path.isdir(source) else None)
+        return Tokenizer(spec, chat_template.read(source) if is_folder else None)
     except FileNotFoundError:
         raise UserError(
             f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json, a folder that holds '

@@ -52,8 +52,7 @@ def train_adapters(source, path, vocab_size=0, n_new_tokens=0):
     """What a run with adapters on `source` leaves at path; returns its model."""
     start = huggingface.load(str(source))
     about = dict(source=str(source), digest=adapters.digest(start))
-    alpha = start['config'].get('lora_alpha')
-    start['model'] = adapters.merge(start['model'], alpha, str(source))
+    start['model'] = adapters.merged(start, str(source))
     if vocab_size:
         checkpoint.grow_vocabulary(start, vocab_size - n_new_tokens, vocab_size)
     model = checkpoint.load_model(start, str(source)).eval()
@@ -223,7 +222,8 @@ def test_rows_of_new_tokens_are_merged_and_old_tokens_stay(shape):
     own = {name for name in adapters.tensors(model) if name.endswith('lora_rows')}
     tied = model.config.tie_embeddings
     assert own == {'transformer.wte.lora_rows'} | (set() if tied else {'lm_head.lora_rows'})
-    merged = adapters.merge(plain.state_dict() | adapters.tensors(model), 8, 'x')
+    own, config = adapters.tensors(model), dict(lora_alpha=8)
+    merged = adapters.merged(dict(model=plain.state_dict() | own, config=config), 'x')
     assert merged.keys() == plain.state_dict().keys()
     for name in ('transformer.wte', 'lm_head'):
         torch.testing.assert_close(
@@ -240,7 +240,7 @@ def test_rows_of_new_tokens_are_merged_and_old_tokens_stay(shape):
         assert model.generate(new[:, :9], 8, temperature=0).tolist() == greedy.tolist()
     broken = merged | {'transformer.wte.lora_rows': torch.zeros(3, 5)}
     with pytest.raises(UserError, match='rows of transformer.wte do not fit'):
-        adapters.merge(broken, 8, 'x')
+        adapters.merged(dict(model=broken, config=config), 'x')
 
 
 # ---- checkpoints

@@ -795,9 +795,9 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
     for broken in (dict(lora_A=torch.zeros(4, 5)), dict(lora_B=torch.zeros(7, 4))):
         state = saved['model'] | {f'transformer.h.1.attn.c_attn.{n}': t for n, t in broken.items()}
         with pytest.raises(UserError, match='c_attn does not fit'):
-            adapters.merge(state, 16, 'x')
+            adapters.merged(saved | dict(model=state), 'x')
     with pytest.raises(UserError, match='lacks lora_alpha'):
-        adapters.merge(saved['model'], None, 'x')
+        adapters.merged(saved | dict(config={}), 'x')
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,10 @@ def test_a_vocabulary_without_common_letters_loads_and_talks():
     spaces = dict(type='Whitespace')
     words = Tokenizer(dict(added_tokens=[], pre_tokenizer=spaces, model=model, version='1.0'))
     assert words.encode('hello b') == [0, 1] and words.space_in_front == 0
+
+
+def test_a_conversation_without_any_form_is_refused():
+    talk = [dict(role='user', content='ab')]
+    for encode in (char_tokenizer('ab').encode_chat, char_tokenizer('ab').encode_chat_prompt):
+        with pytest.raises(UserError, match='no form for conversations'):
+            encode(talk)

@@ -12,7 +12,7 @@ import torch
 
 from fledge import UserError
 from fledge.formats import families
-from fledge.tokenizer import IM_END, PATTERNS
+from fledge.tokenizer import IM_END, PATTERNS, merges_of
 from model import rope_frequencies
 
 TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}  # ours: GGUF's
@@ -66,8 +66,7 @@ def begins_with_a_space(spec):
 def add_sentencepiece(writer, tokenizer, tokens):
     """What llama.cpp goes by in SentencePiece's BPE: what is merged first has the highest score."""
     model = tokenizer.spec['model']
-    merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
-    made = [model['vocab'][''.join(merge)] for merge in merges]
+    made = [model['vocab'][''.join(merge)] for merge in merges_of(model)]
     if made != sorted(made):
         raise refused('merges in the order of the ids, and this tokenizer has another')
     writer.add_tokenizer_model('llama')
@@ -98,7 +97,7 @@ def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
     if model.get('byte_fallback'):
         add_sentencepiece(writer, tokenizer, tokens)
     else:
-        merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+        merges = [' '.join(merge) for merge in merges_of(model)]
         writer.add_tokenizer_model('gpt2')
         writer.add_tokenizer_pre(split_name(tokenizer.spec))
         # llama.cpp wants one merge at least: one of two words that are no tokens does nothing

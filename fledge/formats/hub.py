@@ -7,6 +7,11 @@ import sys
 from fledge import UserError
 
 
+def may_be_source(source):
+    """Whether a value that a file gives may be a path, or a name on the hub, to look for."""
+    return isinstance(source, str) and source.isprintable() and 0 < len(source) < 1000
+
+
 def is_name(source):
     """Whether source may be a name on the hub: NAME or OWNER/NAME, if no folder OWNER is here."""
     owner = os.path.dirname(source)

@@ -23,20 +23,15 @@ from fledge.tokenizer import (
     IM_START,
     OWN_TEMPLATES,
     PATTERNS,
+    TRIAL,
     find_tokenizer,
 )
 from model import GPTConfig
 
-WANTED = ['*config.json', 'model*.safetensors*', 'tokenizer.json', 'merges.txt', 'chat_*.jinja']
-WANTED.append(peft.WEIGHTS)
+WANTED = ['*config.json', 'model*.safetensors*', peft.WEIGHTS]
+WANTED += ['tokenizer.json', 'merges.txt', 'chat_*.jinja']
 # Buffers that older versions of transformers saved.
 BUFFERS = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
-# A conversation that shows whether a chat template gives the tokens of encode_chat.
-TALK = [
-    dict(role='system', content='Be brief.'),
-    dict(role='user', content='Où est\r\n the café?'),
-    dict(role='assistant', content=' 12 doors on.\n'),
-]
 SETTINGS_ON_CARD = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps')
 SETTINGS_ON_CARD += ('weight_decay', 'dropout', 'seed')
 CARD = """---
@@ -76,8 +71,7 @@ def open_weights(folder):
     if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
         weight_map = read_json(index).get('weight_map')
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        names = [n if isinstance(n, str) and n.isprintable() else '' for n in names]
-        if not all(n and n == os.path.basename(n) for n in names):
+        if not all(hub.may_be_source(n) and n == os.path.basename(n) for n in names):
             raise UserError(f'{index} has no weight_map of files beside it')
     file_of = {}
     for name in sorted(set(names)):
@@ -152,19 +146,19 @@ def our_tensors(file_of, kind, args, where):
     return state
 
 
-def load(source, block_size=0, own=False):
+def load(source, block_size=0):
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
     peft's, or a name on the Hugging Face hub (OWNER/NAME). block_size: see families.read_config; a
-    checkpoint keeps its own. own: see checkpoint.load. Returns a dict of model (float32 tensors),
-    model_args, config (the run's settings, if any) and folder, where its tokenizer is. Where there
-    are adapters, model has the base's tensors and theirs, which adapters.split parts; of an adapter
-    checkpoint, base (its source and digest) stays in the dict.
+    checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
+    run's settings, if any) and folder, where its tokenizer is. Where there are adapters, model has
+    the base's tensors and theirs, which adapters.split parts; of an adapter checkpoint, base (its
+    source and digest) stays in the dict.
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        return with_base(checkpoint.load(source, own), source)
+        return with_base(checkpoint.load(source), source)
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
     if os.path.exists(os.path.join(folder, peft.CONFIG)):
         return load_peft(folder, block_size)
@@ -218,21 +212,17 @@ def with_base(loaded, path):
     """
     if 'base' not in loaded:
         return loaded
-    about, args = loaded['base'], loaded['model_args']
-    parts = about if isinstance(about, dict) else {}
-    vocab_size = args.get('vocab_size', GPTConfig.vocab_size)
-    context = args.get('block_size', GPTConfig.block_size)
-    texts, sizes = (parts.get('source'), parts.get('digest')), (vocab_size, context)
-    possible = all(type(n) is int and 0 < n < 2**31 for n in sizes)
-    if any(type(t) is not str for t in texts) or not possible:
+    parts = loaded['base'] if isinstance(loaded['base'], dict) else {}
+    source, digest = parts.get('source'), parts.get('digest')
+    vocab_size = loaded['model_args'].get('vocab_size', GPTConfig.vocab_size)
+    context = loaded['model_args'].get('block_size', GPTConfig.block_size)
+    has_sizes = all(type(n) is int and 0 < n < 2**31 for n in (vocab_size, context))
+    if not hub.may_be_source(source) or not isinstance(digest, str) or not has_sizes:
         raise UserError(f'{path} is no checkpoint: its base or its model_args are broken')
-    source, folder = about['source'], os.path.dirname(path) or '.'
-    if not source.isprintable() or not 0 < len(source) < 1000:
-        raise UserError(f'{path} is no checkpoint: its base has no name')
     if os.path.exists(source) and os.path.samefile(source, path):
         raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
-    base = load_base(source, folder)
-    if adapters.digest(base) != about['digest']:
+    base = load_base(source, os.path.dirname(path) or '.')
+    if adapters.digest(base) != digest:
         raise UserError(
             f'{path} was trained on another {source} than the one that is there: '
             'put the old one back, or train the adapter again'
@@ -275,11 +265,9 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
     path = init_from
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
-        state = load(path, own=True)
-    else:
-        if 'out_dir' in given:
-            print('without effect beside --init_from: out_dir', file=sys.stderr)
-        state = load(init_from)
+    elif 'out_dir' in given:
+        print('without effect beside --init_from: out_dir', file=sys.stderr)
+    state = load(path)
     state.pop('optimizer', None)  # twice the weights, and nothing to do but train
     folders = [state.get('folder') or os.path.dirname(path) or '.']
     dataset = state['config'].get('dataset') or dataset
@@ -321,11 +309,10 @@ def read_if_there(source, name):
     return read_json(path) if source and os.path.exists(path) else {}
 
 
-def chat_template(tokenizer, source=''):
-    """The tokenizer's template or its folder's, else ChatML's if its tokens are there."""
-    found = tokenizer.template or (source and templates.read(source))
-    if found:
-        return found.text
+def chat_template(tokenizer):
+    """The text of the tokenizer's template, else ChatML's if its tokens are there, or None."""
+    if tokenizer.template:
+        return tokenizer.template.text
     if not {IM_START, IM_END} <= tokenizer.special.keys():
         return None
     return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
@@ -339,8 +326,8 @@ def check_template(template, tokenizer):
     if template not in OWN_TEMPLATES or tokenizer.chars:
         return
     begin = tokenizer.decode(tokenizer.begin)
-    text = templates.render(templates.ChatTemplate(template, dict(bos_token=begin)), TALK)
-    if tokenizer.encode(text, allow_special=True) != tokenizer.encode_chat(TALK)[0].tolist():
+    text = templates.render(templates.ChatTemplate(template, dict(bos_token=begin)), TRIAL)
+    if tokenizer.encode(text, allow_special=True) != tokenizer.encode_chat(TRIAL)[0].tolist():
         raise UserError(
             'this tokenizer reads a whole conversation as other tokens than message by message, '
             'as it was learned: others would prompt the model with what it never saw'
@@ -363,9 +350,8 @@ def special_tokens(tokenizer, source):
     texts['pad_token'] = texts['eos_token']
     before = read_if_there(source, 'tokenizer_config.json')
     for key in texts:
-        token = before.get(key)
-        token = token.get('content') if isinstance(token, dict) else token
-        if isinstance(token, str) and token in tokenizer.special:
+        token = templates.special_token(before, key)
+        if token in tokenizer.special:
             texts[key] = token
     before = read_if_there(source, 'config.json')
     ids |= {key: before[key] for key in ids if key in before}
@@ -381,8 +367,8 @@ def their_tensors(model, kind):
 def write(folder, model, tokenizer, dtype, card, source=''):
     """Write into folder what transformers loads: weights in a torch dtype, and all beside them.
 
-    card: the text of its README.md. source: the folder that the model came from, whose chat
-    template and generation settings stay. Raises UserError for a model of no family, or one whose
+    card: the text of its README.md. source: the folder that the model came from, whose special
+    tokens and generation settings stay. Raises UserError for a model of no family, or one whose
     tokenizer transformers would not read.
     """
     config = families.config_of(model.config)
@@ -402,7 +388,7 @@ def write(folder, model, tokenizer, dtype, card, source=''):
         clean_up_tokenization_spaces=False,
     )
     tokenizer_config |= texts
-    template = chat_template(tokenizer, source)
+    template = chat_template(tokenizer)
     if template:
         tokenizer_config['chat_template'] = template
     generation = read_if_there(source, 'generation_config.json')
@@ -447,8 +433,8 @@ def read(folder, ids, text, tokenizer):
             theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             same = theirs(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text)
             if (theirs.chat_template or '').endswith(CHAT_TEMPLATE) and not tokenizer.chars:
-                talk = theirs.apply_chat_template(TALK, tokenize=True, return_dict=False)
-                same = same and talk == tokenizer.encode_chat(TALK)[0].tolist()
+                talk = theirs.apply_chat_template(TRIAL, tokenize=True, return_dict=False)
+                same = same and talk == tokenizer.encode_chat(TRIAL)[0].tolist()
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )

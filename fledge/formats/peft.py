@@ -12,7 +12,7 @@ import os
 import torch
 
 from fledge import UserError, adapters, checkpoint, read_json
-from fledge.formats import families, save_tensors
+from fledge.formats import families, hub, save_tensors
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -97,13 +97,13 @@ def read_config(folder):
     alpha, base = config.get('lora_alpha'), config.get('base_model_name_or_path')
     if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise UserError(f'{where}: lora_alpha={alpha!r:.60} is no number above 0')
-    if not isinstance(base, str) or not base.isprintable() or not 0 < len(base) < 1000:
+    if not hub.may_be_source(base):
         raise UserError(f'{where} names no base: put its folder in as base_model_name_or_path')
     return config
 
 
 def read(folder, saved, config):
-    """The adapters' tensors in folder, {name: float32 tensor} as adapters.merge takes them.
+    """The adapters' tensors in folder, {name: float32 tensor} as adapters.merged takes them.
 
     saved: read_config's. config: the base's GPTConfig. Layers may have different ranks: B is scaled
     so that saved's lora_alpha / rank holds for each. UserError for what does not fit the base.
@@ -120,15 +120,13 @@ def read(folder, saved, config):
         raise UserError(f'{where} cannot be read: {str(e).splitlines()[0][:200]}') from None
     kind = families.config_of(config)['model_type']
     alpha, own = saved['lora_alpha'], {}
-    blocks = checkpoint.empty_model(config).transformer.h
-    modules = [f'transformer.h.{i}.{name}' for i in range(len(blocks)) for name in adapters.LAYERS]
-    for ours in modules:
-        layer = blocks.get_submodule(ours.removeprefix('transformer.h.'))
+    for ours, layer in checkpoint.empty_model(config).named_modules():
+        if not ours.endswith(adapters.LAYERS):
+            continue
         names = theirs(kind, ours)
+        rows_of_each = families.rows_of(config, len(names), layer.out_features)
         all_a, all_b = [], []
-        for name, rows in zip(
-            names, families.rows_of(config, len(names), layer.out_features), strict=True
-        ):
+        for name, rows in zip(names, rows_of_each, strict=True):
             # a layer without an adapter has one of rank 0
             nothing = torch.zeros(0, layer.in_features), torch.zeros(rows, 0)
             a = tensors.pop(f'{PREFIX}{name}.lora_A.weight', nothing[0]).float()
