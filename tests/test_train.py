@@ -315,19 +315,6 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
 
-def test_a_checkpoint_of_before_there_was_a_run_state_goes_on(workdir):
-    run(workdir, 'train.py', *TINY, '--max_iters=4', '--eval_interval=2', '--learning_rate=0')
-    path = str(workdir / 'out' / 'ckpt.pt')
-    saved = checkpoint.load(path)
-    state = saved.pop('run')
-    saved |= dict(elapsed=1000.0, evaluations_since_best=2, evaluation=[4, 4.0, None])
-    checkpoint.save(path, saved)
-    run(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
-    after = checkpoint.load(path)['run']
-    assert after['elapsed'] > 1000 and after['evaluations_since_best'] > 2
-    assert after['best_val_loss'] == state['best_val_loss']
-
-
 def test_early_stopping(workdir):
     out = run(
         workdir,
