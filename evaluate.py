@@ -237,5 +237,5 @@ if json:
     if len(results) > 1:
         print(json_.dumps(dict(models=[dict(model=path) | r for path, r in results.items()])))
     else:
-        print(json_.dumps(*results.values()))
+        print(json_.dumps(result))
 machine.leave()
