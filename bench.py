@@ -131,8 +131,9 @@ def train_fledge():
             model.transformer.ln_f.register_forward_hook(lambda *_: mark('forward')),
             model.register_forward_hook(lambda *_: mark('head and loss')),
         ]
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
-            hooks.append(p.register_post_accumulate_grad_hook(lambda _: mark('backward')))
+        for p in model.parameters():
+            if p.requires_grad:
+                hooks.append(p.register_post_accumulate_grad_hook(lambda _: mark('backward')))
         mark('start')
         take_step()
         mark('optimizer')
@@ -245,7 +246,11 @@ def work(connection, make, args):
             if command == 'run':
                 connection.send(run())
             elif command == 'parts':
-                connection.send(parts and [parts() for _ in range(3)][-1])
+                times = None
+                if parts:
+                    for _ in range(3):  # the first ones warm up
+                        times = parts()
+                connection.send(times)
             else:
                 with torch.profiler.profile() as trace:
                     traced()

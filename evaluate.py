@@ -96,8 +96,8 @@ results = {}  # of each model, by the path of its weights
 for source, folder in sources:
     # ---- the model
     state, path, tokenizer = huggingface.load_with_tokenizer(source, folder, dataset)
-    run, older = state['config'], state.get('objective')
-    objective = run.get('objective', 'another' if older else 'next_token')
+    run = state['config']
+    objective = run.get('objective', 'next_token')
     model_folder = state.get('folder') or ''
     model = checkpoint.load_model(state, path).to(machine.device)
     del state
@@ -237,5 +237,5 @@ if json:
     if len(results) > 1:
         print(json_.dumps(dict(models=[dict(model=path) | r for path, r in results.items()])))
     else:
-        print(json_.dumps(*results.values()))
+        print(json_.dumps(result))
 machine.leave()

@@ -206,9 +206,12 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
 
     speed: seconds of a step of no rows, and of a row; data: the tokens of train and of val.
     """
-    s, model, (n_train, n_val) = shape, plan.shape_of_model(shape), data
+    s = shape
+    n_train, n_val = data
+    model = plan.shape_of_model(shape)
     n_matmul = matmul_params(model)
-    tokens, allowed = TOKENS_PER_PARAMETER * n_matmul, math.inf
+    tokens = TOKENS_PER_PARAMETER * n_matmul
+    allowed = math.inf  # tokens that the time allows
     for _ in range(10):  # the batch follows from the tokens, and these from its speed
         s = with_batch(s, given, tokens, most_rows, n_processes)
         rows = plan.rows_per_step(s)

@@ -8,9 +8,11 @@ import os
 import sys
 
 import filelock
+import numpy as np
 
 from fledge import UserError, chat_template, lock_folder, release_folder, replacing, saving
 from fledge.configurator import in_shell
+from fledge.report import new_axes
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
 RUN_FILES += ['spikes.jsonl', 'tokenizer.json', *chat_template.FILES]
@@ -25,7 +27,7 @@ ASIDE = {'out_dir', 'seeds', 'auto_resume', 'keep_checkpoints', 'always_save_che
 ASIDE |= {'log_interval', 'sample_interval', 'sample_start', 'sample_ask', 'sample_tokens'}
 ASIDE |= {'sample_repetition_penalty', 'eval_only', 'dry_run', 'world_size', 'price_per_hour'}
 ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout', 'one_dial'}
-PLOT_POINTS = 2000  # of a curve; a longer one is thinned out
+PLOT_POINTS = 2000  # of a curve at most; a longer one is thinned out
 
 
 def speak(text, file):
@@ -51,8 +53,6 @@ class RunLog:
         self.bar = None
         self.is_open = False
         self.sinks = []  # functions of a step and its metrics
-        # of loss.png, [(tokens, minutes, loss), ...]: each step's, and means over log_interval
-        self.clear_curves()
         self.pending = {}  # what a full disk has not taken yet, by the name of its file
         self.failed = set()  # names of files that could not be written
 
@@ -99,13 +99,6 @@ class RunLog:
             lines = [m for m in read_metrics(path) if m['step'] < step]
         with replacing(path) as f:
             f.writelines(json.dumps(line) + '\n' for line in lines)
-        self.clear_curves()
-        for line in lines:
-            self.add_to_curves(line)
-
-    def clear_curves(self):
-        self.curves = {'step_loss': [], 'train_loss': [], 'val_loss': []}
-        self.logged = (0, 0.0)  # tokens and minutes of the last line
 
     def append(self, name, line):
         """Add a line to a file; where the disk is full, it and later ones wait for their turn."""
@@ -228,7 +221,6 @@ class RunLog:
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None  # JSON has no infinity
         self.append('metrics.jsonl', json.dumps(line))
-        self.add_to_curves(line)
         # a list of losses is nothing for the sinks
         known = {n: v for n, v in line.items() if v is not None and not isinstance(v, list)}
         for sink in self.sinks:
@@ -247,28 +239,6 @@ class RunLog:
             val = f'val {state.evaluation["loss"]:.4f} | ' if state.evaluation else ''
             self.bar.set_postfix_str(val + text)
             self.append('train.log', f'step {state.step}/{max_iters} | {text}')
-
-    def add_to_curves(self, line):
-        tokens, minutes = line['tokens'], (line['elapsed'] or 0) / 60
-        tokens_before, minutes_before = self.logged
-
-        def between(share):
-            """A place on the way from the last line to this one, 0 to 1."""
-            place_in_tokens = tokens_before + share * (tokens - tokens_before)
-            return place_in_tokens, minutes_before + share * (minutes - minutes_before)
-
-        losses = line.get('step_losses') or []
-        for i, loss in enumerate(losses, 1):
-            self.curves['step_loss'].append((*between(i / len(losses)), loss))
-        if line['train_loss'] is not None:  # at the middle of its steps
-            n = max(1, len(losses))
-            self.curves['train_loss'].append((*between((n + 1) / (2 * n)), line['train_loss']))
-        if line['val_loss'] is not None:
-            self.curves['val_loss'].append((tokens, minutes, line['val_loss']))
-        for name, curve in self.curves.items():
-            if len(curve) > PLOT_POINTS:
-                self.curves[name] = thin_out(curve)
-        self.logged = tokens, minutes
 
     def list_run(self, settings, defaults, state):
         """Add a run that has ended to runs.tsv, beside its folder; where that fails, warn."""
@@ -299,41 +269,57 @@ class RunLog:
         """loss.png: the losses against tokens, and against minutes."""
         if not self.out_dir:
             return
-        import matplotlib
-
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
-
-        figure, both = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-        looks = dict(
-            step_loss=dict(color='C0', alpha=0.25, linewidth=0.8, label='a single step'),
-            train_loss=dict(color='C0', label='train, mean of some steps'),
-            val_loss=dict(color='C1', marker='o', markersize=4, label='val'),
-        )
-        for place, unit in enumerate(('tokens', 'minutes')):
-            axes = both[place]
-            for name, look in looks.items():
-                if self.curves[name]:
-                    points = list(zip(*self.curves[name], strict=True))
-                    axes.plot(points[place], points[2], **look)
-            axes.set(xlabel=unit)
-            axes.grid(alpha=0.3)
-        both[0].set(ylabel='loss (nats a token)')
-        both[0].legend()
-        figure.suptitle(self.out_dir)
-        with self.disk_may_be_full('loss.png'), replacing(self.path('loss.png'), 'wb') as f:
-            figure.savefig(f, dpi=120, bbox_inches='tight')
-        pyplot.close(figure)
+        with self.disk_may_be_full('loss.png'):
+            figure = draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
+            figure.suptitle(self.out_dir)
+            with replacing(self.path('loss.png'), 'wb') as f:
+                figure.savefig(f, format='png', dpi=120, bbox_inches='tight')
 
 
-def thin_out(curve):
-    """Half of PLOT_POINTS at most of a curve's points, evenly spread over its tokens."""
-    distance = 2 * curve[-1][0] / PLOT_POINTS
-    kept = curve[:1]
-    for point in curve:
-        if point[0] - kept[-1][0] >= distance:
-            kept.append(point)
-    return kept
+def draw_curves(curves):
+    """The Figure of what curves_of() returns."""
+    both = new_axes((13, 5), ncols=2, sharey=True)
+    looks = dict(
+        step_loss=dict(color='C0', alpha=0.25, linewidth=0.8, label='a single step'),
+        train_loss=dict(color='C0', label='train, mean of some steps'),
+        val_loss=dict(color='C1', marker='o', markersize=4, label='val'),
+    )
+    for place, unit in enumerate(('tokens', 'minutes')):
+        axes = both[place]
+        for name, look in looks.items():
+            if curves[name]:
+                points = list(zip(*curves[name], strict=True))
+                axes.plot(points[place], points[2], **look)
+        axes.set(xlabel=unit)
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel='loss (nats a token)')
+    both[0].legend()
+    return both[0].figure
+
+
+def curves_of(lines):
+    """The curves of loss.png, {name: [(tokens, minutes, loss), ...]}, from lines of metrics.jsonl.
+
+    Each has PLOT_POINTS at most. step_loss is of each step, train_loss of the steps since the line
+    before, whose middle is its place.
+    """
+    curves = dict(step_loss=[], train_loss=[], val_loss=[])
+    before = np.zeros(2)  # tokens and minutes of the line before
+    for line in lines:
+        here = np.array([line['tokens'], line['elapsed'] / 60])
+        losses = line.get('step_losses') or []
+        n = max(1, len(losses))
+        for i, loss in enumerate(losses, 1):
+            curves['step_loss'].append((*(before + i / n * (here - before)), loss))
+        if line['train_loss'] is not None:
+            middle = before + (n + 1) / (2 * n) * (here - before)
+            curves['train_loss'].append((*middle, line['train_loss']))
+        if line['val_loss'] is not None:
+            curves['val_loss'].append((*here, line['val_loss']))
+        before = here
+    for name, curve in curves.items():
+        curves[name] = curve[:: len(curve) // PLOT_POINTS + 1]
+    return curves
 
 
 def read_metrics(path):

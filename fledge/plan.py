@@ -8,6 +8,7 @@ import math
 import os
 import time
 
+import psutil
 import torch
 
 from encoder_decoder import make_model
@@ -222,14 +223,10 @@ def why_not_measured(settings, machine):
 
 
 def memory_of(machine):
-    """Bytes of memory of the GPU, or of the computer for each of its processes, else infinity."""
+    """Bytes of memory of the GPU, or of the computer for each of its processes."""
     if machine.type == 'cuda':
         return torch.cuda.get_device_properties(machine.device).total_memory
-    try:
-        all_here = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-        return all_here // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    except (AttributeError, ValueError):  # Windows has no sysconf
-        return math.inf
+    return psutil.virtual_memory().total // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts, machine):

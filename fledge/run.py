@@ -76,10 +76,7 @@ class RunState:
                 f'{path} is no checkpoint of a run: start from it with '
                 f'--init_from={shlex.quote(path)} and another --out_dir'
             )
-        saved = checkpoint.get('run')
-        if saved is None:  # nanoGPT's has none, and an older one of ours these two of its fields
-            older = ('elapsed', 'evaluations_since_best')
-            saved = {name: checkpoint[name] for name in older if name in checkpoint}
+        saved = checkpoint.get('run', {})  # nanoGPT's has none
         state = cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
         state.step = checkpoint['iter_num']
         state.best_val_loss = float(checkpoint['best_val_loss'])
@@ -90,10 +87,8 @@ class RunState:
 
         UserError where its data is not what it was, or its own objective is missing.
         """
-        # an older run says that it has an objective of its own, and not where
-        older = 'own.py' if checkpoint.get('objective') is True else 'next_token'
-        objective = checkpoint['config'].get('objective', older)
-        if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
+        objective = checkpoint['config'].get('objective', 'next_token')
+        if 'run' not in checkpoint:  # nanoGPT's, whose steps are all alike
             s = settings | checkpoint['config']
             self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
             self.tokens = self.rows * s['block_size']
@@ -199,13 +194,12 @@ class StopSignals:
         # held where the loop changes the state of the run or saves it, and by save_now()
         self.lock = threading.Lock()
         self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
-        self.is_paused = self.can_pause = False
+        self.is_paused = False
+        self.can_pause = hasattr(signal, 'SIGUSR1')  # Windows has no such signal
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError, OSError):  # a system may lack one
-                signal.signal(number, self.hear)
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # nor has Windows this one
+            signal.signal(number, self.hear)
+        if self.can_pause:
             signal.signal(signal.SIGUSR1, self.wait_while_paused)
-            self.can_pause = True
 
     @contextlib.contextmanager
     def changing(self):
@@ -265,8 +259,7 @@ def each_seed(settings, given):
                 child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError, OSError):  # a system may lack one
-            signal.signal(number, hear)
+        signal.signal(number, hear)
     for seed, folder in folders.items():
         own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
         if settings['one_dial'] and seed != settings['seed']:

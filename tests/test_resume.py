@@ -6,7 +6,7 @@ import os
 from conftest import TINY, fails, free_port, metrics, run, start, write_tiny
 
 from fledge import checkpoint
-from fledge.log import RunLog
+from fledge.log import RunLog, curves_of
 from fledge.tokenizer import char_tokenizer, load_tokenizer
 from fledge.tokens import Tokens
 
@@ -304,12 +304,9 @@ def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
     for line, steps in zip(lines[1:3], (single[1:6], single[6:11]), strict=True):
         assert abs(line['train_loss'] - sum(steps) / 5) < 1e-6
         assert all(abs(a - b) < 1e-4 for a, b in zip(line['step_losses'], steps, strict=True))
-    log = RunLog(True, str(workdir / 'out'))
-    for line in lines:
-        log.add_to_curves(line)
-    tokens = [tokens for tokens, _, _ in log.curves['step_loss']]
+    tokens = [tokens for tokens, _, _ in curves_of(lines)['step_loss']]
     assert tokens == [*(64 * i for i in range(11)), 768]  # the last line is behind the last step
-    log.draw()
+    RunLog(True, str(workdir / 'out')).draw()
 
 
 def test_the_steps_between_two_lines_are_counted_over_a_resume(workdir):

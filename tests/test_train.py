@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
 from tqdm import tqdm
 
 from fledge import checkpoint, cpu
-from fledge.log import RunLog
+from fledge.log import RunLog, curves_of
 from fledge.run import RunState
 from fledge.tokens import write_bin
 
@@ -315,19 +315,6 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
 
-def test_a_checkpoint_of_before_there_was_a_run_state_goes_on(workdir):
-    run(workdir, 'train.py', *TINY, '--max_iters=4', '--eval_interval=2', '--learning_rate=0')
-    path = str(workdir / 'out' / 'ckpt.pt')
-    saved = checkpoint.load(path)
-    state = saved.pop('run')
-    saved |= dict(elapsed=1000.0, evaluations_since_best=2, evaluation=[4, 4.0, None])
-    checkpoint.save(path, saved)
-    run(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
-    after = checkpoint.load(path)['run']
-    assert after['elapsed'] > 1000 and after['evaluations_since_best'] > 2
-    assert after['best_val_loss'] == state['best_val_loss']
-
-
 def test_early_stopping(workdir):
     out = run(
         workdir,
@@ -469,15 +456,14 @@ def test_the_bar_ends_where_the_run_is_expected_to(tmp_path):
     assert expected == [50, 250, 1000]
 
 
-def test_the_curves_of_a_long_run_stay_small(tmp_path):
-    log = RunLog(True, str(tmp_path))
-    for step in range(20_000):
-        log.add_to_curves(dict(tokens=step, elapsed=1.0, train_loss=1.0, val_loss=None))
-    curve = log.curves['train_loss']
+def test_the_curves_of_a_long_run_stay_small():
+    of_a_step = dict(elapsed=1.0, train_loss=1.0, val_loss=None)
+    curves = curves_of(dict(of_a_step, tokens=step) for step in range(20_000))
+    curve = curves['train_loss']
     assert 500 < len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] > 19_900
     gaps = [later[0] - earlier[0] for earlier, later in zip(curve, curve[1:], strict=False)]
     assert max(gaps) < 100  # no part of the run is left out
-    assert not log.curves['val_loss']
+    assert not curves['val_loss']
 
 
 def test_two_runs_do_not_write_to_one_folder(workdir):
