@@ -171,7 +171,8 @@ def measure_of(groups):
     """
     evaluations = [line for group in groups for run in group.runs for line in run.evaluations]
     settings = [group.runs[0].settings for group in groups]
-    if len({s.get('_data') for s in settings}) == 1:
+    knows_data = all(s.get('_data') for s in settings)  # an older run has the name alone
+    if len({s.get('_data' if knows_data else 'dataset') for s in settings}) == 1:
         return 'val_loss'
     if not all(is_number(line['val_bpb']) for line in evaluations):
         raise UserError(

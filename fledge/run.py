@@ -88,7 +88,7 @@ class RunState:
         UserError where its data is not what it was, or its own objective is missing.
         """
         objective = checkpoint['config'].get('objective', 'next_token')
-        if 'run' not in checkpoint:  # nanoGPT's, whose steps are all alike
+        if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
             s = settings | checkpoint['config']
             self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
             self.tokens = self.rows * s['block_size']
