@@ -191,7 +191,7 @@ class Batch:
 
     @property
     def room(self):
-        return self.size - len(self.cached) - len(self.sliding)
+        return self.size - len(self.replies)
 
     @torch.no_grad()
     def add(self, reply):

@@ -176,11 +176,9 @@ def prompts_of(prompt):
 
 
 def is_prompt(value):
-    return isinstance(value, str) or are_ids(value)
-
-
-def are_ids(value):
-    """Whether it is a list of numbers that may be token ids."""
+    """Whether it is a text, or a list of numbers that may be token ids."""
+    if isinstance(value, str):
+        return True
     return isinstance(value, list) and value != [] and all(type(token) is int for token in value)
 
 
