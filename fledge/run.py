@@ -346,7 +346,8 @@ def check_settings(settings):
     one_of(settings, lr_schedule=optimizers.SCHEDULES)
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
     one_of(settings, parallel=('ddp', 'fsdp'))
-    one_of(settings, optimizer=('auto', 'muon', 'adamw'), quantize_base=('none', 'nf4', 'int8'))
+    known = dict.fromkeys(name for name, _ in optimizers.RATES)
+    one_of(settings, optimizer=('auto', *known), quantize_base=('none', 'nf4', 'int8'))
     if settings['quantize_base'] != 'none' and not settings['lora_rank']:
         raise UserError(
             'quantize_base freezes the weights: adapters beside them learn, by --lora_rank=8'
