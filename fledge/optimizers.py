@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from fledge import UserError
 from fledge.device import is_sharded, sharded_as
 
-# The learning rate where none is given, by optimizer and by what learns. make_optimizers makes those
-# that are named here.
+# The learning rate where none is given, by optimizer (all that make_optimizers makes) and by what
+# learns.
 RATES = {
     ('muon', 'new weights'): 1.5e-2,
     ('muon', 'weights'): 2e-3,
