@@ -104,12 +104,18 @@ def same_step(module, plain_class, step):
     rates = [m.p for m in dropouts]
     for m in dropouts:
         m.p = 0.0
+    own = list(module.parameters(recurse=False))
+    values = [p.clone() for p in own]
+    for p in own:  # what an edit adds may begin as nothing, and be learned
+        p += 0.1 * numbers(*p.shape)
     for inputs in cases:
         for module.training in (True, False):  # an edit may be for one of them alone
             theirs = getattr(plain_class, step)(module, *inputs)
             ours = getattr(module, step)(*inputs)
             same = same and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
     module.training = was_training
+    for p, value in zip(own, values, strict=True):
+        p.copy_(value)
     for m, rate in zip(dropouts, rates, strict=True):
         m.p = rate
     return same
@@ -199,7 +205,9 @@ class CausalSelfAttention(plain.CausalSelfAttention):
             dropout = self.resid_dropout.p if self.training else 0.0
             if v.dtype == torch.float32 and mask is None and not dropout:
                 return super().attend(q, k, v, mask)
-            y = BlockAttention.apply(q.to(k.dtype), k, v, dropout, mask, self.causal)
+            # an edited norm may give queries and keys of another type than the values
+            q_and_k = q.to(v.dtype), k.to(v.dtype)
+            y = BlockAttention.apply(*q_and_k, v, dropout, mask, self.causal)
             return y.to(q.dtype)
         # the queries that share a key become rows of one product, so that keys are not copied
         n_rows = n_head // n_kv_head * T

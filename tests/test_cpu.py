@@ -359,6 +359,28 @@ def test_what_is_edited_in_model_py_is_followed(step, monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_what_an_edit_learns_from_nothing_is_learned(monkeypatch, capsys):
+    init, forward = plain.RMSNorm.__init__, plain.RMSNorm.forward
+
+    def with_gain(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.gain = torch.nn.Parameter(torch.zeros(1))  # at first the norm is the plain one
+
+    monkeypatch.setattr(plain.RMSNorm, '__init__', with_gain)
+    monkeypatch.setattr(
+        plain.RMSNorm, 'forward', lambda self, x: forward(self, x) * (1 + self.gain)
+    )
+    model = cpu.speed_up(tiny(QWEN3))
+    assert 'RMSNorm.forward of model.py is edited' in capsys.readouterr().err
+    gains = [p for name, p in model.named_parameters() if name.endswith('gain')]
+    assert gains and not any(gains), 'the comparison has left its random numbers there'
+    idx = torch.randint(model.config.vocab_size, (2, 16))
+    with torch.autocast('cpu', torch.bfloat16):  # of which the gain makes float32
+        loss = model(idx, idx, return_logits=False)[1]
+    loss.backward()
+    assert all(gain.grad.abs() > 0 for gain in gains)
+
+
 def test_a_norm_without_a_weight_and_a_second_time(monkeypatch):
     config = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=50, block_size=16, norm='rmsnorm')
     model = plain.GPT(plain.GPTConfig(**config, position='rope', bias=False))

@@ -759,7 +759,7 @@ def test_every_activation_of_every_family_is_compared_on_any_cpu():
         text=True,
         check=True,
     )
-    assert said.stdout == f'{[""] * 5}\n'
+    assert said.stdout == f'{[""] * len(every)}\n'
 
 
 def test_weights_of_a_family_in_an_edited_model_are_loaded_with_a_line(
@@ -776,3 +776,16 @@ def test_weights_of_a_family_in_an_edited_model_are_loaded_with_a_line(
         f'{tmp_path}: model.py was edited, and no longer computes what gpt2 with gelu does: '
         'these weights were made for another model\n'
     )
+
+
+def test_weights_of_a_family_that_lack_what_model_py_has_are_a_line(tmp_path, monkeypatch):
+    make('gpt2 gelu untied', tmp_path)
+    init = model_py.MLP.__init__
+
+    def with_gain(self, config):
+        init(self, config)
+        self.gain = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(model_py.MLP, '__init__', with_gain)
+    with pytest.raises(UserError, match='model.py has transformer.h.0.mlp.gain, which is in no'):
+        huggingface.load(str(tmp_path))

@@ -48,7 +48,10 @@ def test_readmes_table_has_every_corpus():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         named = set(re.findall(r'`(?:python )?prepare/(\w+)\.py', f.read()))
     scripts = {n[:-3] for n in os.listdir(os.path.join(ROOT, 'prepare')) if n.endswith('.py')}
-    assert named | {'text', 'chat', 'look', 'merge'} == scripts  # those have examples of their own
+    own_examples = {'text', 'chat', 'look', 'merge'}
+    assert named <= scripts
+    missing = scripts - named - own_examples
+    assert not missing, f"README's table of corpora lacks {missing}"
 
 
 def test_readmes_map_is_true():

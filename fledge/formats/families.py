@@ -26,7 +26,9 @@ class Family:
     tensors: list  # see GPT2_TENSORS
     settings: list  # see GPT2_SETTINGS
     fixed: dict  # fields of GPTConfig that the family has without saying so
-    only: dict  # what config.json may say of things that GPT cannot do: the one value that it can
+    # what config.json may say of things that GPT cannot do: the one value that it can, which is
+    # also what a config.json means that does not say it
+    only: dict
     activations: dict  # config.json's names: ours; of several for one, the first is written
     dropout: tuple = ()  # names in config.json of shares of activations dropped in training
     transposed: tuple = ()  # endings of our names of the tensors that files hold transposed

@@ -119,6 +119,8 @@ def our_tensors(file_of, kind, args, where):
     state, used = {}, set()
     for ours, wanted in model.state_dict().items():
         names = [theirs for theirs, _ in families.names_of(kind, ours)]
+        if not names:
+            raise UserError(f'{where}: model.py has {ours}, which is in no {kind} model')
         used |= {*names, *(name.partition('.')[2] for name in names)}
         if ours == 'lm_head.weight' and args['tie_embeddings']:
             continue
