@@ -194,12 +194,13 @@ class StopSignals:
         # held where the loop changes the state of the run or saves it, and by save_now()
         self.lock = threading.Lock()
         self.is_whole = True  # False: a change has begun, or failed, and what is there is no state
-        self.is_paused = False
-        self.can_pause = hasattr(signal, 'SIGUSR1')  # Windows has no such signal
+        self.is_paused = self.can_pause = False
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.hear)
-        if self.can_pause:
+            with contextlib.suppress(ValueError, OSError):  # a system may lack one
+                signal.signal(number, self.hear)
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # nor has Windows this one
             signal.signal(signal.SIGUSR1, self.wait_while_paused)
+            self.can_pause = True
 
     @contextlib.contextmanager
     def changing(self):
@@ -259,7 +260,8 @@ def each_seed(settings, given):
                 child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hear)
+        with contextlib.suppress(ValueError, OSError):  # a system may lack one
+            signal.signal(number, hear)
     for seed, folder in folders.items():
         own = ['--seeds=1', f'--seed={seed}', f'--out_dir={folder}', '--auto_resume=True']
         if settings['one_dial'] and seed != settings['seed']:

@@ -339,7 +339,8 @@ def test_a_run_at_the_ends_of_the_bounds_trains(workdir):
         assert f"Try it: python sample.py --out_dir='my {end}'\n" in out
 
 
-def test_what_help_shows_can_be_pasted(tmp_path, capsys):
+def test_what_help_shows_can_be_pasted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '1000')
     odd = dict(a='', b="it's", c='two  words', d='\n', e='\t\'"\\é\x01', f='$HOME', g='*', h=1e-6)
     odd |= dict(i='\\n', j='a\\', k='--x', l='日本 `x`', m=-1)
     lines = [f'{name} = {value!r}  # what {name} is\n' for name, value in odd.items()]
