@@ -24,8 +24,8 @@ from fledge import UserError, read_json
 HOOKS = ['objective']  # settings that may be a function, which a config file defines by that name
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are, and in no requirements
-BROUGHT_BY = dict(pyarrow='datasets')
+OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
+BROUGHT_BY = dict(pyarrow='datasets')  # a package that is imported: the one that installs it
 HELP_COLUMN = 41  # where --help has the comments
 # The least and the most of every numeric setting, in all scripts. A script's own default holds even
 # outside, where it stands for something else: evaluate.py's block_size=0 is that of the run.
