@@ -7,10 +7,12 @@ encoder_decoder.py makes the Transformer of 2017 out of these blocks.
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -54,18 +56,18 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):  # Zhang and Sennrich 2019, arXiv:1910.07467
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # torch's fused kernel wants one type, and under autocast x is in 16 bits, the weight in 32
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def norm(config):
+def norm(config: GPTConfig) -> nn.Module:
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: turn each pair (i, i + head_dim / 2) of x (B, T, heads, head_dim) by an angle.
 
     cos, sin: (B or 1, T, 1, head_dim), the first half of the sines negative (see rope_tables).
@@ -77,9 +79,9 @@ def rotate(x, cos, sin):
 class Context:
     """What attention needs to know besides its input."""
 
-    positions: torch.Tensor  # (B or 1, T), of each token in its row
-    rope: tuple | None = None  # RoPE's cosines and sines at these positions (see rotate)
-    mask: torch.Tensor | None = None  # (B or 1, 1, T, keys), True: is seen; None: all before it
+    positions: Tensor  # (B or 1, T), of each token in its row
+    rope: tuple[Tensor, Tensor] | None = None  # RoPE's cosines and sines there (see rotate)
+    mask: Tensor | None = None  # (B or 1, 1, T, keys), True: is seen; None: all before it
     cache: 'KVCache | None' = None  # keys and values of earlier tokens
     source: object = None  # an encoder_decoder.Source, which cross-attention looks at
 
@@ -89,7 +91,7 @@ class CausalSelfAttention(nn.Module):
 
     causal = True  # False in an encoder, where each token sees those behind it too
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer  # its place in the KV cache
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
@@ -103,7 +105,7 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, all heads, head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -120,7 +122,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, n_head * head_dim)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k = q.to(v.dtype), k.to(v.dtype)
         dropout = self.resid_dropout.p if self.training else 0.0
         grouped, causal = self.n_head != self.n_kv_head, self.causal and mask is None
@@ -140,7 +142,7 @@ ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = config.activation
         gated, _ = ACTIVATIONS[config.activation]
@@ -149,12 +151,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, n_inner), or twice as wide where it is gated
         x = self.activate(x)  # (B, T, n_inner)
         return self.dropout(self.c_proj(x))  # (B, T, n_embd)
 
-    def activate(self, x):
+    def activate(self, x: Tensor) -> Tensor:
         gated, function = ACTIVATIONS[self.activation]
         if not gated:
             return function(x)
@@ -163,7 +165,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.norm_first = config.norm_first
         self.ln_1 = norm(config)
@@ -172,7 +174,7 @@ class Block(nn.Module):
         self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.norm_first:
             x = x + self.attn(self.ln_1(x), context)
             if self.cross_attn is not None:
@@ -187,7 +189,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     LOSS_ROWS = 2048  # tokens whose logits exist at once where nobody asked for logits
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # True: the backward pass computes each block again
@@ -205,7 +207,7 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):  # GPT-2: more layers add no more variance
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def parts(self, config):
+    def parts(self, config: GPTConfig) -> dict[str, nn.Module]:
         """What the model is made of besides its head, by name."""
         parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
         if config.position == 'learned':
@@ -217,7 +219,7 @@ class GPT(nn.Module):
         return parts
 
     @property
-    def blocks(self):
+    def blocks(self) -> list[Block]:
         """All blocks, of which an encoder-decoder has two kinds."""
         return list(self.transformer.h)
 
@@ -229,15 +231,15 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        idx,
-        targets=None,
-        return_logits=True,
-        cache=None,
-        lengths=None,
-        documents=None,
-        reduction='mean',
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = True,
+        cache: 'KVCache | None' = None,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        reduction: str = 'mean',
         **source,
-    ):
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and mean cross entropy (nats a token): a pair (logits, loss).
 
         idx: (B, T) int64. targets: (B, T) int64, -1 where nothing is to be predicted. With targets,
@@ -263,7 +265,14 @@ class GPT(nn.Module):
             loss = self.loss(x.flatten(0, 1), flat, reduction)
         return logits, loss.view_as(targets) if reduction == 'none' else loss
 
-    def hidden(self, idx, cache=None, lengths=None, documents=None, source=None):
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: 'KVCache | None' = None,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        source: object = None,
+    ) -> Tensor:
         """What the head reads: (B, T, n_embd), after the final norm. For arguments see forward."""
         T = idx.shape[1]
         positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
@@ -277,7 +286,7 @@ class GPT(nn.Module):
             cache.advance(T, lengths)
         return self.transformer.ln_f(x)
 
-    def run(self, blocks, idx, context):
+    def run(self, blocks: Iterable[Block], idx: Tensor, context: Context) -> Tensor:
         """Embed tokens (B, T) and take them through blocks: (B, T, n_embd)."""
         length, positions = idx.shape[1], context.positions
         if length > self.config.block_size:
@@ -294,7 +303,7 @@ class GPT(nn.Module):
                 x = block(x, context)
         return x
 
-    def embed(self, idx, positions):
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = self.transformer.wte(idx)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
@@ -302,10 +311,10 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd) + self.sinusoids[positions]
         return self.transformer.drop(x)
 
-    def logits(self, x):
+    def logits(self, x: Tensor) -> Tensor:
         return self.lm_head(x)  # (..., vocab_size)
 
-    def loss(self, x, targets, reduction='mean'):
+    def loss(self, x: Tensor, targets: Tensor, reduction: str = 'mean') -> Tensor:
         """Cross entropy of the logits of x (N, n_embd): a float32 scalar, or (N,) with 'none'.
 
         Logits exist for LOSS_ROWS tokens at a time, and the backward pass makes them again: all of
@@ -315,10 +324,10 @@ class GPT(nn.Module):
         nats = torch.cat([checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks])
         return nats if reduction == 'none' else nats.sum() / (targets >= 0).sum().clamp(min=1)
 
-    def nats(self, x, targets):
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction='none')
 
-    def get_num_params(self, non_embedding=True):
+    def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; non_embedding leaves out learned positions, as nanoGPT counts."""
         n_params = sum(p.numel() for p in self.parameters())
         if non_embedding and self.config.position == 'learned':
@@ -328,16 +337,16 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        idx,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        stop=None,
-        seed=None,
-        repetition_penalty=1.0,
-        source=None,
+        idx: Tensor | list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        stop: int | Iterable[int] | None = None,
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        source: object = None,
         **filters,
-    ):
+    ) -> Tensor | list[list[int]]:
         """Continue prompts by up to max_new_tokens tokens each; call it in eval mode.
 
         idx: (B, T) int64, and (B, T + n) comes back, rows that stopped early filled up with their
@@ -381,7 +390,9 @@ class GPT(nn.Module):
                 break
         return pad(rows, device) if torch.is_tensor(idx) else rows
 
-    def prefill(self, rows, cache_length, source=None):
+    def prefill(
+        self, rows: list[list[int]], cache_length: int, source: object = None
+    ) -> 'tuple[KVCache, Tensor]':
         """Read lists of token ids, equal ones once: a KVCache of all, logits (B, vocab_size)."""
         rows = list(map(tuple, rows))
         unique = list(dict.fromkeys(rows)) if source is None else rows
@@ -397,7 +408,7 @@ class GPT(nn.Module):
         cache.select(chosen)
         return cache, logits[chosen]
 
-    def make_cache(self, batch_size, length):
+    def make_cache(self, batch_size: int, length: int) -> 'KVCache':
         """An empty KVCache, in the type and on the device that this model computes in."""
         weight = self.transformer.wte.weight
         dtype = weight.dtype
@@ -413,7 +424,14 @@ class KVCache:
     keys, values: n_layer tensors (B, n_kv_head, length, head_dim). lengths: (B,) tokens in a row.
     """
 
-    def __init__(self, config, batch_size, length=None, dtype=torch.float32, device='cpu'):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = 'cpu',
+    ):
         shape = (batch_size, config.n_kv_head, length or config.block_size, config.head_dim)
         layers = range(config.n_layer)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -422,7 +440,7 @@ class KVCache:
         self.length = shape[2]
         self.empty = True
 
-    def place(self, T):
+    def place(self, T: int) -> tuple[Tensor, Tensor | None]:
         """The positions (B, T) of T new tokens a row, and the mask (B, 1, T, length) of their keys.
 
         The mask is None while the cache is empty: the new tokens then see one another alone.
@@ -433,7 +451,7 @@ class KVCache:
         key_positions = torch.arange(self.length, device=self.lengths.device)
         return positions, key_positions <= positions[:, None, :, None]
 
-    def write(self, layer, k, v, positions):
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, n_kv_head, T, head_dim) at positions; returns all keys and values."""
         row = torch.arange(k.shape[0], device=k.device)[:, None, None]
         head = torch.arange(k.shape[1], device=k.device)[None, :, None]
@@ -442,18 +460,18 @@ class KVCache:
         values[row, head, positions[:, None]] = v.to(values.dtype)
         return (k, v) if self.empty else (keys, values)
 
-    def advance(self, T, lengths=None):
+    def advance(self, T: int, lengths: Tensor | None = None) -> None:
         """Count T tokens a row as read, or lengths (B,) of them where the rest was padding."""
         self.lengths += T if lengths is None else lengths
         self.empty = False
 
-    def select(self, rows):
+    def select(self, rows: Tensor) -> None:
         """Keep these rows (n,) int64, in this order; a row may be taken several times."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.lengths = self.lengths[rows]
 
-    def rows(self, first, last):
+    def rows(self, first: int, last: int) -> 'KVCache':
         """A KVCache of the rows first .. last - 1, which stay in this one's memory."""
         part = copy.copy(self)
         part.keys = [keys[first:last] for keys in self.keys]
@@ -463,7 +481,7 @@ class KVCache:
         return part
 
 
-def place_documents(documents):
+def place_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's position in its document, (B, T), and which keys it sees, (B, 1, T, T) bool."""
     place = torch.arange(documents.shape[1], device=documents.device)
     begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
@@ -472,7 +490,7 @@ def place_documents(documents):
     return place - first, mask
 
 
-def pad(rows, device, filler=None):
+def pad(rows: list[list[int]], device: torch.device | str, filler: int | None = None) -> Tensor:
     """Lists of token ids as one tensor (B, longest); behind a short one filler, None: its last."""
     width = max(map(len, rows))
     padded = []
@@ -482,7 +500,7 @@ def pad(rows, device, filler=None):
     return torch.tensor(padded, device=device)
 
 
-def penalize(logits, seen, repetition_penalty):
+def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
     """Logits of which those of the tokens in seen, bool, of the same shape, are made smaller.
 
     Positive ones are divided by repetition_penalty (Keskar et al. 2019, arXiv:1909.05858).
@@ -493,7 +511,14 @@ def penalize(logits, seen, repetition_penalty):
     return torch.where(seen, smaller, logits)
 
 
-def sample_token(logits, draws, temperature, top_k=None, top_p=None, min_p=None):
+def sample_token(
+    logits: Tensor,
+    draws: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
     """The next token of each row, (B,) int64, drawn from logits (B, vocab_size) float32.
 
     draws: (B, 1), a uniform random number from [0, 1) for each row. temperature: 0 takes the
@@ -527,7 +552,7 @@ def sample_token(logits, draws, temperature, top_k=None, top_p=None, min_p=None)
     return (column if ids is None else ids.gather(1, column))[:, 0]
 
 
-def sinusoidal_table(config):
+def sinusoidal_table(config: GPTConfig) -> Tensor:
     """Positions as sines and cosines (Vaswani et al. 2017), (block_size, n_embd) float32.
 
     Dimensions 2i and 2i + 1 are the sine and cosine of position / 10000 ** (2i / n_embd).
@@ -538,14 +563,14 @@ def sinusoidal_table(config):
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
 
 
-def rope_tables(config):
+def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """RoPE's cosines and signed sines (see rotate), two (block_size, head_dim) float32."""
     frequencies = rope_frequencies(config)
     angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequencies)
     return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
 
 
-def rope_frequencies(config):
+def rope_frequencies(config: GPTConfig) -> Tensor:
     """The angle by which each pair turns from one position to the next, (head_dim / 2,) float32.
 
     Su et al. 2021, arXiv:2104.09864. rope_scaling, which stretches the context that a model was
@@ -568,7 +593,7 @@ def rope_frequencies(config):
     return frequencies * (kept_share + (1 - kept_share) / scaling['factor'])
 
 
-def check_config(c):
+def check_config(c: GPTConfig) -> None:
     """Raise ValueError for a GPTConfig that no model can have."""
     least = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, rope_theta=1)
     least |= dict(n_kv_head=0, head_dim=0, n_inner=0, n_encoder_layer=0)

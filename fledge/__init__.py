@@ -4,7 +4,9 @@ import atexit
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
 import filelock
 
@@ -13,8 +15,8 @@ class UserError(Exception):
     """What a user can get wrong: one line and exit code 2; fledge.configurator sees to it."""
 
 
-def read_json(path, what='object'):
-    """The JSON object at path, a dict; UserError where it is missing, broken or no `what`."""
+def read_json(path: str, what: str = 'object') -> dict:
+    """The JSON object at path; UserError where it is missing, broken or no `what`."""
     try:
         with open(path, encoding='utf-8') as f:
             content = json.load(f)
@@ -27,7 +29,7 @@ def read_json(path, what='object'):
     return content
 
 
-def read_records(path):
+def read_records(path: str) -> list[tuple[str, dict]]:
     """[(where, record)] of the lines of a JSONL file; UserError names the line that is none."""
     records = []
     try:
@@ -52,7 +54,7 @@ def read_records(path):
     return records
 
 
-def read_meta(folder):
+def read_meta(folder: str) -> dict:
     """meta.json of a prepared dataset, or {} where there is none (nanoGPT's folders)."""
     path = os.path.join(folder, 'meta.json')
     meta = read_json(path) if os.path.exists(path) else {}
@@ -62,7 +64,7 @@ def read_meta(folder):
     return meta
 
 
-def lock_folder(folder, wait):
+def lock_folder(folder: str, wait: bool) -> filelock.BaseFileLock:
     """Hold folder for this process, until it ends or calls release_folder() with what is returned.
 
     The lock is on a file in it, .lock, and ends with its process, however that ends. Where another
@@ -81,7 +83,7 @@ def lock_folder(folder, wait):
     return lock
 
 
-def release_folder(lock):
+def release_folder(lock: filelock.BaseFileLock) -> None:
     """Let go of a folder that lock_folder() holds; the file goes as well."""
     if lock.is_locked:
         with suppress(OSError):  # Windows removes no open file: there release() does it
@@ -90,7 +92,7 @@ def release_folder(lock):
 
 
 @contextmanager
-def replacing(path, mode='w'):
+def replacing(path: str, mode: str = 'w') -> Iterator[IO]:
     """Open a file that takes the name `path` when the `with` block ends well, else leaves none."""
     temporary = path + '.tmp'
     try:

@@ -12,9 +12,11 @@ import math
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fledge import UserError
+from model import GPT
 
 LAYERS = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')  # of a block
 CROSS_LAYERS = ('cross_attn.q_attn', 'cross_attn.c_attn', 'cross_attn.c_proj')  # in some
@@ -22,7 +24,16 @@ PARTS = ('.lora_A', '.lora_B', '.lora_rows')
 EMBEDDING, HEAD = 'transformer.wte', 'lm_head'
 
 
-def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=torch.float32):
+def add(
+    model: GPT,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    n_new_tokens: int = 0,
+    saved: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
     """Freeze a GPT and give layers of its blocks adapters, in place; returns the model.
 
     Before the first step it computes what it did: B is zero. The adapters are float32 parameters,
@@ -82,7 +93,7 @@ def add(model, rank, alpha, dropout, targets, n_new_tokens=0, saved=None, dtype=
     return model
 
 
-def layers_of(targets):
+def layers_of(targets: str) -> list[str]:
     """The names of LAYERS and CROSS_LAYERS that a comma-separated text means."""
     names, known = [], (*LAYERS, *CROSS_LAYERS)
     for target in targets.split(','):
@@ -96,7 +107,7 @@ def layers_of(targets):
     return names
 
 
-def add_update(layer, inputs, output):
+def add_update(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """A linear layer's output (..., rows) and its adapter's, in the output's type."""
     x = layer.lora_dropout(inputs[0])
     with getattr(x, 'not_kept', contextlib.nullcontext)():  # see cpu.recomputed
@@ -106,7 +117,7 @@ def add_update(layer, inputs, output):
     return torch.addmm(output.flatten(0, -2), y, b.T).view_as(output)  # one pass over the output
 
 
-def add_to_embedding(layer, inputs, output):
+def add_to_embedding(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """An embedding's output (B, T, n_embd), changed where inputs (B, T) are new tokens."""
     rows = layer.lora_rows
     table = torch.cat((torch.zeros_like(rows[:1]), rows))  # row 0: of all tokens before them
@@ -114,19 +125,21 @@ def add_to_embedding(layer, inputs, output):
     return output + F.embedding((inputs[0] - first + 1).clamp(min=0), table).to(output.dtype)
 
 
-def add_to_logits(layer, inputs, output):
+def add_to_logits(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """A head's logits (..., vocab_size), of which the last are of new tokens."""
     rows = layer.lora_rows.to(output.dtype)
     before, new = output.split((output.shape[-1] - len(rows), len(rows)), dim=-1)
     return torch.cat((before, new + F.linear(inputs[0].to(output.dtype), rows)), dim=-1)
 
 
-def is_part(name):
+def is_part(name: str) -> bool:
     """Whether a tensor of this name is an adapter's."""
     return name.endswith(PARTS)
 
 
-def base_of(start, settings, resuming):
+def base_of(
+    start: dict | None, settings: dict, resuming: bool
+) -> tuple[dict | None, dict[str, Tensor]]:
     """What a run's adapters are trained on, as its checkpoints name it, and their saved tensors.
 
     start: the loaded checkpoint that training begins from, which keeps its base's tensors alone
@@ -144,12 +157,12 @@ def base_of(start, settings, resuming):
     return start['base'], saved
 
 
-def tensors(model):
+def tensors(model: GPT) -> dict[str, Tensor]:
     """{name: tensor} of a model's adapters alone: what a checkpoint of them keeps."""
     return {name: p.detach() for name, p in model.named_parameters() if is_part(name)}
 
 
-def split(state):
+def split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a checkpoint as two dicts: the base's, and its adapters'."""
     base = {name: tensor for name, tensor in state.items() if not is_part(name)}
     own = {name: tensor for name, tensor in state.items() if is_part(name)}
@@ -157,7 +170,7 @@ def split(state):
 
 
 @torch.no_grad()
-def load(model, saved):
+def load(model: GPT, saved: dict[str, Tensor]) -> None:
     """Put an adapter checkpoint's tensors into a model that has adapters.
 
     UserError unless they are of the same names and shapes.
@@ -174,7 +187,7 @@ def load(model, saved):
         own[name].copy_(tensor)
 
 
-def merged(checkpoint, path):
+def merged(checkpoint: dict, path: str) -> dict[str, Tensor]:
     """A checkpoint's tensors with each adapter added to its weight; path names it in errors."""
     state, alpha = checkpoint['model'], checkpoint.get('config', {}).get('lora_alpha')
     merged = dict(state)
@@ -205,7 +218,7 @@ def merged(checkpoint, path):
     return merged
 
 
-def digest(checkpoint):
+def digest(checkpoint: dict) -> str:
     """A text that changes with the weights of a checkpoint, as huggingface.load returns it.
 
     It is the same for the same numbers, in whatever file and type they are. Adapters are taken by

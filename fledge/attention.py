@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fledge import UserError, replacing
-from model import CausalSelfAttention
+from fledge.tokenizer import Tokenizer
+from model import GPT, CausalSelfAttention
 
 MOST_TOKENS = 64  # in a picture
 MOST_INCHES = 30  # of a picture's longer side
@@ -19,7 +21,12 @@ FONT = 'DejaVu Sans Mono'  # matplotlib's own, at hand everywhere
 
 
 @torch.no_grad()
-def attention_of(model, idx, modules=None, source=None):
+def attention_of(
+    model: GPT,
+    idx: Tensor,
+    modules: list[CausalSelfAttention] | None = None,
+    source: Tensor | None = None,
+) -> list[Tensor]:
     """The attention probabilities of a text: n_layer tensors (n_head, T, T), on idx's device.
 
     idx: (1, T) int64. Entry [h, i, j] is how much of token j the head h reads at token i; each row
@@ -53,8 +60,8 @@ def attention_of(model, idx, modules=None, source=None):
     return layers
 
 
-def draw_attention(model, tokenizer, ids, path):
-    """Write the attention of token ids, a list, as a PNG at path: see attention_of and draw.
+def draw_attention(model: GPT, tokenizer: Tokenizer, ids: list[int], path: str) -> None:
+    """Write the attention of token ids as a PNG at path: see attention_of and draw.
 
     A long text's first MOST_TOKENS are drawn, which it says in one line: they see no later ones. Of
     an encoder-decoder ids are the source: its greedy target is drawn with it, and what of the
@@ -91,7 +98,7 @@ def draw_attention(model, tokenizer, ids, path):
     draw(parts, path)
 
 
-def draw(parts, path):
+def draw(parts: list[tuple], path: str) -> None:
     """Write attention as a PNG at path: a row of heat maps a layer, and in it one a head.
 
     parts: one below the other, (title, layers, queries, keys). layers: tensors (n_head,
@@ -121,7 +128,7 @@ def draw(parts, path):
         raise UserError(f'{path} cannot be written: {e.strerror}') from None
 
 
-def in_one_picture(layers):
+def in_one_picture(layers: list[Tensor]) -> np.ndarray:
     """The maps of all layers and heads as one array, with NaN between them."""
     n_head, n_queries, n_keys = layers[0].shape
     picture = np.full((len(layers) * (n_queries + 1), n_head * (n_keys + 1)), np.nan)
@@ -132,7 +139,15 @@ def in_one_picture(layers):
     return picture[:-1, :-1]  # nothing is behind the last gaps
 
 
-def draw_part(axes, picture, title, layers, queries, keys, token_inches):
+def draw_part(
+    axes: object,
+    picture: np.ndarray,
+    title: str,
+    layers: list[Tensor],
+    queries: list[bytes],
+    keys: list[bytes],
+    token_inches: float,
+) -> object:
     """Draw in_one_picture() of layers, with the names of tokens, heads and layers around it."""
     from matplotlib.colors import PowerNorm
 
@@ -153,7 +168,7 @@ def draw_part(axes, picture, title, layers, queries, keys, token_inches):
     return image
 
 
-def name_tokens(axis, tokens, n_maps, step, **look):
+def name_tokens(axis: object, tokens: list[bytes], n_maps: int, step: int, **look) -> None:
     """Put the label of every step-th token at an axis, along each of its n_maps heat maps."""
     shown = range(0, len(tokens), step)
     places = [
@@ -164,7 +179,7 @@ def name_tokens(axis, tokens, n_maps, step, **look):
     axis.set_ticks(places, labels * n_maps, fontsize=7, family=FONT, parse_math=False, **look)
 
 
-def label(token):
+def label(token: bytes) -> str:
     """A token's bytes as a short text: escapes stand for what the font lacks, a space is seen."""
     from matplotlib import font_manager
 

@@ -13,9 +13,12 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -74,25 +77,25 @@ def speed_up(model: plain.GPT, packed: bool = False) -> plain.GPT:
     return model
 
 
-def has_avx512():
+def has_avx512() -> bool:
     """Whether torch uses AVX512 here (ATEN_CPU_CAPABILITY=avx2 makes it a CPU without)."""
     return torch.backends.cpu.get_cpu_capability() == 'AVX512'
 
 
-def has_bfloat16():
+def has_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16."""
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has_avx512() and supported
 
 
-def kind():
+def kind() -> str:
     """What this CPU multiplies by: AMX, AVX512-BF16, AVX512, AVX2, or torch's own name for it."""
     if has_bfloat16():
         return 'AMX' if torch.cpu._is_amx_tile_supported() else 'AVX512-BF16'
     return torch.backends.cpu.get_cpu_capability()
 
 
-def model_name():
+def model_name() -> str:
     """What its maker calls this CPU, '' where that cannot be told."""
     with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as f:
         for line in f:
@@ -104,12 +107,12 @@ def model_name():
     return platform.processor()
 
 
-def has_vnni():
+def has_vnni() -> bool:
     """Whether this CPU sums products of 8-bit numbers in 32 bits."""
     return has_avx512() and torch.cpu._is_vnni_supported()
 
 
-def rows_in_float16(weight):
+def rows_in_float16(weight: Tensor) -> int:
     """Rows of input up to which a weight is read fastest in float16, by FBGEMM."""
     if 'fbgemm' not in torch.backends.quantized.supported_engines:
         return 0
@@ -123,13 +126,13 @@ def rows_in_float16(weight):
 class GPT(plain.GPT):
     loss_is_edited = False  # True: the plain one's is another than the one here
 
-    def embed(self, idx, positions):
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(idx, positions)
         if torch.is_autocast_enabled('cpu'):
             return x.to(torch.get_autocast_dtype('cpu'))  # the residual stream is half as large
         return x
 
-    def loss(self, x, targets, reduction='mean'):
+    def loss(self, x: Tensor, targets: Tensor, reduction: str = 'mean') -> Tensor:
         head = self.lm_head
         is_plain = type(head) in (nn.Linear, Linear)
         is_plain = is_plain and not (head._forward_hooks or head._forward_pre_hooks)
@@ -137,7 +140,7 @@ class GPT(plain.GPT):
             return super().loss(x, targets, reduction)
         return HeadLoss.apply(x, head.weight, targets, torch.is_grad_enabled())
 
-    def make_cache(self, batch_size, length):
+    def make_cache(self, batch_size: int, length: int) -> plain.KVCache:
         return cpu_generation.KVCache(self.config, batch_size, length)
 
 
@@ -146,7 +149,7 @@ class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
 
 
 class CausalSelfAttention(plain.CausalSelfAttention):
-    def attend(self, q, k, v, mask):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         B, n_head, T, head_dim = q.shape
         n_kv_head, n_keys = k.shape[1:3]
         is_whole = n_keys == T if self.causal else T > 1  # not tokens that go on from a cache
@@ -187,7 +190,9 @@ class BlockAttention(torch.autograd.Function):
     CACHE_BYTES = 8 << 20  # of probabilities in work at once
 
     @staticmethod
-    def blocks(q, n_keys, first_keys, causal):
+    def blocks(
+        q: Tensor, n_keys: int, first_keys: Tensor, causal: bool
+    ) -> Iterator[tuple[slice, slice, slice]]:
         """The parts of q (rows, heads of a key, T, head_dim): slices of rows, queries and keys.
 
         first_keys: (rows, blocks), the first key that any query of a block sees.
@@ -204,7 +209,15 @@ class BlockAttention(torch.autograd.Function):
                 yield rows, slice(query, end), slice(begin, end if causal else n_keys)
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout, mask=None, causal=True):
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float,
+        mask: Tensor | None = None,
+        causal: bool = True,
+    ) -> Tensor:
         B, n_head, T, head_dim = q.shape
         n_kv_head, S = k.shape[1:3]
         n_shared = n_head // n_kv_head
@@ -242,7 +255,7 @@ class BlockAttention(torch.autograd.Function):
         return y.view(B, n_head, T, head_dim)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         q, k, v, first_keys, *saved = ctx.saved_tensors
         B = dy.shape[0]
         dy = dy.reshape(q.shape)
@@ -267,7 +280,7 @@ class BlockAttention(torch.autograd.Function):
 
 
 class RMSNorm(plain.RMSNorm):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = RMSNormFunction.apply(x, self.weight, self.eps)
         return recomputed(y, x, lambda x: RMSNormFunction.apply(x, self.weight, self.eps))
 
@@ -276,7 +289,7 @@ class RMSNormFunction(torch.autograd.Function):
     """torch's RMSNorm with a faster backward: 2.5 ms against 7.2 for (8192, 256) bfloat16."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
         scale = (norm.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
@@ -284,7 +297,7 @@ class RMSNormFunction(torch.autograd.Function):
         return (x * scale).mul_(weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         x, weight, scale = ctx.saved_tensors
         precise = torch.promote_types(x.dtype, torch.float32)
         normal = x * scale
@@ -297,12 +310,12 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return recomputed(super().forward(x), x, super().forward)
 
 
 class MLP(plain.MLP):
-    def activate(self, x):
+    def activate(self, x: Tensor) -> Tensor:
         activate = super().activate
         gated, _ = plain.ACTIVATIONS[self.activation]
         if gated and x.requires_grad and x.numel() >= LARGE:  # without what it multiplies
@@ -312,7 +325,7 @@ class MLP(plain.MLP):
         return recomputed(y, x, activate)
 
 
-def recomputed(y, x, function):
+def recomputed(y: Tensor, x: Tensor, function: Callable) -> Tensor:
     """y = function(x), with `not_kept`: the context in which a product of y does not keep it.
 
     Where y is large a layer behind it keeps x, which is kept anyway, and computes y again: at
@@ -337,19 +350,19 @@ def recomputed(y, x, function):
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         with getattr(x, 'not_kept', contextlib.nullcontext)():
             return super().forward(x)
 
 
 class Dropout(nn.Dropout):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
         return x * dropout_mask(x.shape, self.p, x.dtype).div_(1 - self.p)
 
 
-def dropout_mask(shape, rate, dtype):
+def dropout_mask(shape: tuple[int, ...], rate: float, dtype: torch.dtype) -> Tensor:
     """0 with probability rate, else 1, from 16 random bits; bernoulli_ takes five times as long."""
     n = math.prod(shape)
     bits = torch.empty(math.ceil(n / 4), dtype=torch.int64).random_(-(2**63), None)
@@ -368,7 +381,9 @@ class HeadLoss(torch.autograd.Function):
     CACHE_BYTES = 4 << 20  # of a softmax in float32, which stays in the processor's cache
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_gradient):
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool
+    ) -> Tensor:
         with_dweight = with_gradient and ctx.needs_input_grad[1]  # adapters leave it frozen
         if torch.is_autocast_enabled('cpu'):
             x = x.to(torch.get_autocast_dtype('cpu'))
@@ -403,7 +418,7 @@ class HeadLoss(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple:
         dx, dweight, count = ctx.saved_tensors
         scale = dloss / count
         return dx * scale, None if dweight is None else dweight * scale, None, None
@@ -418,9 +433,9 @@ STEPS = {
 # Their digest() as they came. Who edits a step for good mends its twin here as well, and puts in
 # the new digest; until then the step runs as it is in model.py.
 AS_WRITTEN = {
-    'GPT.loss': 'b4fff2c444189d12',
-    'CausalSelfAttention.attend': '5921b226bdae661f',
-    'RMSNorm.forward': 'bcf7f0c4af9a309e',
+    'GPT.loss': '8b80721db34d3564',
+    'CausalSelfAttention.attend': '2aede37586c56ae5',
+    'RMSNorm.forward': 'f697cc1ac7461c7a',
 }
 
 # What a recorded step of generation goes through in model.py, and its digest() there as it came:
@@ -432,7 +447,7 @@ RECORDED = {
     plain.MLP: ('forward', 'activate'),
     plain.RMSNorm: ('forward',),
 }
-AS_RECORDED = 'f309e4f7e88c7052'
+AS_RECORDED = '9ae313f76baebb39'
 
 
 def edited_steps() -> list[str]:
@@ -440,7 +455,7 @@ def edited_steps() -> list[str]:
     return [name for name, methods in STEPS.items() if digest(methods) != AS_WRITTEN[name]]
 
 
-def digest(methods):
+def digest(methods: dict[type, tuple[str, ...]]) -> str:
     """Changes with the text of methods, {class: names}."""
     texts = []
     for kind, names in methods.items():

@@ -8,18 +8,21 @@ half the time. A frozen base of either, by bitsandbytes, leaves memory for adapt
 import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fledge import UserError, cpu
+from model import GPT
 
 # Without VNNI products of 8-bit numbers are summed in 16 bits, which overflow unless one has but 7.
 SEVEN_BITS = not cpu.has_vnni()
 
 
-def apply(model):
+def apply(model: nn.Module) -> nn.Module:
     """Give all linear layers of a model 8-bit weights, in place; returns it.
 
     Embeddings and norms stay as they are, and so does the embedding that was tied to the head.
@@ -28,7 +31,7 @@ def apply(model):
     return model
 
 
-def replace_linear_layers(model, make):
+def replace_linear_layers(model: nn.Module, make: Callable) -> None:
     """Put make(layer) in the place of each linear layer of a model or of a part of one."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -36,12 +39,12 @@ def replace_linear_layers(model, make):
                 setattr(module, name, make(child))
 
 
-def is_quantized(model):
+def is_quantized(model: nn.Module) -> bool:
     """Whether a model has the 8-bit weights of apply."""
     return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
-def quantize_base(model, kind, device='cpu'):
+def quantize_base(model: GPT, kind: str, device: torch.device | str = 'cpu') -> GPT:
     """Freeze the linear layers of a model's blocks in few bits, in place; returns the model.
 
     One layer after the other goes to device and is quantized there; all else stays where it is, to
@@ -62,7 +65,7 @@ def quantize_base(model, kind, device='cpu'):
     return model
 
 
-def frozen_linear(linear, kind, device):
+def frozen_linear(linear: nn.Linear, kind: str, device: torch.device | str) -> nn.Module:
     """A layer of bitsandbytes on device, made of a linear layer whose weight nobody else has."""
     from bitsandbytes import nn as bitsandbytes
 
@@ -83,7 +86,7 @@ def frozen_linear(linear, kind, device):
     return layer
 
 
-def cast_input(layer, inputs):
+def cast_input(layer: nn.Module, inputs: tuple) -> Tensor:
     """The input in the type to compute in: autocast does not reach into bitsandbytes."""
     x = inputs[0]
     if torch.is_autocast_enabled(x.device.type):
@@ -102,7 +105,7 @@ class Int8Linear(nn.Module):
 
     FEW = 16  # rows of input
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-8) / 127
@@ -111,7 +114,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
         self.packed, self.packed_version = None, None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n_rows = x.shape[:-1].numel()
         if x.device.type != 'cpu' or n_rows > self.FEW:
             weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
@@ -125,7 +128,7 @@ class Int8Linear(nn.Module):
             y = y * largest
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    def pack(self):
+    def pack(self) -> object:
         """The weight in the layout of torch's integer product, made again when it changes."""
         weight, scale = self.weight, self.scale
         version = weight.data_ptr(), weight._version, scale.data_ptr(), scale._version

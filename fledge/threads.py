@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -29,11 +30,11 @@ class Threads:
         self.wait = self.FIRST
         self.start_interval()
 
-    def start_interval(self):
+    def start_interval(self) -> None:
         self.began, self.used = time.monotonic(), time.process_time()
         psutil.cpu_percent(percpu=True)  # the next call tells what has been used since this one
 
-    def adapt(self, say=None):
+    def adapt(self, say: Callable | None = None) -> None:
         """Give up threads, or take them back, now and then; say(text) is told of it."""
         seconds = time.monotonic() - self.began
         if self.most == 1 or seconds < self.wait:
