@@ -6,16 +6,29 @@ GPTConfig's other switches it is what today's blocks make of it.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, Block, CausalSelfAttention, Context, norm, pad, place_documents
+from model import (
+    GPT,
+    Block,
+    CausalSelfAttention,
+    Context,
+    GPTConfig,
+    KVCache,
+    norm,
+    pad,
+    place_documents,
+)
 
 
-def make_model(config):
+def make_model(config: GPTConfig) -> GPT:
     """A new model: an EncoderDecoder where config has n_encoder_layer, else a GPT."""
     return EncoderDecoder(config) if config.n_encoder_layer else GPT(config)
 
@@ -28,16 +41,16 @@ class Source:
     True where a token of the source is seen.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
 
-    def select(self, rows):
+    def select(self, rows: Tensor) -> 'Source':
         """A Source of these rows, (n,) int64, in this order."""
         return Source(self.keys[:, rows], self.values[:, rows], self.mask[rows])
 
 
-def join(sources):
+def join(sources: list[Source]) -> Source:
     """One Source of those of several texts, all (1, 1, 1, S) in mask."""
     longest = max(source.mask.shape[-1] for source in sources)
     keys, values, masks = [], [], []
@@ -57,14 +70,14 @@ class CrossAttention(CausalSelfAttention):
 
     causal = False
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
         # its one matrix for all three gives way: queries are of one text, the others of another
         n_q, n_kv = config.n_head * config.head_dim, 2 * config.n_kv_head * config.head_dim
         self.q_attn = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
         self.c_attn = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
         q = self.q_attn(x).view(B, T, self.n_head, self.head_dim)
         if self.qk_norm:
@@ -76,7 +89,7 @@ class CrossAttention(CausalSelfAttention):
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, n_head * head_dim)
         return self.resid_dropout(self.c_proj(y))  # (B, T, n_embd)
 
-    def read(self, x):
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each (B, n_kv_head, S, head_dim), of what the encoder made of a source.
 
         x: (B, S, n_embd).
@@ -89,7 +102,7 @@ class CrossAttention(CausalSelfAttention):
 
 
 class EncoderDecoder(GPT):
-    def parts(self, config):
+    def parts(self, config: GPTConfig) -> dict[str, nn.Module]:
         parts = super().parts(config)
         encoder = [Block(config, layer) for layer in range(config.n_encoder_layer)]
         for block in encoder:
@@ -102,18 +115,18 @@ class EncoderDecoder(GPT):
         return parts
 
     @property
-    def blocks(self):
+    def blocks(self) -> list[Block]:
         return [*self.transformer.encoder, *self.transformer.h]
 
     def hidden(
         self,
-        idx,
-        cache=None,
-        lengths=None,
-        documents=None,
-        source=None,
-        source_documents=None,
-    ):
+        idx: Tensor,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        source: Tensor | Source | None = None,
+        source_documents: Tensor | None = None,
+    ) -> Tensor:
         """GPT.hidden, where source is what the encoder reads: (B, S) int64, -1 where it is padding.
 
         Or a Source, which encode made of it before. source_documents: (B, S) int64, -1 for padding,
@@ -126,7 +139,12 @@ class EncoderDecoder(GPT):
             source = self.encode(source, source_documents, documents)
         return super().hidden(idx, cache, lengths, documents, source)
 
-    def encode(self, source, source_documents=None, documents=None):
+    def encode(
+        self,
+        source: Tensor,
+        source_documents: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Source:
         """The Source that the encoder makes of token ids: see hidden."""
         positions = torch.arange(source.shape[1], device=source.device)[None]  # (1, S)
         mask = seen = (source >= 0)[:, None, None]  # (B, 1, 1, S)
@@ -144,15 +162,15 @@ class EncoderDecoder(GPT):
     @torch.no_grad()
     def generate(
         self,
-        idx,
-        max_new_tokens,
+        idx: Tensor | list[list[int]],
+        max_new_tokens: int,
         *sampling,
-        source,
-        num_beams=1,
-        length_penalty=1.0,
-        stop=None,
+        source: Tensor | Source | list[list[int]],
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        stop: int | Iterable[int] | None = None,
         **options,
-    ):
+    ) -> Tensor | list[list[int]]:
         """GPT.generate, where source is as in hidden, or B lists of token ids.
 
         num_beams: above 1 nothing is drawn, but searched (see beam_search, for length_penalty too).
@@ -171,8 +189,24 @@ class EncoderDecoder(GPT):
         return pad(rows, idx.device) if torch.is_tensor(idx) else rows
 
 
+class Beam(NamedTuple):
+    """A continuation in a beam search, as far as it has come."""
+
+    score: float  # the sum of its log probabilities
+    ids: list[int]  # of its new tokens
+    parent: int  # the place among all beams of the one that it goes on from
+
+
 @torch.no_grad()
-def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop=None, source=None):
+def beam_search(
+    model: GPT,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    stop: int | Iterable[int] | None = None,
+    source: Source | None = None,
+) -> list[list[int]]:
     """How each of some lists of token ids goes on best, as far as num_beams at a time can tell.
 
     A continuation is worth the sum of its log probabilities over its length ** length_penalty; what
@@ -190,39 +224,40 @@ def beam_search(model, rows, max_new_tokens, num_beams, length_penalty=1.0, stop
     if source is not None:
         source = source.select(torch.arange(len(rows), device=device).repeat_interleave(n))
     cache, logits = model.prefill(prompts, longest + n_tokens - 1, source)
-    scores = torch.full((len(rows), n), -math.inf, device=device)
-    scores[:, 0] = 0  # the beams of a row are alike still, and one of them counts
-    beams = [[]] * len(prompts)  # the new tokens of each
-    ended = [[] for _ in rows]  # the n best that have, (score, new tokens)
+
+    def worth(beam):
+        return beam.score / len(beam.ids) ** length_penalty
+
+    # the beams of a row are alike still, and one of them counts
+    beams = [Beam(-math.inf if i % n else 0.0, [], i) for i in range(len(prompts))]
+    ended = [[] for _ in rows]  # the n beams of each row that are worth most, best first
     settled = [False] * len(rows)  # whether no beam of a row can become better than those
-    n_best = (1 + max(1, len(stop_tokens))) * n  # so that n go on, however many stop
+    n_candidates = (1 + max(1, len(stop_tokens))) * n  # so that n go on, however many stop
     for length in range(1, n_tokens + 1):
         logs = logits.float().log_softmax(dim=-1)  # (B * n, vocab_size)
         if logs.isnan().any():
             raise ValueError('the logits are not finite: no token can be chosen by them')
-        sums = (scores.view(-1, 1) + logs).view(len(rows), -1)  # (B, n * vocab_size)
-        best = sums.topk(min(n_best, sums.shape[1]))  # best first, which the rest relies on
-        going = []  # n of each row: (score, new tokens, the beam that it goes on from)
-        for i, places in enumerate(best.indices.tolist()):
+        scores = torch.tensor([beam.score for beam in beams], device=device)
+        sums = (scores[:, None] + logs).view(len(rows), -1)  # (B, n * vocab_size)
+        best = sums.topk(min(n_candidates, sums.shape[1]))  # best first, which the rest relies on
+        best_scores, places, going = best.values.tolist(), best.indices.tolist(), []
+        for row in range(len(rows)):
             row_going = []
-            for rank, place in enumerate(places):
-                parent, token = divmod(place, logs.shape[1])
-                parent += i * n
-                ids, score = [*beams[parent], token], best.values[i, rank].item()
+            for rank, place in enumerate(places[row]):
+                parent, token = row * n + place // logs.shape[1], place % logs.shape[1]
+                beam = Beam(best_scores[row][rank], [*beams[parent].ids, token], parent)
                 if token not in stop_tokens and length < n_tokens:
-                    row_going.append((score, ids, parent))
-                elif rank < n and not settled[i]:
-                    ended[i].append((score / length**length_penalty, ids))
-            ended[i] = sorted(ended[i], reverse=True)[:n]
+                    row_going.append(beam)
+                elif rank < n and not settled[row]:
+                    ended[row].append(beam)
             going += row_going[:n]
-            if row_going and len(ended[i]) == n:
-                hope = row_going[0][0] / length**length_penalty
-                settled[i] = settled[i] or hope <= ended[i][-1][0]
+            ended[row] = sorted(ended[row], key=worth, reverse=True)[:n]
+            if row_going and len(ended[row]) == n and worth(row_going[0]) <= worth(ended[row][-1]):
+                settled[row] = True
         if length == n_tokens or all(settled) or not going:
             break
-        scores, beams, parents = zip(*going, strict=True)
-        scores = torch.tensor(scores, device=device)
-        cache.select(torch.tensor(parents, device=device))
-        tokens = torch.tensor([ids[-1] for ids in beams], device=device)
-        logits = model(tokens[:, None], cache=cache, source=source)[0][:, -1]
-    return [row + of_row[0][1] for row, of_row in zip(rows, ended, strict=True)]
+        beams = going
+        cache.select(torch.tensor([beam.parent for beam in beams], device=device))
+        last = torch.tensor([beam.ids[-1] for beam in beams], device=device)
+        logits = model(last[:, None], cache=cache, source=source)[0][:, -1]
+    return [row + of_row[0].ids for row, of_row in zip(rows, ended, strict=True)]

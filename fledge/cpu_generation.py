@@ -5,9 +5,11 @@ cpu.speed_up(model, packed=True) makes a plain GPT's parts into these classes.
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import encoder_decoder
@@ -31,7 +33,15 @@ class GPT(plain.GPT):
     def __getstate__(self):
         return vars(self) | dict(recorded=None, n_steps=0)  # a record cannot be copied
 
-    def forward(self, idx, targets=None, return_logits=True, cache=None, *args, **kwargs):
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = True,
+        cache: plain.KVCache | None = None,
+        *args,
+        **kwargs,
+    ) -> tuple[Tensor | None, Tensor | None]:
         is_step = idx.numel() == 1 and targets is None
         if is_step and isinstance(cache, KVCache) and cache.can_record and not cache.empty:
             self.n_steps += 1
@@ -45,7 +55,7 @@ class GPT(plain.GPT):
         return super().forward(idx, targets, return_logits, cache, *args, **kwargs)
 
     @torch.no_grad()
-    def record(self, cache):
+    def record(self, cache: 'KVCache') -> Callable:
         """A function of inputs_of_step() that returns the logits (1, 1, vocab_size)."""
         self.requires_grad_(False)  # what a record holds has no gradient
         forward, n_layer = super().forward, self.config.n_layer
@@ -65,13 +75,13 @@ class GPT(plain.GPT):
             warnings.simplefilter('ignore')  # it is deprecated, and shapes are the same each time
             return torch.jit.trace(step, inputs, check_trace=False).forward
 
-    def embed(self, idx, positions):
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(idx, positions)
         if idx.shape[1] == 1 and x.dtype == torch.bfloat16:
             return x.float()  # one token is little to move, and conversions take time
         return x
 
-    def make_cache(self, batch_size, length):
+    def make_cache(self, batch_size: int, length: int) -> 'KVCache':
         # of float32: attention of one query takes 116 us, in bfloat16 634 (16 texts, 12 heads)
         cache = KVCache(self.config, batch_size, length)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
@@ -83,7 +93,7 @@ class GPT(plain.GPT):
 
 
 class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
-    def encode(self, *source):
+    def encode(self, *source) -> encoder_decoder.Source:
         found = super().encode(*source)
         found.keys, found.values = found.keys.float(), found.values.float()  # as the KVCache is
         return found
@@ -92,22 +102,22 @@ class EncoderDecoder(encoder_decoder.EncoderDecoder, GPT):
 class StepCache:
     """What a recorded step has for a KVCache: the keys and values up to its own token's."""
 
-    def __init__(self, position, keys, values):
+    def __init__(self, position: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]):
         self.position, self.keys, self.values = position, keys, values
 
-    def place(self, T):
+    def place(self, T: int) -> tuple[Tensor, None]:
         return self.position, None
 
-    def write(self, layer, k, v, positions):
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer][:, :, -1:] = k
         self.values[layer][:, :, -1:] = v
         return self.keys[layer], self.values[layer]
 
-    def advance(self, T, lengths=None):
+    def advance(self, T: int, lengths: Tensor | None = None) -> None:
         pass
 
 
-def inputs_of_step(idx, cache):
+def inputs_of_step(idx: Tensor, cache: 'KVCache') -> tuple[Tensor, ...]:
     """The token, its position, keys and values of all layers with room for its own."""
     end = cache.longest + 1
     keys_and_values = [tensor[:, :, :end] for tensor in (*cache.keys, *cache.values)]
@@ -119,12 +129,12 @@ class KVCache(plain.KVCache):
 
     can_record = False
 
-    def __init__(self, config, batch_size, length=None):
+    def __init__(self, config: plain.GPTConfig, batch_size: int, length: int | None = None):
         super().__init__(config, batch_size, length)
         self.longest = 0  # tokens of the longest row
         self.even = True  # all rows are as long
 
-    def place(self, T):
+    def place(self, T: int) -> tuple[Tensor, Tensor | None]:
         keys = torch.arange(self.longest + T)
         positions = self.lengths[:, None] + keys[:T]
         if self.even:
@@ -133,7 +143,7 @@ class KVCache(plain.KVCache):
             return positions, None
         return positions, keys <= positions[:, None, :, None]
 
-    def write(self, layer, k, v, positions):
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         end = self.longest + k.shape[2]
         if self.even:
             self.keys[layer][:, :, self.longest : end] = k
@@ -144,18 +154,22 @@ class KVCache(plain.KVCache):
             return k, v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def advance(self, T, lengths=None):
+    def advance(self, T: int, lengths: Tensor | None = None) -> None:
         super().advance(T, lengths)
-        self.longest += T
-        if lengths is not None:
-            self.longest = int(self.lengths.max())
-            self.even = int(self.lengths.min()) == self.longest
+        if lengths is None:
+            self.longest += T
+        else:
+            self.measure()
 
-    def rows(self, first, last):
+    def rows(self, first: int, last: int) -> 'KVCache':
         part = super().rows(first, last)
-        part.longest = int(part.lengths.max())
-        part.even = int(part.lengths.min()) == part.longest
+        part.measure()
         return part
+
+    def measure(self) -> None:
+        """Find out what the lengths say about longest and even."""
+        self.longest = int(self.lengths.max())
+        self.even = int(self.lengths.min()) == self.longest
 
 
 # Parts of a decode step, in which calling a module takes as long as what it does: they are called
@@ -197,7 +211,7 @@ class PackedLinear(nn.Linear):
 SHARED = 1 << 19  # elements of a weight for which a second thread is worth its 12 us
 
 
-def pack_float16(weight, bias):
+def pack_float16(weight: Tensor, bias: Tensor | None) -> object:
     """A weight and a bias as FBGEMM takes them; None where float16 does not hold the weight.
 
     A pair for the product by one thread, or one object for that by all.
@@ -222,7 +236,7 @@ class PackedRMSNorm(plain.RMSNorm):
 
     scaled_weight = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return super().forward(x)
         if self.scaled_weight is None:

@@ -8,19 +8,24 @@ tokens alone.
 import os
 import sys
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from encoder_decoder import beam_search, join
 from fledge import UserError, checkpoint, cpu, quantize
+from fledge.device import Machine
 from fledge.formats import huggingface
 from fledge.threads import Threads
-from fledge.tokenizer import TextStream
-from model import pad, penalize, sample_token
+from fledge.tokenizer import TextStream, Tokenizer
+from model import GPT, pad, penalize, sample_token
 
 
-def load(machine, init_from, out_dir, kind='none', compile=False):
+def load(
+    machine: Machine, init_from: str, out_dir: str, kind: str = 'none', compile: bool = False
+) -> tuple[GPT, str, Tokenizer]:
     """A model that generates, the path of its weights, its tokenizer; fastest on this machine.
 
     kind: none, or int8 for 8-bit weights. compile: by torch.compile, on a GPU. UserError for what
@@ -77,7 +82,13 @@ class Reply:
     temperature.
     """
 
-    def __init__(self, tokenizer, prompt, sampling, source=()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Iterable[int],
+        sampling: Sampling,
+        source: Iterable[int] = (),
+    ):
         self.prompt, self.sampling, self.source = list(prompt), sampling, list(source)
         self.encoded = None  # the Source of its source
         self.ids, self.logprobs = [], []
@@ -93,17 +104,17 @@ class Reply:
             self.generator.manual_seed(sampling.seed)
         self.seen = self.counts = None  # (vocab_size,) of the tokens so far, if they are penalized
 
-    def take(self):
+    def take(self) -> str:
         """The text that is new since the last call."""
         new = self.text[self.n_taken :]
         self.n_taken = len(self.text)
         return new
 
-    def draw(self):
+    def draw(self) -> Tensor:
         """A random number from [0, 1), (1, 1)."""
         return torch.rand(1, 1, generator=self.generator)
 
-    def penalized(self, logits):
+    def penalized(self, logits: Tensor) -> Tensor:
         """The logits (vocab_size,) of its next token, after its penalties."""
         s = self.sampling
         if self.seen is None:
@@ -116,7 +127,13 @@ class Reply:
         logits = penalize(logits, self.seen, s.repetition_penalty)
         return logits - s.presence_penalty * (self.counts > 0) - s.frequency_penalty * self.counts
 
-    def receive(self, token):
+    def keep_logprobs(self, token: int, logprobs: Tensor) -> None:
+        """Keep what a token's place says: logprobs (vocab_size,) of all that may be there."""
+        likeliest = logprobs.topk(min(self.sampling.n_logprobs, len(logprobs)))
+        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        self.logprobs.append((token, logprobs[token].item(), list(pairs)))
+
+    def receive(self, token: int) -> None:
         """Go on by a token id."""
         s = self.sampling
         self.ids.append(token)
@@ -127,7 +144,7 @@ class Reply:
         if self.finish_reason is None and len(self.ids) >= s.max_new_tokens:
             self.finish('length')
 
-    def settle(self, new):
+    def settle(self, new: str) -> None:
         """Add new to the text, up to a stop text or to what may become one."""
         self.unsure += new
         stops = self.sampling.stop
@@ -144,7 +161,7 @@ class Reply:
         self.text += self.unsure[:sure]
         self.unsure = self.unsure[sure:]
 
-    def finish(self, reason):
+    def finish(self, reason: str) -> None:
         """End here: what was not sure is text."""
         self.settle(self.stream.end())
         self.text += self.unsure
@@ -152,7 +169,9 @@ class Reply:
         self.finish_reason = self.finish_reason or reason
 
 
-def reply_to_source(model, tokenizer, source, sampling):
+def reply_to_source(
+    model: GPT, tokenizer: Tokenizer, source: list[int], sampling: Sampling
+) -> Reply:
     """The Reply that is the target of a source, token ids, and ends where the context does.
 
     A decoder alone has the source as its prompt.
@@ -172,7 +191,7 @@ class Batch:
     A thread at a time may use it. A reply gets the tokens that it gets alone, to rounding.
     """
 
-    def __init__(self, model, size, length=None):
+    def __init__(self, model: GPT, size: int, length: int | None = None):
         self.model, self.size = model, size
         self.length = min(length or model.config.block_size, model.config.block_size)
         self.cache = model.make_cache(size, self.length)
@@ -186,15 +205,15 @@ class Batch:
         self.source_in_use = None  # and their Source, of an encoder-decoder
 
     @property
-    def replies(self):
+    def replies(self) -> list[Reply]:
         return self.cached + self.sliding
 
     @property
-    def room(self):
+    def room(self) -> int:
         return self.size - len(self.replies)
 
     @torch.no_grad()
-    def add(self, reply):
+    def add(self, reply: Reply) -> None:
         """Read the prompt of a reply, and draw its first token.
 
         ValueError for a prompt that is empty, or of another tokenizer.
@@ -226,7 +245,7 @@ class Batch:
         self.choose([reply], logits)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """Draw one more token for each reply; those that end leave."""
         self.threads.adapt()
         for row in reversed(range(len(self.cached))):
@@ -250,7 +269,7 @@ class Batch:
         if logits:
             self.choose(self.replies, torch.cat(logits))
 
-    def slide(self, replies):
+    def slide(self, replies: list[Reply]) -> Tensor:
         """The logits (B, vocab_size) behind the last tokens of each, as many as the context has."""
         window, logits = self.model.config.block_size, []
         for reply in replies:
@@ -259,11 +278,12 @@ class Batch:
             logits.append(self.model(idx, source=reply.encoded)[0][:, -1])
         return torch.cat(logits)
 
-    def choose(self, replies, logits):
+    def choose(self, replies: list[Reply], logits: Tensor) -> None:
         """Draw the next token of each reply from its row of logits (B, vocab_size)."""
         logits = logits.float()
-        asked = [reply.sampling.n_logprobs is not None for reply in replies]
-        logprobs = logits.log_softmax(dim=-1) if any(asked) else None
+        logprobs = None
+        if any(reply.sampling.n_logprobs is not None for reply in replies):
+            logprobs = logits.log_softmax(dim=-1)
         groups = {}
         for row, reply in enumerate(replies):
             if reply.sampling.penalizes:
@@ -276,24 +296,20 @@ class Batch:
             for row, token in zip(rows, chosen, strict=True):
                 tokens[row] = token
         for row, reply in enumerate(replies):
-            if asked[row]:
-                n_likeliest = min(reply.sampling.n_logprobs, logprobs.shape[-1])
-                likeliest = logprobs[row].topk(n_likeliest)
-                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-                own = logprobs[row, tokens[row]].item()
-                reply.logprobs.append((tokens[row], own, list(pairs)))
+            if reply.sampling.n_logprobs is not None:
+                reply.keep_logprobs(tokens[row], logprobs[row])
             reply.receive(tokens[row])
             if reply.finish_reason:
                 self.remove(reply)
 
-    def remove(self, reply):
+    def remove(self, reply: Reply) -> None:
         """Take a reply out, ended or not."""
         if reply in self.sliding:
             self.sliding.remove(reply)
         elif reply in self.cached:
             self.leave_row(self.cached.index(reply))
 
-    def leave_row(self, row):
+    def leave_row(self, row: int) -> None:
         """Free a row: the last one in use takes its place, so that those in use are the first."""
         last = len(self.cached) - 1
         self.swap_rows(row, last)
@@ -302,7 +318,7 @@ class Batch:
         self.n_left += 1
         self.freed[last] = self.n_left
 
-    def take_row(self, row, prompt):
+    def take_row(self, row: int, prompt: list[int]) -> int:
         """Make the first free row one that holds the beginning of a prompt; how much, in tokens.
 
         A free row of which the prompt shares half at least is cut to what it shares, and taken: it
@@ -323,7 +339,7 @@ class Batch:
         self.cache.lengths[row] = n
         return n
 
-    def swap_rows(self, a, b):
+    def swap_rows(self, a: int, b: int) -> None:
         """Exchange two rows of the cache, as far as they hold anything."""
         self.rows_in_use = None
         if a == b:
@@ -336,7 +352,7 @@ class Batch:
         self.freed[a], self.freed[b] = self.freed[b], self.freed[a]
 
 
-def generate(model, replies, size):
+def generate(model: GPT, replies: Iterable[Reply], size: int) -> Iterator[list[Reply]]:
     """Go on with all replies, at most `size` at once, until each has ended.
 
     A generator that yields at each step those that have ended by it, a list. All are searched by
@@ -360,7 +376,7 @@ def generate(model, replies, size):
         batch.step()
 
 
-def search(model, replies, size):
+def search(model: GPT, replies: list[Reply], size: int) -> Iterator[list[Reply]]:
     """What generate() does, by beams: `size` of them at once."""
     device, alike = model.transformer.wte.weight.device, {}
     for reply in replies:  # those that have the same room
