@@ -101,8 +101,8 @@ def layers_of(targets: str) -> list[str]:
         kinds = {target, f'cross_{target}'} if target == 'attn' else {target}
         found = [name for name in known if kinds & {name, name.partition('.')[0]}]
         if not found:
-            known = ', '.join(('attn', 'mlp', *known))
-            raise UserError(f'lora_targets has {target!r}, which is none of {known}')
+            choices = ', '.join(('attn', 'mlp', *known))
+            raise UserError(f'lora_targets has {target!r}, which is none of {choices}')
         names += [name for name in found if name not in names]
     return names
 

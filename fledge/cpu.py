@@ -1,9 +1,9 @@
 """What a CPU does faster. speed_up(model) makes a plain GPT's parts into the classes below.
 
 Each is the plain class with a step of it computed in another way: parameters and their names stay,
-results stay to rounding. Three steps are written out a second time (the norm, attention, the
-loss): where somebody has edited one of them in model.py, speed_up() leaves it to model.py. The
-figures here were measured on two cores of an AMD EPYC with AVX512-BF16.
+results stay to rounding. Four things are written out a second time (the norm, attention, the
+loss, the KV cache): where somebody has edited one of them in model.py, speed_up() leaves it to
+model.py. The figures here were measured on two cores of an AMD EPYC with AVX512-BF16.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def speed_up(model: plain.GPT, packed: bool = False) -> plain.GPT:
             module.few_rows = rows_in_float16(module.weight)
         if packed:  # as plain attributes: nn.Module looks these up ten times more slowly
             vars(module).update(module._parameters | module._modules)
-    model.loss_is_edited = 'GPT.loss' in edited
+    model.edited = edited
     if packed:
         model.can_record = digest(RECORDED) == AS_RECORDED and model.config.n_encoder_layer == 0
     if edited:
@@ -124,7 +124,7 @@ def rows_in_float16(weight: Tensor) -> int:
 
 
 class GPT(plain.GPT):
-    loss_is_edited = False  # True: the plain one's is another than the one here
+    edited = ()  # those STEPS for which the plain ones are taken
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(idx, positions)
@@ -134,13 +134,15 @@ class GPT(plain.GPT):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str = 'mean') -> Tensor:
         head = self.lm_head
-        is_plain = type(head) in (nn.Linear, Linear)
+        is_plain = type(head) in (nn.Linear, Linear) and head.bias is None
         is_plain = is_plain and not (head._forward_hooks or head._forward_pre_hooks)
-        if self.loss_is_edited or not is_plain or reduction != 'mean':
+        if 'GPT.loss' in self.edited or not is_plain or reduction != 'mean':
             return super().loss(x, targets, reduction)
         return HeadLoss.apply(x, head.weight, targets, torch.is_grad_enabled())
 
     def make_cache(self, batch_size: int, length: int) -> plain.KVCache:
+        if 'KVCache' in self.edited:
+            return super().make_cache(batch_size, length)
         return cpu_generation.KVCache(self.config, batch_size, length)
 
 
@@ -429,6 +431,10 @@ STEPS = {
     'GPT.loss': {plain.GPT: ('loss', 'nats', 'logits')},
     'CausalSelfAttention.attend': {plain.CausalSelfAttention: ('attend',)},
     'RMSNorm.forward': {plain.RMSNorm: ('forward',)},
+    'KVCache': {
+        plain.GPT: ('make_cache',),
+        plain.KVCache: ('__init__', 'place', 'write', 'advance', 'select', 'rows'),
+    },
 }
 # Their digest() as they came. Who edits a step for good mends its twin here as well, and puts in
 # the new digest; until then the step runs as it is in model.py.
@@ -436,6 +442,7 @@ AS_WRITTEN = {
     'GPT.loss': '8b80721db34d3564',
     'CausalSelfAttention.attend': '2aede37586c56ae5',
     'RMSNorm.forward': 'f697cc1ac7461c7a',
+    'KVCache': '11796d5789225bb9',
 }
 
 # What a recorded step of generation goes through in model.py, and its digest() there as it came:

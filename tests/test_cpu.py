@@ -271,6 +271,16 @@ def test_a_head_that_is_no_plain_linear_layer_is_called():
     torch.testing.assert_close(model(idx, idx, return_logits=False)[1], expected)
 
 
+def test_a_bias_that_somebody_gives_the_head_is_learned():
+    model, idx = tiny(), tokens(2, 12)
+    model.lm_head = torch.nn.Linear(model.config.n_embd, model.config.vocab_size)
+    expected = model(idx, idx)[1]
+    loss = cpu.speed_up(model)(idx, idx, return_logits=False)[1]
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.lm_head.bias.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize('chunk_bytes', [1, 4000, 1 << 20])
 def test_the_loss_in_chunks_equals_cross_entropy(chunk_bytes, monkeypatch):
     monkeypatch.setattr(HeadLoss, 'CHUNK_BYTES', chunk_bytes)
@@ -357,6 +367,24 @@ def test_what_is_edited_in_model_py_is_followed(step, monkeypatch, capsys):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
     said = f'{step.split()[0]} of model.py is edited, and runs as it is there\n'
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_cache_that_is_edited_in_model_py_is_followed(packed, monkeypatch, capsys):
+    place, idx = plain.KVCache.place, tokens(2, 12)
+
+    def last_four_keys(self, T):
+        positions, mask = place(self, T)
+        keys = torch.arange(self.length)
+        return positions, mask if mask is None else mask & (keys > positions[:, None, :, None] - 4)
+
+    before = tiny().generate(idx, 12, temperature=0)
+    monkeypatch.setattr(plain.KVCache, 'place', last_four_keys)
+    expected = tiny().generate(idx, 12, temperature=0)
+    assert not torch.equal(before, expected)
+    model = cpu.speed_up(tiny(), packed=packed)
+    assert torch.equal(model.generate(idx, 12, temperature=0), expected)
+    assert capsys.readouterr().err == 'KVCache of model.py is edited, and runs as it is there\n'
 
 
 def test_what_an_edit_learns_from_nothing_is_learned(monkeypatch, capsys):
