@@ -234,7 +234,8 @@ class Batch:
             self.choose([reply], self.slide([reply]))
             return
         row = len(self.cached)
-        n_held = self.take_row(row, reply.prompt)
+        # what a decoder read beside another source is of no use here
+        n_held = self.take_row(row, [] if reply.source else reply.prompt)
         reply.n_read = len(reply.prompt) - n_held
         new = torch.tensor([reply.prompt[n_held:]], device=device)
         cache = self.cache.rows(row, row + 1)

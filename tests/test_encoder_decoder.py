@@ -9,7 +9,7 @@ from torch import nn
 from encoder_decoder import EncoderDecoder, beam_search, make_model
 from fledge import cpu
 from fledge.attention import attention_of, draw_attention
-from fledge.generation import Reply, Sampling, generate
+from fledge.generation import Batch, Reply, Sampling, generate
 from fledge.tokenizer import byte_tokenizer, char_tokenizer
 from model import GPT, GPTConfig
 
@@ -359,6 +359,20 @@ def test_a_row_that_fills_the_context_goes_on(half_trained):
     assert replies[0].ids == found[30:] and replies[1].ids != found[30:]
     beams = half_trained.generate([[0] * 30], 6, source=source, num_beams=2)[0]
     assert beams[:30] == [0] * 30 and len(beams) == 33  # the last is not read
+
+
+def test_what_was_read_beside_one_source_is_not_taken_for_another():
+    model, tokenizer, prompt = paper_model(), byte_tokenizer(), [1, 5, 9, 3]
+    sampling = Sampling(1, n_logprobs=0, temperature=0)
+
+    def answer(batch, source):
+        reply = Reply(tokenizer, prompt, sampling, source)
+        batch.add(reply)
+        return reply.logprobs[0][1]
+
+    batch = Batch(model, 2)
+    for source in ([7, 8, 9, 10], [30, 2], [30, 2, 17]):
+        assert answer(batch, source) == pytest.approx(answer(Batch(model, 2), source), abs=1e-5)
 
 
 def test_a_beam_search_of_a_decoder_alone_finds_no_less_than_greedy():
