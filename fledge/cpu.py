@@ -36,7 +36,7 @@ def speed_up(model: plain.GPT, packed: bool = False) -> plain.GPT:
     Set model.gradient_checkpointing before. packed: for generation alone, with weights that no
     longer change: they are copied into the layout that is read fastest.
     """
-    edited = edited_steps()
+    edited = [name for name, methods in STEPS.items() if digest(methods) != AS_WRITTEN[name]]
     faster = {plain.GPT: GPT, encoder_decoder.EncoderDecoder: EncoderDecoder}
     if packed:
         faster |= {
@@ -59,8 +59,11 @@ def speed_up(model: plain.GPT, packed: bool = False) -> plain.GPT:
         kind = type(module)
         if kind.__module__ in (__name__, cpu_generation.__name__):  # sped up before
             kind = kind.__base__
+        twin = faster.get(kind, kind)
+        if kind is plain.RMSNorm and module.eps is None:
+            twin = kind  # torch's default is another number for each type
         # the parameters stay where they are: only the methods are another class's
-        module.__class__ = faster.get(kind, kind)
+        module.__class__ = twin
         if packed and kind in (nn.LayerNorm, plain.RMSNorm):
             module.float()  # as the residual stream of a decode step is
         if packed and kind is nn.Linear:
@@ -426,7 +429,7 @@ class HeadLoss(torch.autograd.Function):
         return dx * scale, None if dweight is None else dweight * scale, None, None
 
 
-# The steps of model.py that are written out a second time here, and what each is made of there.
+# What is written out a second time, here and in cpu_generation.py, and its methods in model.py.
 STEPS = {
     'GPT.loss': {plain.GPT: ('loss', 'nats', 'logits')},
     'CausalSelfAttention.attend': {plain.CausalSelfAttention: ('attend',)},
@@ -436,8 +439,8 @@ STEPS = {
         plain.KVCache: ('__init__', 'place', 'write', 'advance', 'select', 'rows'),
     },
 }
-# Their digest() as they came. Who edits a step for good mends its twin here as well, and puts in
-# the new digest; until then the step runs as it is in model.py.
+# Their digest() as they came. Who edits a step for good mends its twin as well, and puts in the new
+# digest; until then the step runs as it is in model.py.
 AS_WRITTEN = {
     'GPT.loss': '8b80721db34d3564',
     'CausalSelfAttention.attend': '2aede37586c56ae5',
@@ -455,11 +458,6 @@ RECORDED = {
     plain.RMSNorm: ('forward',),
 }
 AS_RECORDED = '9ae313f76baebb39'
-
-
-def edited_steps() -> list[str]:
-    """The names of those STEPS whose text in model.py is no longer as it came."""
-    return [name for name, methods in STEPS.items() if digest(methods) != AS_WRITTEN[name]]
 
 
 def digest(methods: dict[type, tuple[str, ...]]) -> str:
