@@ -240,6 +240,18 @@ def test_what_may_do_more_than_a_record_is_not_recorded(steps_are_recorded, monk
     assert len(seen) == 18 and model.recorded is None
 
 
+def test_a_part_of_somebodys_own_is_not_recorded(steps_are_recorded):
+    class Branching(plain.MLP):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else torch.zeros_like(x)
+
+    model, idx = tiny(), tokens(1, 3)
+    model.transformer.h[0].mlp = Branching(model.config)
+    expected = model.generate(idx, 15, temperature=0)
+    assert torch.equal(cpu.speed_up(model, packed=True).generate(idx, 15, temperature=0), expected)
+    assert model.recorded is None
+
+
 def test_8_bit_weights_are_recorded_as_well(steps_are_recorded):
     model = quantize.apply(tiny())
     expected = model.generate(tokens(1, 3), 9, temperature=0)
