@@ -302,6 +302,21 @@ def test_padding_packing_and_a_cache_change_nothing(position, fast):
             assert torch.allclose(logits[row], expected[row][place], atol=1e-4)
 
 
+@torch.no_grad()
+def test_qk_norm_takes_the_length_of_cross_attentions_queries_and_keys():
+    model = paper_model(qk_norm=True)
+    source, idx = sources([9, 5]), sources([7, 7], seed=2)
+    before = model(idx, idx, source=source)[0]
+    for block in model.transformer.h:
+        attention = block.cross_attn
+        n_keys = attention.n_kv_head * attention.head_dim
+        for p in attention.q_attn.parameters():
+            p.mul_(10)
+        for p in attention.c_attn.parameters():
+            p[:n_keys] *= 10
+    assert torch.allclose(model(idx, idx, source=source)[0], before, atol=1e-3)
+
+
 def gradients(model, idx, targets, **source):
     model.zero_grad()
     model(idx, targets, return_logits=False, **source)[1].backward()
