@@ -160,20 +160,19 @@ def draw_part(
     step = math.ceil(LABEL_INCHES / token_inches)  # from a token with a label to the next
     name_tokens(axes.xaxis, keys, n_head, step, rotation=90)
     name_tokens(axes.yaxis, queries, n_layer, step)
-    heads, layers = axes.secondary_xaxis('top'), axes.secondary_yaxis('right')
-    heads.set_xticks((np.arange(n_head) + 0.5) * columns - 1, range(n_head))
-    layers.set_yticks((np.arange(n_layer) + 0.5) * rows - 1, range(n_layer))
-    heads.set_xlabel(f'{title}: head' if title else 'head')
-    layers.set_ylabel('layer')
+    head_axis, layer_axis = axes.secondary_xaxis('top'), axes.secondary_yaxis('right')
+    head_axis.set_xticks((np.arange(n_head) + 0.5) * columns - 1, range(n_head))
+    layer_axis.set_yticks((np.arange(n_layer) + 0.5) * rows - 1, range(n_layer))
+    head_axis.set_xlabel(f'{title}: head' if title else 'head')
+    layer_axis.set_ylabel('layer')
     return image
 
 
 def name_tokens(axis: object, tokens: list[bytes], n_maps: int, step: int, **look) -> None:
     """Put the label of every step-th token at an axis, along each of its n_maps heat maps."""
     shown = range(0, len(tokens), step)
-    places = [
-        start + i for start in range(0, n_maps * (len(tokens) + 1), len(tokens) + 1) for i in shown
-    ]
+    width = len(tokens) + 1  # of a map and the gap behind it
+    places = [number * width + i for number in range(n_maps) for i in shown]
     labels = [label(tokens[i]) for i in shown]
     # a $ is no formula
     axis.set_ticks(places, labels * n_maps, fontsize=7, family=FONT, parse_math=False, **look)

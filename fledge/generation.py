@@ -259,12 +259,12 @@ class Batch:
                 self.rows_in_use = self.cache.rows(0, len(self.cached))
                 if self.cached[0].encoded is not None:
                     self.source_in_use = join([reply.encoded for reply in self.cached])
-            last = [reply.ids[-1] for reply in self.cached]
-            for held, token in zip(self.held, last, strict=False):
-                held.append(token)
-            last = torch.tensor(last, device=self.cache.lengths.device)
+            for row, reply in enumerate(self.cached):
+                self.held[row].append(reply.ids[-1])
+            idx = [[reply.ids[-1]] for reply in self.cached]
+            idx = torch.tensor(idx, device=self.cache.lengths.device)  # (rows, 1)
             cache, source = self.rows_in_use, self.source_in_use
-            logits.append(self.model(last[:, None], cache=cache, source=source)[0][:, -1])
+            logits.append(self.model(idx, cache=cache, source=source)[0][:, -1])
         if self.sliding:
             logits.append(self.slide(self.sliding))
         if logits:
