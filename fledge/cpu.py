@@ -70,7 +70,11 @@ def speed_up(model: plain.GPT, packed: bool = False) -> plain.GPT:
             module.few_rows = rows_in_float16(module.weight)
         if packed:  # as plain attributes: nn.Module looks these up ten times more slowly
             vars(module).update(module._parameters | module._modules)
-    model.edited = edited
+    model.has_plain_loss = 'GPT.loss' in edited
+    attentions = [getattr(block, 'attn', None) for block in model.blocks]
+    # the cache here leaves out a mask that the attention here does without, and no other
+    is_ours = all(type(attention) is CausalSelfAttention for attention in attentions)
+    model.has_plain_cache = 'KVCache' in edited or not is_ours
     if packed:
         is_known = digest(RECORDED) == AS_RECORDED and all(map(can_be_recorded, model.modules()))
         model.can_record = is_known and model.config.n_encoder_layer == 0
@@ -128,7 +132,7 @@ def rows_in_float16(weight: Tensor) -> int:
 
 
 class GPT(plain.GPT):
-    edited = ()  # those STEPS for which the plain ones are taken
+    has_plain_loss = has_plain_cache = False  # True: model.py's, for what somebody has edited
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = super().embed(idx, positions)
@@ -140,12 +144,12 @@ class GPT(plain.GPT):
         head = self.lm_head
         is_plain = type(head) in (nn.Linear, Linear) and head.bias is None
         is_plain = is_plain and not (head._forward_hooks or head._forward_pre_hooks)
-        if 'GPT.loss' in self.edited or not is_plain or reduction != 'mean':
+        if self.has_plain_loss or not is_plain or reduction != 'mean':
             return super().loss(x, targets, reduction)
         return HeadLoss.apply(x, head.weight, targets, torch.is_grad_enabled())
 
     def make_cache(self, batch_size: int, length: int) -> plain.KVCache:
-        if 'KVCache' in self.edited:
+        if self.has_plain_cache:
             return super().make_cache(batch_size, length)
         return cpu_generation.KVCache(self.config, batch_size, length)
 

@@ -26,8 +26,7 @@ class GPT(plain.GPT):
     """
 
     RECORD_AFTER = 100
-    edited = ()  # see cpu.speed_up, which sets it
-    can_record = False
+    has_plain_cache = can_record = False  # cpu.speed_up sets them
     recorded, n_steps = None, 0
     recorded_weights = None  # where they were in memory, and how often they had been written to
 
@@ -83,7 +82,7 @@ class GPT(plain.GPT):
         return x
 
     def make_cache(self, batch_size: int, length: int) -> plain.KVCache:
-        if 'KVCache' in self.edited:
+        if self.has_plain_cache:
             return super().make_cache(batch_size, length)
         # of float32: attention of one query takes 116 us, in bfloat16 634 (16 texts, 12 heads)
         cache = KVCache(self.config, batch_size, length)

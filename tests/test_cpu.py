@@ -400,6 +400,28 @@ def test_a_cache_that_is_edited_in_model_py_is_followed(packed, monkeypatch, cap
     assert capsys.readouterr().err == 'KVCache of model.py is edited, and runs as it is there\n'
 
 
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('edited', ['attend', 'a class of its own'])
+def test_a_cache_serves_an_attention_of_somebodys_own(edited, packed, monkeypatch):
+    attend, idx = plain.CausalSelfAttention.attend, tokens(2, 12)
+
+    def sharper(self, q, k, v, mask):
+        return attend(self, q, 1.5 * k, v, mask)
+
+    class Sharper(plain.CausalSelfAttention):
+        attend = sharper
+
+    model = tiny()
+    before = model.generate(idx, 12, temperature=0)
+    if edited == 'attend':
+        monkeypatch.setattr(plain.CausalSelfAttention, 'attend', sharper)
+    else:
+        model.transformer.h[1].attn.__class__ = Sharper
+    expected = model.generate(idx, 12, temperature=0)
+    assert not torch.equal(before, expected)
+    assert torch.equal(cpu.speed_up(model, packed).generate(idx, 12, temperature=0), expected)
+
+
 def test_what_an_edit_learns_from_nothing_is_learned(monkeypatch, capsys):
     init, forward = plain.RMSNorm.__init__, plain.RMSNorm.forward
 
