@@ -185,17 +185,18 @@ def test_one_document_is_cut_in_two(tmp_path):
 
 
 def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
-    (tmp_path / 'one.txt').write_text('abcdefghij' * 205)
+    content = 'abcdefghij' * 420_000  # is read in two parts, the second of 5,697 bytes
+    (tmp_path / 'one.txt').write_text(content)
     flags = ['--input=one.txt', '--name=x', '--tokenizer=bytes', '--shard_tokens=1000']
     run(tmp_path, 'prepare/text.py', *flags, '--val_fraction=0.1')
     train = [read_bin(path) for path in split_files(str(tmp_path / 'data/x'), 'train')]
     val = read_bin(str(tmp_path / 'data/x/val.bin'))
-    # 2,050 tokens and their end: of the last 51, two stay, and are ended again
-    assert [len(ids) for ids in train] == [1000, 1000, 3] and len(val) == 49
-    text = byte_tokenizer().decode(np.concatenate([*train[:2], train[2][:-1], val[:-1]]))
-    assert text == 'abcdefghij' * 205
+    # of the last part's tokens and their end, two stay, and are ended again
+    assert [len(ids) for ids in train] == [4_194_303, 3] and len(val) == 5696
+    text = byte_tokenizer().decode(np.concatenate([train[0], train[1][:-1], val[:-1]]))
+    assert text == content
     assert read_meta(str(tmp_path / 'data/x'))['splits']['train'] == dict(
-        tokens=2003, bytes=2002, documents=1, learned=2003, files=3
+        tokens=4_194_306, bytes=4_194_305, documents=1, learned=4_194_306, files=2
     )
 
 

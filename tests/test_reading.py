@@ -8,8 +8,8 @@ import pytest
 
 from fledge import UserError
 from fledge.corpus import sources
-from fledge.corpus.encoding import texts
-from fledge.corpus.pipeline import Run, Stage
+from fledge.corpus.encoding import Stage, texts
+from fledge.corpus.pipeline import Run
 from fledge.corpus.sources import Files, Lost, Made, OrElse, Replaced, Unavailable, read
 
 SETTINGS = SimpleNamespace(retries=2)

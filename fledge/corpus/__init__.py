@@ -5,7 +5,8 @@ A script there is its settings, `settings = configure(globals())`, and a call of
 
 from fledge import configurator
 from fledge.corpus import pipeline
-from fledge.corpus.pipeline import Stage, prepare
+from fledge.corpus.encoding import Stage
+from fledge.corpus.pipeline import prepare
 from fledge.corpus.records import (
     article,
     conversation,

@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import warnings
 
-from fledge.corpus.pipeline import Stage
+from fledge.corpus.encoding import Stage
 from fledge.corpus.records import exchange, preference
 from fledge.corpus.sources import Made
 

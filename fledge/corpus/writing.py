@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,12 +29,20 @@ from fledge.tokens import (
 class SplitWriter:
     """Appends documents to folder/split_000000.bin, split_000001.bin, ...
 
-    A file is full at shard_tokens, and what is written as one document is in one of them, unless it
-    is longer. masked: .mask.bin beside each. shards: the tokens of each file at an earlier sync(),
-    from which it goes on; what the files hold beyond is dropped.
+    A document is whole in one of them, and begins another where it would exceed shard_tokens.
+    masked: .mask.bin beside each. shards: the tokens of each file at an earlier sync(), from which
+    it goes on; what the files hold beyond is dropped.
     """
 
-    def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
+    def __init__(
+        self,
+        folder: str,
+        split: str,
+        vocab_size: int,
+        shard_tokens: int,
+        masked: bool,
+        shards: Sequence[int] = (),
+    ):
         self.prefix = os.path.join(folder, split)
         self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
         # of each kind of file: ending, type, bytes before the first token
@@ -41,6 +50,7 @@ class SplitWriter:
         if masked:
             self.kinds.append(('.mask.bin', np.dtype(np.uint8), 0))
         self.shards = list(shards)
+        self.pending = []  # (ids, learned) of documents of the last shard that are in no file yet
         self.changed = set()  # paths, since the last sync()
         for ending, dtype, before in self.kinds if shards else ():
             path, size = self._path(ending), before + shards[-1] * dtype.itemsize
@@ -52,27 +62,12 @@ class SplitWriter:
     def _path(self, ending):
         return f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
 
-    def write(self, ids, lengths, learned=None):
-        """Append documents of these lengths: their ids, and for each id whether it is learned."""
-        ends = np.cumsum(lengths)
-        done = 0
-        while done < len(ids):
-            if not self.shards or self.shards[-1] >= self.shard_tokens:
-                self._begin_shard()
-            room = self.shard_tokens - self.shards[-1]
-            fit = np.searchsorted(ends, done + room, side='right')  # documents that end in it
-            upto = int(ends[fit - 1]) if fit else 0
-            if upto <= done:
-                if self.shards[-1]:
-                    self._begin_shard()
-                    continue
-                upto = done + min(room, len(ids) - done)  # a document longer than a shard
-            for (ending, dtype, _), values in zip(self.kinds, (ids, learned), strict=False):
-                with open(self._path(ending), 'ab') as f:
-                    f.write(np.asarray(values[done:upto]).astype(dtype).tobytes())
-                self.changed.add(self._path(ending))
-            self.shards[-1] += upto - done
-            done = upto
+    def write(self, ids: np.ndarray, learned: np.ndarray | None = None) -> None:
+        """Append a document: its ids, and for each id whether it is learned. flush() is next."""
+        if not self.shards or (self.shards[-1] and self.shards[-1] + len(ids) > self.shard_tokens):
+            self._begin_shard()
+        self.pending.append((ids, learned))
+        self.shards[-1] += len(ids)
 
     def _begin_shard(self):
         self.close()
@@ -81,16 +76,27 @@ class SplitWriter:
             with open(self._path(ending), 'wb') as f:
                 f.write(bytes(before))
 
-    def sync(self):
+    def flush(self) -> None:
+        """Hand what is written to the system."""
+        columns = zip(*self.pending, strict=True)
+        for (ending, dtype, _), values in zip(self.kinds, columns, strict=False):
+            with open(self._path(ending), 'ab') as f:
+                f.write(np.concatenate(values).astype(dtype).tobytes())
+            self.changed.add(self._path(ending))
+        self.pending = []
+
+    def sync(self) -> list[int]:
         """Make what is written safe; returns the tokens of each shard."""
+        self.flush()
         for path in self.changed:
             with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
         self.changed.clear()
         return list(self.shards)
 
-    def close(self):
-        """Write the header of the last shard."""
+    def close(self) -> None:
+        """Write what is left, and the header of the last shard."""
+        self.flush()
         if self.shards:
             with open(self._path('.bin'), 'r+b') as f:
                 write_header(f, self.vocab_size, self.shards[-1])
@@ -155,7 +161,7 @@ def share(partial, files, state, val_fraction, source):
     masked = os.path.exists(mask_path(path))
     ids, encoder = read_bin(path), load_tokenizer(partial)
     end = end_of(encoder)
-    tokens, size, documents = splits[full]['last']
+    tokens, size, documents = splits[full]['last'].values()
     moved = tokens
     if not masked:
         fraction = val_fraction if empty == 'val' else 1 - val_fraction
