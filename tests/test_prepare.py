@@ -1091,6 +1091,12 @@ def test_a_pair_needs_an_answer_on_each_side():
         with pytest.raises(Skip, match='without an answer of its own'):
             preference(dict(chosen=chosen, rejected=rejected))
     assert preference(dict(chosen=say('P', 'A'), rejected=say('Q', 'A')))
+    # in ShareGPT's form, too
+    chosen, rejected = (
+        [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': answer}] for answer in 'AB'
+    )
+    pair = preference(dict(chosen=chosen, rejected=rejected))
+    assert pair == preference(dict(prompt='Q', chosen='A', rejected='B'))
 
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):

@@ -16,7 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from fledge import UserError
-from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Skip, Text, read
+from fledge.corpus.sources import (
+    LOST,
+    NO_TEXT,
+    REPAIRED,
+    Files,
+    Hub,
+    Made,
+    OrElse,
+    Skip,
+    Text,
+    Urls,
+    read,
+)
 from fledge.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -40,7 +52,7 @@ class Stage(NamedTuple):
     are parsed as JSON first.
     """
 
-    source: object
+    source: Files | Hub | Made | OrElse | Urls
     documents: Callable
     split: str = ''  # train, val or test; '': val_fraction of the examples, by hash, are val
     limit: int = 0  # examples to take; 0: all
@@ -63,7 +75,7 @@ class Note(NamedTuple):
     kind: str  # a field of the pipeline's state that counts such notes
     why: str
     place: tuple | None  # file and line, 0 for all of it; None where it does not matter
-    count: int = 1
+    times: int = 1
 
 
 def choose_tokenizer(

@@ -352,7 +352,7 @@ class Run:
     def count_note(self, note: Note) -> None:
         """Count a note, and keep the first three places of its kind."""
         counted = self.state[note.kind].setdefault(note.why, dict(count=0, first=[]))
-        counted['count'] += note.count
+        counted['count'] += note.times
         if note.place and len(counted['first']) < 3:
             path, line = note.place
             name = f'{path}:{line}' if line else path

@@ -109,13 +109,13 @@ class Seen:
     In memory they are 8 bytes each, in sorted arrays no two of which are of like size.
     """
 
-    def __init__(self, path, count):
+    def __init__(self, path: str, count: int):
         self.path, self.count, self.new = path, count, []
         with open(path, 'ab') as f:
             f.truncate(8 * count)
         self.levels = [np.unique(np.fromfile(path, np.uint64))]
 
-    def fresh(self, hashes):
+    def fresh(self, hashes: np.ndarray) -> np.ndarray:
         """For each of an array of uint64, whether it is the first of its kind."""
         unique, first = np.unique(hashes, return_index=True)
         new = np.ones(len(unique), bool)
@@ -126,14 +126,14 @@ class Seen:
         fresh[first[new]] = True
         return fresh
 
-    def add(self, hashes):
+    def add(self, hashes: np.ndarray) -> None:
         """Add an array of uint64 that are all fresh."""
         self.levels.append(np.sort(hashes))
         while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
             self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
         self.new.append(hashes)
 
-    def sync(self):
+    def sync(self) -> int:
         """Add what is new to the file, and make it safe; returns how many hashes it holds."""
         with open(self.path, 'ab') as f:
             for hashes in self.new:
@@ -145,7 +145,9 @@ class Seen:
         return self.count
 
 
-def share(partial, files, state, val_fraction, source):
+def share(
+    partial: str, files: dict[str, list[str]], state: dict, val_fraction: float, source: str
+) -> None:
     """Where the draw left train or val empty, it gets the end of the other one's last document.
 
     Of data with masks it gets the last example, whole. files: {split: paths}. They and the counts
@@ -206,7 +208,7 @@ def _continues(encoder, token):
     return encoder.token_bytes.get(int(token), b'a')[0] & 0xC0 == 0x80
 
 
-def publish(folder, files, tokenizer, meta):
+def publish(folder: str, files: dict[str, list[str]], tokenizer: str, meta: dict) -> None:
     """Move whole files to their final names in folder; done again after a kill, it ends the same.
 
     files: {split: the paths of its .bin files}, beside which .mask.bin files lie if meta['masked'];
@@ -238,14 +240,22 @@ def publish(folder, files, tokenizer, meta):
             os.replace(path, target)
 
 
-def remove(partial):
+def remove(partial: str) -> None:
     """Remove the folder of an unfinished run, first of all what a run would go on from."""
     if os.path.exists(f'{partial}/state.json'):
         os.remove(f'{partial}/state.json')
     shutil.rmtree(partial)
 
 
-def meta_of(state, files, source, settings, masked, pairs, separator):
+def meta_of(
+    state: dict,
+    files: dict[str, list[str]],
+    source: str,
+    settings: dict,
+    masked: bool,
+    pairs: bool,
+    separator: str,
+) -> dict:
     """What meta.json says of a finished run."""
     splits = {}
     for split, n in state['splits'].items():
@@ -270,7 +280,7 @@ def meta_of(state, files, source, settings, masked, pairs, separator):
     )
 
 
-def note(why, count, first=()):
+def note(why: str, count: int, first: Sequence[str] = ()) -> str:
     """One reason for which records were left out, how many, and where the first of them are."""
     if not first:
         return f'{count:,} x {why}'
@@ -278,7 +288,7 @@ def note(why, count, first=()):
     return f'{count:,} x {why} ({", ".join(first)}{more})'
 
 
-def report(folder, meta):
+def report(folder: str, meta: dict) -> None:
     """Print what was made, left out, repaired, and could not be had."""
     for split, n in meta['splits'].items():
         name = split if n['files'] == 1 else f'{split}_*'
