@@ -164,43 +164,43 @@ def share(
     ids, encoder = read_bin(path), load_tokenizer(partial)
     end = end_of(encoder)
     tokens, size, documents = splits[full]['last'].values()
-    moved = tokens
+    cut = len(ids) - tokens  # what is behind it moves
     if not masked:
         fraction = val_fraction if empty == 'val' else 1 - val_fraction
-        most = min(tokens, len(ids) - 2)  # something stays
-        moved = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
-        moved = min(moved, most)
-        while moved < most and _continues(encoder, ids[-moved]):
-            moved += 1
-    if moved < 2 or len(ids) - moved < 2:
+        wanted = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
+        first = max(cut, 2)  # something stays
+        cut = max(len(ids) - wanted, first)
+        while cut > first and _continues(encoder, ids[cut]):
+            cut -= 1
+    rest, given = ids[:cut], ids[cut:]
+    if len(rest) < 2 or len(given) < 2:
         state['bytes'] = 0  # nothing worth keeping
         left_out = ', '.join(note(why, **n) for why, n in state['dropped'].items())
         left_out = f'; left out: {left_out}' if left_out else ''
         why = f'it is too short for its val_fraction{left_out}'
         raise UserError(f'{source} gives no {empty} text: {why}')
-    rest, begin = ids[:-moved], np.array([], ids.dtype)
-    if moved < tokens:  # the document is cut, and ends in both
-        text = ids[len(rest) : len(ids) - len(end)]
+    if len(given) < tokens:  # the document is cut: it ends in both, and begins in both
+        text = given[: len(given) - len(end)]
         size = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text)
-        documents, begin = 1, np.array(encoder.begin, ids.dtype)
+        documents = 1
+        splits[full]['documents'] += 1
         rest = np.append(rest, end)
-        for key, more in dict(tokens=len(end), learned=len(end), documents=1).items():
-            splits[full][key] += more
+        given = np.append(np.array(encoder.begin, ids.dtype), given)
     files[empty], files[full] = [f'{partial}/{empty}.bin'], [*earlier, f'{partial}/{full}.bin']
-    write_bin(files[empty][0], np.append(begin, ids[-moved:]), encoder.vocab_size)
+    write_bin(files[empty][0], given, encoder.vocab_size)
     write_bin(files[full][-1], rest, encoder.vocab_size)
-    learned = moved
+    splits[empty].update(tokens=len(given), bytes=size, documents=documents, learned=len(given))
+    splits[full]['tokens'] += len(rest) - len(ids)
+    splits[full]['bytes'] -= size
+    splits[full]['documents'] -= documents
+    splits[full]['learned'] += len(rest) - len(ids)
     if masked:
         mask = np.fromfile(mask_path(path), np.uint8)
-        mask[:-moved].tofile(f'{partial}/{full}.mask.bin')
-        mask[-moved:].tofile(f'{partial}/{empty}.mask.bin')
-        learned = int(mask[-moved:].sum())
-    given = dict(tokens=moved, bytes=size, documents=documents, learned=learned)
-    splits[empty].update(given)
-    for key, count in given.items():
-        splits[full][key] -= count
-    for key in ('tokens', 'learned'):
-        splits[empty][key] += len(begin)
+        mask[:cut].tofile(f'{partial}/{full}.mask.bin')
+        mask[cut:].tofile(f'{partial}/{empty}.mask.bin')
+        unlearned = int((mask[cut:] == 0).sum())
+        splits[empty]['learned'] -= unlearned
+        splits[full]['learned'] += unlearned
 
 
 def _continues(encoder, token):
