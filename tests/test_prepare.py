@@ -184,6 +184,47 @@ def test_one_document_is_cut_in_two(tmp_path):
     )
 
 
+def test_a_character_is_never_cut_in_two(tmp_path):
+    for n in (100, 101):
+        (tmp_path / 'one.txt').write_text('é' * n, encoding='utf-8')
+        flags = ['--input=one.txt', f'--name=x{n}', '--tokenizer=bytes', '--val_fraction=0.105']
+        run(tmp_path, 'prepare/text.py', *flags)
+        folder = str(tmp_path / f'data/x{n}')
+        (train,), (val,) = texts_of(folder, 'train'), texts_of(folder, 'val')
+        assert train + val == 'é' * n and len(val) == 11
+
+
+def test_a_target_within_a_long_text_ends_it_there(tmp_path):
+    content = 'abcdefghij\n' * 420_000  # is read in two parts
+    (tmp_path / 'one.txt').write_text(content)
+    flags = ['--input=one.txt', '--name=x', '--tokenizer=bytes', '--target_tokens=1000']
+    run(tmp_path, 'prepare/text.py', *flags)
+    folder = str(tmp_path / 'data/x')
+    (train,), (val,) = texts_of(folder, 'train'), texts_of(folder, 'val')
+    assert content.startswith(train + val) and 4_190_000 < len(train + val) < 4_200_000
+    assert [n['documents'] for n in read_meta(folder)['splits'].values()] == [1, 1]
+
+
+def test_a_source_with_several_targets_is_in_one_split(tmp_path):
+    lines = [f'source {i}\ttarget {i} {j}\n' for i in range(60) for j in range(3)]
+    (tmp_path / 'x.tsv').write_text(''.join(lines))
+    flags = ['--input=x.tsv', '--name=x', '--tokenizer=bytes', '--val_fraction=0.3']
+    run(tmp_path, 'prepare/translate.py', *flags)
+    train, val = (texts_of(str(tmp_path / 'data/x'), split) for split in ('train', 'val'))
+    assert len(train) + len(val) == 180 and len(val) > 20
+    assert not {t.split('\t')[0] for t in train} & {t.split('\t')[0] for t in val}
+
+
+def test_slices_share_a_target(tmp_path):
+    lines = [json.dumps({'text': f'{i:04d} ' + 'x' * 94}) + '\n' for i in range(400)]
+    (tmp_path / 'x.jsonl').write_text(''.join(lines))
+    flags = ['--input=x.jsonl', '--name=x', '--tokenizer=bytes', '--target_tokens=4000']
+    for i in range(2):
+        run(tmp_path, 'prepare/text.py', *flags, '--num_shards=2', f'--shard={i}')
+        meta = read_meta(str(tmp_path / f'data/x/shard_{i:05d}_of_00002'))
+        assert meta['splits']['train']['tokens'] == 2000
+
+
 def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
     content = 'abcdefghij' * 420_000  # is read in two parts, the second of 5,697 bytes
     (tmp_path / 'one.txt').write_text(content)

@@ -26,7 +26,8 @@ def test_shards_hold_whole_documents_and_go_on_from_a_sync(tmp_path, vocab_size)
             writer.write(document, document % 2)
         shards = writer.sync()
         if last < 60:  # what comes after a sync that counts is dropped, as after a kill
-            writer.write(ids[:300], ids[:300] % 2)
+            writer.write(ids[:2], ids[:2] % 2)  # in the last shard
+            writer.write(ids[:300], ids[:300] % 2)  # in another one
             writer.sync()
     writer.close()
     paths = split_files(str(folder), 'train')[: len(shards)]
