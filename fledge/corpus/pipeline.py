@@ -203,6 +203,7 @@ class Run:
     ):
         self.s, self.source, self.stages, self.state = s, source, stages, state
         self.partial, self.masked = partial, masked
+        self.failure = None  # the UserError of a source
         if os.path.exists(f'{partial}/state.json'):
             self.encoder = load_tokenizer(partial)
         else:
@@ -228,23 +229,16 @@ class Run:
         bar = tqdm(initial=state['bytes'], unit='B', unit_scale=True, disable=None)
         stopped = _signals()
         batches, pending = self.batches(), collections.deque()
-        reading, failure = True, None
         saved = shown = time.monotonic()
         try:
-            while reading or pending:
-                batch = None
-                if reading and not stopped:
-                    try:
-                        batch = next(batches, None)
-                    except UserError as e:  # what was read before it is still written
-                        failure = e
-                reading = batch is not None
-                if reading:
+            batch = next(batches, None)
+            while batch or pending:
+                if batch:
                     task = workers.submit(encoding.tokenize, batch.stage, batch.records)
                     pending.append((batch, task))
-                while pending and (not reading or len(pending) > 2 * num_proc):
-                    batch, task = pending.popleft()
-                    self.write(batch, task.result())
+                while pending and (not batch or len(pending) > 2 * num_proc):
+                    oldest, task = pending.popleft()
+                    self.write(oldest, task.result())
                 self.show(bar)
                 now = time.monotonic()
                 if bar.disable and now - shown > 60:  # no terminal: a line a minute
@@ -253,12 +247,13 @@ class Run:
                 if now - saved > COMMIT_SECONDS:
                     self.commit()
                     saved = now
+                batch = None if stopped else next(batches, None)
             kept = ''
-            if (failure or stopped) and state['bytes']:
+            if (self.failure or stopped) and state['bytes']:
                 self.commit()
                 kept = f'; {GOES_ON}'
-            if failure:
-                raise UserError(f'{failure}{kept}')
+            if self.failure:
+                raise UserError(f'{self.failure}{kept}')
             if stopped:
                 raise KeyboardInterrupt if signal.SIGINT in stopped else SystemExit(143)
             if s.num_shards == 1 and not any(n['tokens'] for n in state['splits'].values()):
@@ -277,14 +272,18 @@ class Run:
             workers.shutdown(cancel_futures=True)
 
     def batches(self) -> Iterator[Batch]:
-        """Every Batch from where state stands, read ahead of what is written."""
+        """Every Batch from where state stands, read ahead of what is written.
+
+        Where a source fails, the last one holds what was read before that, and self.failure says
+        why there are no more.
+        """
         s, state = self.s, self.state
         begun = state['stage']
         for index, stage in enumerate(self.stages):
             if index < state['stage']:  # the writer has all that it wants of it
                 continue
             position = state['position'] if index == begun else None
-            records, size, failure = [], 0, None
+            records, size = [], 0
             try:
                 found = read(stage.source, position, s.shard, s.num_shards, s.retries)
                 for record, place, position in found:
@@ -295,12 +294,12 @@ class Run:
                     if size >= BATCH_BYTES:
                         yield Batch(index, records, size, position)
                         records, size = [], 0
-            except UserError as e:  # what was read before it is handed on
-                failure = e
+            except UserError as e:
+                self.failure = e
             if records:
                 yield Batch(index, records, size, position)
-            if failure:
-                raise failure
+            if self.failure:
+                return
 
     def write(self, batch: Batch, results: list) -> None:
         """Write what tokenize() made of a batch, up to a limit and but for what came before."""
