@@ -203,7 +203,7 @@ class Run:
     ):
         self.s, self.source, self.stages, self.state = s, source, stages, state
         self.partial, self.masked = partial, masked
-        self.failure = None  # the UserError of a source
+        self.failure: UserError | None = None  # of a source
         if os.path.exists(f'{partial}/state.json'):
             self.encoder = load_tokenizer(partial)
         else:

@@ -53,21 +53,22 @@ class Split:
 
     def __init__(self, folder: str, name: str, end: int | None, headerless: bool):
         self.name = name
-        self.shards, self.masks, self.ends, self.lengths, self.learned = [], [], [], [], 0
+        self.shards, self.masks, self.ends, self.learned = [], [], [], 0
+        lengths = []
         for path in split_files(folder, name):
             ids = np.asarray(read_bin(path, headerless))
             is_end = [part == end for part in chunks(ids)]  # an end of None equals no id
             ends = np.unique(np.append(np.flatnonzero(np.concatenate(is_end)) + 1, len(ids)))
             self.shards.append(ids)
             self.ends.append(ends)
-            self.lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
+            lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
             path = mask_path(path)
             mask = np.fromfile(path, np.uint8) if os.path.exists(path) else None
             if mask is not None and len(mask) != len(ids):
                 raise UserError(f'{path} has {len(mask):,} bytes for {len(ids):,} tokens')
             self.masks.append(mask)
             self.learned += len(ids) if mask is None else int(np.count_nonzero(mask))
-        self.lengths = np.concatenate(self.lengths)  # without the end of text itself
+        self.lengths = np.concatenate(lengths)  # without the end of text itself
 
     def documents(self, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """The (ids, mask) of each document, from number `first` on, counted from 0."""

@@ -130,9 +130,7 @@ def _instruction(record):
 
 
 def _checked(messages):
-    """Messages as a chat may have them, their texts as they were written; Skip for any others."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise Skip('messages that are no list of objects')
+    """The same messages where a chat may have them; Skip where not."""
     for message in messages:
         role = message.get('role')
         if role not in ('system', 'user', 'assistant'):
@@ -141,7 +139,7 @@ def _checked(messages):
             raise Skip('an empty message')
     if not any(message['role'] == 'assistant' for message in messages):
         raise Skip('no message of the assistant')
-    return [dict(role=message['role'], content=message['content']) for message in messages]
+    return messages
 
 
 def is_title(row: dict, before: dict) -> bool:
