@@ -52,8 +52,12 @@ class SplitWriter:
         self.shards = list(shards)
         self.pending = []  # (ids, learned) of documents of the last shard that are in no file yet
         self.changed = set()  # paths, since the last sync()
-        for ending, dtype, before in self.kinds if shards else ():
-            path, size = self._path(ending), before + shards[-1] * dtype.itemsize
+        if shards:
+            self._drop_what_is_beyond(folder)
+
+    def _drop_what_is_beyond(self, folder):
+        for ending, dtype, before in self.kinds:
+            path, size = self._path(ending), before + self.shards[-1] * dtype.itemsize
             if not os.path.exists(path) or os.path.getsize(path) < size:
                 again = f'remove {folder}, and begin again'
                 raise UserError(f'{path} is shorter than when it was left; {again}')
@@ -163,8 +167,9 @@ def share(
     masked = os.path.exists(mask_path(path))
     ids, encoder = read_bin(path), load_tokenizer(partial)
     end = end_of(encoder)
-    tokens, size, documents = splits[full]['last'].values()
-    cut = len(ids) - tokens  # what is behind it moves
+    last = splits[full]['last']
+    size, documents = last['bytes'], last['documents']
+    cut = len(ids) - last['tokens']  # what is behind it moves
     if not masked:
         fraction = val_fraction if empty == 'val' else 1 - val_fraction
         wanted = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
@@ -179,7 +184,7 @@ def share(
         left_out = f'; left out: {left_out}' if left_out else ''
         why = f'it is too short for its val_fraction{left_out}'
         raise UserError(f'{source} gives no {empty} text: {why}')
-    if len(given) < tokens:  # the document is cut: it ends in both, and begins in both
+    if len(given) < last['tokens']:  # the document is cut: it ends in both, and begins in both
         text = given[: len(given) - len(end)]
         size = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text)
         documents = 1
