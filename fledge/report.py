@@ -8,13 +8,13 @@ import os
 from fledge import UserError, replacing
 
 
-def folder_of_pictures(path):
+def folder_of_pictures(path: str) -> str:
     """Beside the weights at path, or here where nothing can be written there."""
     folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     return folder if os.path.isdir(folder) and os.access(folder, os.W_OK) else '.'
 
 
-def rows_of(result, name=''):
+def rows_of(result: dict, name: str = '') -> dict[str, str]:
     """A result's numbers as a person reads them: {label: text}; of groups the accuracy alone."""
     rows = {}
     for key, value in result.items():
@@ -34,8 +34,8 @@ def rows_of(result, name=''):
     return rows
 
 
-def table(results):
-    """Results side by side, as lines of text. results: {model: what was measured, a dict}."""
+def table(results: dict[str, dict]) -> str:
+    """Results side by side, as lines of text. results: {model: what was measured}."""
     columns = [rows_of(result) for result in results.values()]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     lines = [['', *results]]
@@ -44,7 +44,7 @@ def table(results):
     return aligned(lines)
 
 
-def aligned(lines):
+def aligned(lines: list[list[str]]) -> str:
     """Lines of cells as columns of text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
@@ -56,7 +56,7 @@ def aligned(lines):
     return '\n'.join(text)
 
 
-def draw_positions(results, path):
+def draw_positions(results: dict[str, dict], path: str) -> None:
     """Draw the loss by position of each model as a PNG at path. results: see table."""
     axes = new_axes((7, 4.5))
     for model, result in results.items():
@@ -71,7 +71,7 @@ def draw_positions(results, path):
     save(axes.figure, path)
 
 
-def draw_tasks(results, path):
+def draw_tasks(results: dict[str, dict], path: str) -> None:
     """Draw the accuracy of each model in each task and group, with 95% intervals, as a PNG."""
     axes, height = new_axes(), 0.8 / len(results)
     for number, (model, result) in enumerate(results.items()):
@@ -99,14 +99,14 @@ def draw_tasks(results, path):
     save(axes.figure, path)
 
 
-def new_axes(size=None, **grid):
+def new_axes(size: tuple[float, float] | None = None, **grid) -> object:
     """Axes in a figure of their own; size: (width, height) in inches; grid: see Figure.subplots."""
     from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
     return Figure(figsize=size).subplots(**grid)
 
 
-def save(figure, path):
+def save(figure: object, path: str) -> None:
     """Write a figure as a PNG, and print where it is; UserError where that cannot be."""
     try:
         with replacing(path, 'wb') as f:

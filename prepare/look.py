@@ -11,17 +11,15 @@ import os
 import shutil
 import signal
 import sys
-import unicodedata
 
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), os.pardir))  # where fledge/ is
 
-from fledge import UserError, read_meta
+from fledge import UserError
 from fledge.configurator import configure, one_of
-from fledge.corpus.quality import assess, chunks, show_quality
-from fledge.tokenizer import find_tokenizer
-from fledge.tokens import mask_path, read_bin, split_files
+from fledge.corpus.quality import Dataset, assess, show_quality, width_of
+from fledge.tokens import split_files
 
 split = 'train'  # whose documents are shown: train, val or test
 document = 1  # the number of the first one shown
@@ -33,82 +31,6 @@ quality = False  # show what the data is like, plot it (quality.png), warn of wh
 json = False  # of --count and --quality: the last line of output is one JSON object
 places = []  # the one dataset to look at
 configure(globals(), others=places)
-
-
-class Split:
-    """One split: its shards, the mask of each (None: all is learned), and where each one's
-    documents end: after an end-of-text token, or with the shard."""
-
-    def __init__(self, folder, name, end, headerless):
-        self.name = name
-        self.shards, self.masks, self.ends, self.lengths, self.learned = [], [], [], [], 0
-        for path in split_files(folder, name):
-            ids = np.asarray(read_bin(path, headerless))
-            is_end = [part == end for part in chunks(ids)]  # an end of None equals no id
-            ends = np.unique(np.append(np.flatnonzero(np.concatenate(is_end)) + 1, len(ids)))
-            self.shards.append(ids)
-            self.ends.append(ends)
-            self.lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
-            path = mask_path(path)
-            mask = np.fromfile(path, np.uint8) if os.path.exists(path) else None
-            if mask is not None and len(mask) != len(ids):
-                raise UserError(f'{path} has {len(mask):,} bytes for {len(ids):,} tokens')
-            self.masks.append(mask)
-            self.learned += len(ids) if mask is None else int(np.count_nonzero(mask))
-        self.lengths = np.concatenate(self.lengths)  # without the end of text itself
-
-    def documents(self, first=0):
-        """The (ids, mask) of each document, from number `first` on, counted from 0."""
-        for ids, mask, ends in zip(self.shards, self.masks, self.ends, strict=True):
-            for i in range(first, len(ends)):
-                here = slice(ends[i - 1] if i else 0, ends[i])
-                yield ids[here], None if mask is None else mask[here]
-            first = max(first - len(ends), 0)
-
-
-class Dataset:
-    """Some splits of a dataset, its tokenizer (or None), and the bytes that each id spells."""
-
-    def __init__(self, folder, names):
-        self.folder, self.tokenizer = folder, find_tokenizer(folder)
-        self.end = self.tokenizer.end_of_text if self.tokenizer else None
-        self.splits = [Split(folder, name, self.end, not read_meta(folder)) for name in names]
-        if self.tokenizer:
-            self.vocab_size, spelled = self.tokenizer.vocab_size, self.tokenizer.token_bytes
-            self.sizes = np.append(self.tokenizer.text_bytes(self.vocab_size), 0)
-        else:
-            largest = max(int(ids.max()) for data in self.splits for ids in data.shards)
-            self.vocab_size, spelled = min(largest + 1, 1 << 20), {}  # a broken file has any ids
-            self.sizes = np.zeros(self.vocab_size + 1, np.int64)
-        # one more than the vocabulary, as in sizes: the last stands for any id beyond it
-        self.spelled = [spelled.get(i, b'') for i in range(self.vocab_size)] + [b'']
-
-    def known(self, ids):
-        """ids as places in `spelled`."""
-        return np.minimum(ids, np.int64(self.vocab_size))
-
-    def bytes_of(self, ids):
-        """The bytes that ids spell."""
-        return b''.join([self.spelled[i] for i in self.known(ids).tolist()])
-
-    def size_of(self, ids):
-        """How many bytes of text ids stand for, special tokens for none; 0 without a tokenizer."""
-        return sum(int(self.sizes[self.known(part)].sum()) for part in chunks(ids))
-
-    def text_of(self, i):
-        """Token i as text that a terminal just prints: all else is spelled out."""
-        text = self.spelled[self.known(i)].decode('utf-8', 'backslashreplace')
-        text = text[:-1] + '·' if text.endswith(' ') else text  # told from the padding behind it
-        if text and width_of(text[0]) == 0:
-            text = '◌' + text  # what a combining character sits on
-        text = text.replace('\n', '⏎').replace('\t', '→')
-        return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
-
-def width_of(text):
-    """How many columns of a terminal text takes."""
-    shown = [c for c in text if unicodedata.category(c) not in ('Mn', 'Me')]
-    return len(shown) + sum(unicodedata.east_asian_width(c) in 'WF' for c in shown)
 
 
 def rows(dataset, ids, mask, first, columns):

@@ -16,5 +16,5 @@ val_fraction = 0.0005  # of the documents, as in nanoGPT
 settings = configure(globals())
 
 # main has but a loading script, which datasets no longer runs; proposal 18 has the data
-source = Hub(repo, columns=['text'], converted='refs/pr/18')
+source = Hub(repo, columns=['text'], revision='refs/pr/18')
 prepare(settings, repo, [Stage(source, lambda row: [text_of(row, 'text')])])

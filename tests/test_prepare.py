@@ -184,18 +184,60 @@ def test_one_document_is_cut_in_two(tmp_path):
     )
 
 
+def test_a_character_is_never_cut_in_two(tmp_path):
+    for n in (100, 101):
+        (tmp_path / 'one.txt').write_text('é' * n, encoding='utf-8')
+        flags = ['--input=one.txt', f'--name=x{n}', '--tokenizer=bytes', '--val_fraction=0.105']
+        run(tmp_path, 'prepare/text.py', *flags)
+        folder = str(tmp_path / f'data/x{n}')
+        (train,), (val,) = texts_of(folder, 'train'), texts_of(folder, 'val')
+        assert train + val == 'é' * n and len(val) == 11
+
+
+def test_a_target_within_a_long_text_ends_it_there(tmp_path):
+    content = 'abcdefghij\n' * 420_000  # is read in two parts
+    (tmp_path / 'one.txt').write_text(content)
+    flags = ['--input=one.txt', '--name=x', '--tokenizer=bytes', '--target_tokens=1000']
+    run(tmp_path, 'prepare/text.py', *flags)
+    folder = str(tmp_path / 'data/x')
+    (train,), (val,) = texts_of(folder, 'train'), texts_of(folder, 'val')
+    assert content.startswith(train + val) and 4_190_000 < len(train + val) < 4_200_000
+    assert [n['documents'] for n in read_meta(folder)['splits'].values()] == [1, 1]
+
+
+def test_a_source_with_several_targets_is_in_one_split(tmp_path):
+    lines = [f'source {i}\ttarget {i} {j}\n' for i in range(60) for j in range(3)]
+    (tmp_path / 'x.tsv').write_text(''.join(lines))
+    flags = ['--input=x.tsv', '--name=x', '--tokenizer=bytes', '--val_fraction=0.3']
+    run(tmp_path, 'prepare/translate.py', *flags)
+    train, val = (texts_of(str(tmp_path / 'data/x'), split) for split in ('train', 'val'))
+    assert len(train) + len(val) == 180 and len(val) > 20
+    assert not {t.split('\t')[0] for t in train} & {t.split('\t')[0] for t in val}
+
+
+def test_slices_share_a_target(tmp_path):
+    lines = [json.dumps({'text': f'{i:04d} ' + 'x' * 94}) + '\n' for i in range(400)]
+    (tmp_path / 'x.jsonl').write_text(''.join(lines))
+    flags = ['--input=x.jsonl', '--name=x', '--tokenizer=bytes', '--target_tokens=4000']
+    for i in range(2):
+        run(tmp_path, 'prepare/text.py', *flags, '--num_shards=2', f'--shard={i}')
+        meta = read_meta(str(tmp_path / f'data/x/shard_{i:05d}_of_00002'))
+        assert meta['splits']['train']['tokens'] == 2000
+
+
 def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
-    (tmp_path / 'one.txt').write_text('abcdefghij' * 205)
+    content = 'abcdefghij' * 420_000  # is read in two parts, the second of 5,697 bytes
+    (tmp_path / 'one.txt').write_text(content)
     flags = ['--input=one.txt', '--name=x', '--tokenizer=bytes', '--shard_tokens=1000']
     run(tmp_path, 'prepare/text.py', *flags, '--val_fraction=0.1')
     train = [read_bin(path) for path in split_files(str(tmp_path / 'data/x'), 'train')]
     val = read_bin(str(tmp_path / 'data/x/val.bin'))
-    # 2,050 tokens and their end: of the last 51, two stay, and are ended again
-    assert [len(ids) for ids in train] == [1000, 1000, 3] and len(val) == 49
-    text = byte_tokenizer().decode(np.concatenate([*train[:2], train[2][:-1], val[:-1]]))
-    assert text == 'abcdefghij' * 205
+    # of the last part's tokens and their end, two stay, and are ended again
+    assert [len(ids) for ids in train] == [4_194_303, 3] and len(val) == 5696
+    text = byte_tokenizer().decode(np.concatenate([train[0], train[1][:-1], val[:-1]]))
+    assert text == content
     assert read_meta(str(tmp_path / 'data/x'))['splits']['train'] == dict(
-        tokens=2003, bytes=2002, documents=1, learned=2003, files=3
+        tokens=4_194_306, bytes=4_194_305, documents=1, learned=4_194_306, files=2
     )
 
 
@@ -1090,6 +1132,12 @@ def test_a_pair_needs_an_answer_on_each_side():
         with pytest.raises(Skip, match='without an answer of its own'):
             preference(dict(chosen=chosen, rejected=rejected))
     assert preference(dict(chosen=say('P', 'A'), rejected=say('Q', 'A')))
+    # in ShareGPT's form, too
+    chosen, rejected = (
+        [{'from': 'human', 'value': 'Q'}, {'from': 'gpt', 'value': answer}] for answer in 'AB'
+    )
+    pair = preference(dict(chosen=chosen, rejected=rejected))
+    assert pair == preference(dict(prompt='Q', chosen='A', rejected='B'))
 
 
 def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):

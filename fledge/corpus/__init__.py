@@ -3,9 +3,12 @@
 A script there is its settings, `settings = configure(globals())`, and a call of prepare().
 """
 
+from collections.abc import Callable
+
 from fledge import configurator
 from fledge.corpus import pipeline
-from fledge.corpus.pipeline import Stage, prepare
+from fledge.corpus.encoding import Stage
+from fledge.corpus.pipeline import prepare
 from fledge.corpus.records import (
     article,
     conversation,
@@ -33,15 +36,15 @@ __all__ += ['article', 'configure', 'conversation', 'fetch', 'is_title', 'labell
 __all__ += ['preference', 'prepare', 'text_of', 'translated']
 
 
-def configure(script):
-    """The settings of a script, given its globals(), and those that all share: a dict.
+def configure(script: dict) -> dict:
+    """The settings of a script, given its globals(), and those that all share.
 
     Config files and --key=value override them; see fledge.configurator.
     """
     return configurator.configure(script, also=pipeline.__file__)
 
 
-def own_files(settings, documents, **options):
+def own_files(settings: dict, documents: Callable, **options) -> list[Stage]:
     """The stages of a user's own files, --input and --val; options: of Files."""
     val = settings['val']
     split = 'train' if val else ''  # else val is a fraction of it

@@ -5,8 +5,9 @@ import os
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable, Iterator
 
-from fledge.corpus.pipeline import Stage
+from fledge.corpus.encoding import Stage
 from fledge.corpus.records import exchange, preference
 from fledge.corpus.sources import Made
 
@@ -15,7 +16,7 @@ LEFT_OUT = ('site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2t
 KNOWN_AS = {'posixpath': 'os.path'}
 
 
-def modules():
+def modules() -> Iterator[tuple[str, ast.Module]]:
     """(dotted name, its parsed source) of each public module."""
     root = sysconfig.get_paths()['stdlib']
     for directory, folders, files in os.walk(root):
@@ -28,14 +29,14 @@ def modules():
                     yield KNOWN_AS.get(dotted, dotted), ast.parse(f.read())
 
 
-def summary_of(node):
+def summary_of(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     """The first paragraph of a docstring on one line, or '' where it hardly says anything."""
     paragraph = (ast.get_docstring(node) or '').strip().partition('\n\n')[0]
     summary = ' '.join(paragraph.split())
     return summary if len(summary) >= 15 else ''
 
 
-def talks_about(dotted, node):
+def talks_about(dotted: str, node: ast.Module | ast.ClassDef | ast.FunctionDef) -> list:
     """The conversations about a function, a class or a module; [] where nothing is known of it."""
     answer = summary_of(node)
     if not answer:
@@ -54,7 +55,7 @@ def talks_about(dotted, node):
     return talks
 
 
-def pair_about(dotted, node):
+def pair_about(dotted: str, node: ast.Module | ast.ClassDef | ast.FunctionDef) -> list:
     """A brief answer about a function, and the one that says more than was asked; [] as above."""
     answer = summary_of(node)
     if not answer or not isinstance(node, ast.FunctionDef):
@@ -63,11 +64,11 @@ def pair_about(dotted, node):
     return preference(dict(prompt=f'What does {dotted} do?', chosen=answer, rejected=more))
 
 
-def call_of(dotted, function):
+def call_of(dotted: str, function: ast.FunctionDef) -> str:
     return f'It is called as {dotted}({ast.unparse(function.args)}).'
 
 
-def stage_of(documents_about):
+def stage_of(documents_about: Callable) -> Stage:
     """The Stage of all documents that documents_about, talks_about or pair_about, makes.
 
     It is given (dotted name, node) of each module, and of its public functions and classes.

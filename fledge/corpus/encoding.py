@@ -8,17 +8,32 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from fledge import UserError
-from fledge.corpus.sources import LOST, NO_TEXT, REPAIRED, Files, Skip, Text, read
+from fledge.corpus.sources import (
+    LOST,
+    NO_TEXT,
+    REPAIRED,
+    Files,
+    Hub,
+    Made,
+    OrElse,
+    Skip,
+    Text,
+    Urls,
+    read,
+)
 from fledge.tokenizer import (
     END_OF_TEXT,
     IM_END,
     IM_START,
+    Tokenizer,
     char_tokenizer,
     load_tokenizer,
     train_bpe,
@@ -26,17 +41,32 @@ from fledge.tokenizer import (
 from fledge.tokens import format_of
 
 SPLITS = ('train', 'val', 'test')
-# What is known of an example: the documents of a record, or a part of a long text.
-EXAMPLE = np.dtype(
-    [
-        ('hash', np.uint64),
-        ('split', np.int64),  # its number in SPLITS
-        ('part', bool),  # whether it is a part of a long text
-        ('tokens', np.int64),
-        ('bytes', np.int64),
-        ('documents', np.int64),  # that end in it
-    ]
-)
+
+
+class Stage(NamedTuple):
+    """One source of a dataset, and what to make of its records.
+
+    documents(record) runs in the workers and returns the documents of one example, which stay
+    together: each a text, a conversation [{'role': ..., 'content': ...}, ...], or pieces
+    [(text, learned), ...]. It raises Skip(why) where a record is of no use. Records that are bytes
+    are parsed as JSON first.
+    """
+
+    source: Files | Hub | Made | OrElse | Urls
+    documents: Callable
+    split: str = ''  # train, val or test; '': val_fraction of the examples, by hash, are val
+    limit: int = 0  # examples to take; 0: all
+
+
+class Example(NamedTuple):
+    """The documents of a record, or a part of a long text, as tokens."""
+
+    hash: int | None  # 64 bits that tell whether it has come before; None for a part
+    split: str
+    ids: np.ndarray
+    learned: np.ndarray | None  # uint8 for each of the ids: 1 where learned; None without masks
+    size: int  # bytes of its text
+    documents: int  # that end in it
 
 
 class Note(NamedTuple):
@@ -44,21 +74,13 @@ class Note(NamedTuple):
 
     kind: str  # a field of the pipeline's state that counts such notes
     why: str
-    place: tuple  # file and line, 0 for all of it; None where it does not matter
-    before: int  # the number of examples before it
-    count: int = 1
+    place: tuple | None  # file and line, 0 for all of it; None where it does not matter
+    times: int = 1
 
 
-class Tokenized(NamedTuple):
-    """What came of a batch of records."""
-
-    examples: np.ndarray  # of EXAMPLE
-    ids: np.ndarray  # of all examples, one after another
-    learned: np.ndarray  # uint8 for each of the ids, whether it is learned; None without masks
-    notes: list  # of Note
-
-
-def choose_tokenizer(s, stages, masked):
+def choose_tokenizer(
+    s: SimpleNamespace, stages: list[Stage], masked: bool
+) -> tuple[Tokenizer, str]:
     """The tokenizer that the settings ask for; chars and train are made of the stages' own text.
 
     Also returns why conversations are not in the form of its chat template, if so, or ''.
@@ -75,7 +97,7 @@ def choose_tokenizer(s, stages, masked):
     return encoder.for_chats() if masked else (encoder, '')
 
 
-def texts(s, stages, budget):
+def texts(s: SimpleNamespace, stages: list[Stage], budget: int) -> Iterator[str]:
     """The texts of the documents; with a budget, some of those to train on, about so many bytes."""
     chosen = [stage for stage in stages if not (budget and stage.split in ('val', 'test'))]
     for stage in chosen:
@@ -103,13 +125,13 @@ def texts(s, stages, budget):
                     break
 
 
-def set_job(*job):
+def set_job(*job: object) -> None:
     """What tokenize() needs: the settings, the stages, the tokenizer, whether masks are written."""
     global _job
     _job = job
 
 
-def start_worker(*job):
+def start_worker(*job: object) -> None:
     """Begin a worker process, which ends with its parent, however that ends."""
     set_job(*job)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
@@ -122,40 +144,31 @@ def start_worker(*job):
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def tokenize(stage_index, records):
-    """The Tokenized of a batch of (record, place) of a stage."""
+def tokenize(stage_index: int, records: list) -> list:
+    """The Examples of a batch of (record, place) of a stage, and Notes, in the records' order."""
     s, stages, encoder, masked = _job
-    examples, notes = [], []
-    ids, learned = [end_of(encoder)[:0]], [np.zeros(0, np.uint8)]
+    results = []
     for record, (path, line) in records:
         repaired = []  # (line of the record or 0 for its own, characters lost if they are many)
-        before = len(examples)
         try:
-            example, pieces, spelled = _encode(s, stages[stage_index], encoder, record, repaired)
+            example, spelled = _encode(s, stages[stage_index], encoder, masked, record, repaired)
         except Skip as e:
-            notes.append(Note(e.kind, str(e), (path, line), before))
+            found = [Note(e.kind, str(e), (path, line))]
         except UserError as e:  # a character that the vocabulary lacks
-            notes.append(Note('dropped', str(e), (path, line), before))
+            found = [Note('dropped', str(e), (path, line))]
         else:
-            examples.append(example)
-            for piece_ids, piece_learned in pieces:
-                ids.append(piece_ids)
-                learned.append(piece_learned)
-            notes += [Note('spelled_out', token, (path, line), before) for token in spelled]
+            found = [Note('spelled_out', token, (path, line)) for token in spelled]
+            found.append(example)
         for n, lost in repaired:
-            notes.append(Note('repaired', REPAIRED, (path, n or line), before))
+            results.append(Note('repaired', REPAIRED, (path, n or line)))
             if lost:
-                notes.append(Note('lost', LOST, (path, 0), before, lost))
-    return Tokenized(
-        np.array(examples, EXAMPLE),
-        np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
-        np.concatenate(learned).astype(np.uint8) if masked else None,
-        notes,
-    )
+                results.append(Note('lost', LOST, (path, 0), lost))
+        results += found
+    return results
 
 
-def _encode(s, stage, encoder, record, repaired):
-    """A record as an EXAMPLE, [(ids, learned), ...] of its documents, special tokens spelled out.
+def _encode(s, stage, encoder, masked, record, repaired):
+    """A record as an Example, and the special tokens that are spelled out in its text.
 
     Skip if it has no documents.
     """
@@ -167,16 +180,18 @@ def _encode(s, stage, encoder, record, repaired):
             raise Skip('empty')
         if sum(map(len, document_texts)) < s.min_length:
             raise Skip(f'shorter than min_length={s.min_length}')
-    pieces = []
+    ids, learned = [], []
     for document in documents:
-        ids, learned = _encode_document(encoder, document, begins=not part or record.first)
-        pieces.append((ids, learned))
+        document_ids, is_learned = _encode_document(encoder, document, not part or record.first)
+        ids.append(document_ids)
+        learned.append(is_learned)
         if not part or record.last:  # the end is learned where what it ends is
             end = end_of(encoder)
-            end_learned = learned[-1:] if len(learned) else np.uint8(1)
+            end_learned = is_learned[-1:] if len(is_learned) else 1
             if encoder.template and is_chat(document):  # which its own token has ended
-                end_learned = np.uint8(0)
-            pieces.append((end, np.repeat(end_learned, len(end))))
+                end_learned = 0
+            ids.append(end)
+            learned.append(np.repeat(end_learned, len(end)))
     # a document's hash says whether it has come before, and with the seed which split it is in
     if part:
         key = record.key
@@ -185,17 +200,16 @@ def _encode(s, stage, encoder, record, repaired):
     else:
         key = repr(documents)
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    split = stage.split or _draw_split(s, documents[0], digest)
-    example = (
-        int.from_bytes(digest, 'big'),
-        SPLITS.index(split),
-        part,
-        sum(len(ids) for ids, _ in pieces),
-        sum(len(text.encode()) for text in document_texts),
-        record.last if part else len(documents),
+    example = Example(
+        hash=None if part else int.from_bytes(digest, 'big'),
+        split=stage.split or _draw_split(s, documents[0], digest),
+        ids=np.concatenate(ids).astype(format_of(encoder.vocab_size)[1]),
+        learned=np.concatenate(learned).astype(np.uint8) if masked else None,
+        size=sum(len(text.encode()) for text in document_texts),
+        documents=int(record.last) if part else len(documents),
     )
     spelled = [token for text in document_texts for token in encoder.special_pattern.findall(text)]
-    return example, pieces, spelled
+    return example, spelled
 
 
 def _draw_split(s, document, digest):
@@ -226,24 +240,24 @@ def _encode_document(encoder, document, begins):
     return np.concatenate(pieces), learned
 
 
-def is_chat(document):
+def is_chat(document: str | list) -> bool:
     """Whether a document is a conversation: a list of messages."""
     return not isinstance(document, str) and isinstance(document[0], dict)
 
 
-def end_of(encoder):
+def end_of(encoder: Tokenizer) -> np.ndarray:
     """What ends a document: its end-of-text token, or nothing."""
     return np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.uint32)
 
 
-def texts_of(document):
+def texts_of(document: str | list) -> list[str]:
     """The texts of a document: of a text itself, of a conversation's messages, or of pieces."""
     if isinstance(document, str):
         return [document]
     return [part['content'] if isinstance(part, dict) else part[0] for part in document]
 
 
-def documents_of(stage, record, repaired):
+def documents_of(stage: Stage, record: object, repaired: list) -> list:
     """The documents of a record, in valid Unicode; what was not is added to repaired."""
     if isinstance(record, Skip):
         raise record

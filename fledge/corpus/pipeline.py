@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fledge import UserError, lock_folder, release_folder, replacing
 from fledge.corpus import encoding, writing
-from fledge.corpus.encoding import SPLITS, end_of
+from fledge.corpus.encoding import SPLITS, Example, Note, Stage, end_of
 from fledge.corpus.sources import read
 from fledge.tokenizer import load_tokenizer
 
@@ -47,21 +47,6 @@ retries = 5  # of a source that stops answering, after 1, 2, 4, 8, ... seconds
 seed = 1337  # of the split, and of any shuffling
 
 
-class Stage(NamedTuple):
-    """One source of a dataset, and what to make of its records.
-
-    documents(record) runs in the workers and returns the documents of one example, which stay
-    together: each a text, a conversation [{'role': ..., 'content': ...}, ...], or pieces
-    [(text, learned), ...]. It raises Skip(why) where a record is of no use. Records that are bytes
-    are parsed as JSON first.
-    """
-
-    source: object
-    documents: Callable
-    split: str = ''  # train, val or test; '': val_fraction of the examples, by hash, are val
-    limit: int = 0  # examples to take; 0: all
-
-
 class Batch(NamedTuple):
     """Records that are read and handed to a worker together."""
 
@@ -76,7 +61,14 @@ COMMIT_SECONDS = 2  # how often what is written is made safe
 GOES_ON = 'what is prepared is kept, and the same command goes on'
 
 
-def prepare(settings, source, stages, masked=False, pairs=False, separator=''):
+def prepare(
+    settings: dict,
+    source: str,
+    stages: list[Stage],
+    masked: bool = False,
+    pairs: bool = False,
+    separator: str = '',
+) -> None:
     """Tokenize the stages, one after another, into the .bin files of data/NAME.
 
     settings: what configure() returned; source: what meta.json calls it. masked: .mask.bin files
@@ -174,8 +166,11 @@ def _begin(partial):
 
 
 def _new_state():
-    # shards: the tokens of each file; last: tokens, bytes and documents of the last example
-    counts = dict(tokens=0, bytes=0, documents=0, learned=0, shards=[], last=[0, 0, 0])
+    splits = {}
+    for split in SPLITS:
+        counts = dict(tokens=0, bytes=0, documents=0)
+        # shards: the tokens of each file; last: the counts of the last example
+        splits[split] = dict(**counts, learned=0, shards=[], last=counts)
     return dict(
         vocab_size=0,  # this and begin: the tokenizer's
         begin=[],
@@ -184,7 +179,7 @@ def _new_state():
         taken=0,  # examples of it
         bytes=0,  # read of all
         hashes=0,  # in the file that Seen keeps
-        splits={split: dict(counts) for split in SPLITS},
+        splits=splits,
         repaired={},  # {why: dict(count=..., first=[places])}
         lost={},
         dropped={},
@@ -197,9 +192,18 @@ def _new_state():
 class Run:
     """A run that tokenizes: `state` is what a killed run needs to go on; all else is made of it."""
 
-    def __init__(self, s, source, stages, state, partial, masked):
+    def __init__(
+        self,
+        s: SimpleNamespace,
+        source: str,
+        stages: list[Stage],
+        state: dict,
+        partial: str,
+        masked: bool,
+    ):
         self.s, self.source, self.stages, self.state = s, source, stages, state
         self.partial, self.masked = partial, masked
+        self.failure: UserError | None = None  # of a source
         if os.path.exists(f'{partial}/state.json'):
             self.encoder = load_tokenizer(partial)
         else:
@@ -215,7 +219,7 @@ class Run:
             )
         self.seen = writing.Seen(f'{partial}/hashes', state['hashes'])
 
-    def tokenize(self):
+    def tokenize(self) -> None:
         """Read, tokenize and write from where state stands; then the files in partial are whole."""
         s, state = self.s, self.state
         num_proc = s.num_proc or _cores()
@@ -225,23 +229,16 @@ class Run:
         bar = tqdm(initial=state['bytes'], unit='B', unit_scale=True, disable=None)
         stopped = _signals()
         batches, pending = self.batches(), collections.deque()
-        reading, failure = True, None
         saved = shown = time.monotonic()
         try:
-            while reading or pending:
-                batch = None
-                if reading and not stopped:
-                    try:
-                        batch = next(batches, None)
-                    except UserError as e:  # what was read before it is still written
-                        failure = e
-                reading = batch is not None
-                if reading:
+            batch = next(batches, None)
+            while batch or pending:
+                if batch:
                     task = workers.submit(encoding.tokenize, batch.stage, batch.records)
                     pending.append((batch, task))
-                while pending and (not reading or len(pending) > 2 * num_proc):
-                    batch, task = pending.popleft()
-                    self.write(batch, task.result())
+                while pending and (not batch or len(pending) > 2 * num_proc):
+                    oldest, task = pending.popleft()
+                    self.write(oldest, task.result())
                 self.show(bar)
                 now = time.monotonic()
                 if bar.disable and now - shown > 60:  # no terminal: a line a minute
@@ -250,12 +247,13 @@ class Run:
                 if now - saved > COMMIT_SECONDS:
                     self.commit()
                     saved = now
+                batch = None if stopped else next(batches, None)
             kept = ''
-            if (failure or stopped) and state['bytes']:
+            if (self.failure or stopped) and state['bytes']:
                 self.commit()
                 kept = f'; {GOES_ON}'
-            if failure:
-                raise UserError(f'{failure}{kept}')
+            if self.failure:
+                raise UserError(f'{self.failure}{kept}')
             if stopped:
                 raise KeyboardInterrupt if signal.SIGINT in stopped else SystemExit(143)
             if s.num_shards == 1 and not any(n['tokens'] for n in state['splits'].values()):
@@ -273,15 +271,19 @@ class Run:
             bar.close()
             workers.shutdown(cancel_futures=True)
 
-    def batches(self):
-        """Every Batch from where state stands, read ahead of what is written."""
+    def batches(self) -> Iterator[Batch]:
+        """Every Batch from where state stands, read ahead of what is written.
+
+        Where a source fails, the last one holds what was read before that, and self.failure says
+        why there are no more.
+        """
         s, state = self.s, self.state
         begun = state['stage']
         for index, stage in enumerate(self.stages):
             if index < state['stage']:  # the writer has all that it wants of it
                 continue
             position = state['position'] if index == begun else None
-            records, size, failure = [], 0, None
+            records, size = [], 0
             try:
                 found = read(stage.source, position, s.shard, s.num_shards, s.retries)
                 for record, place, position in found:
@@ -292,97 +294,83 @@ class Run:
                     if size >= BATCH_BYTES:
                         yield Batch(index, records, size, position)
                         records, size = [], 0
-            except UserError as e:  # what was read before it is handed on
-                failure = e
+            except UserError as e:
+                self.failure = e
             if records:
                 yield Batch(index, records, size, position)
-            if failure:
-                raise failure
+            if self.failure:
+                return
 
-    def write(self, batch, out):
-        """Write a Tokenized, but for what has come before and what is beyond a limit."""
+    def write(self, batch: Batch, results: list) -> None:
+        """Write what tokenize() made of a batch, up to a limit and but for what came before."""
         state = self.state
         if batch.stage < state['stage']:  # a limit was reached before
             return
         if batch.stage > state['stage']:
             state.update(stage=batch.stage, taken=0)
-        whole = ~out.examples['part']
-        fresh = np.ones(len(out.examples), bool)
-        fresh[whole] = self.seen.fresh(out.examples['hash'][whole])
-        rows, next_stage = self.within_limits(batch, out.examples, np.flatnonzero(fresh))
-        self.seen.add(out.examples['hash'][rows[whole[rows]]])
-        done = next_stage > batch.stage
-        self.count_notes(out.notes, fresh, rows[-1] if done else len(fresh))
-        for code, split in enumerate(SPLITS):
-            chosen = rows[out.examples['split'][rows] == code]
-            if len(chosen):
-                self.append(split, out, chosen)
-                if done and not state['splits'][split]['last'][2]:
-                    self.end_document(split)  # the limit lies within a long text
+        hashes = [r.hash for r in results if isinstance(r, Example) and r.hash is not None]
+        fresh = iter(self.seen.fresh(np.array(hashes, np.uint64)).tolist())
+        added, next_stage = [], batch.stage
+        for result in results:
+            if isinstance(result, Note):
+                self.count_note(result)
+                continue
+            if result.hash is not None:
+                if not next(fresh):
+                    self.count_note(Note('dropped', 'a duplicate', None))
+                    continue
+                added.append(result.hash)
+            self.append(result)
+            state['taken'] += 1
+            next_stage = self.next_stage(batch.stage)
+            if next_stage > batch.stage:
+                if not result.documents:  # the limit lies within a long text, which ends there
+                    end = end_of(self.encoder)
+                    learned = np.ones(len(end), np.uint8)
+                    self.append(Example(None, result.split, end, learned, size=0, documents=1))
+                break
+        self.seen.add(np.array(added, np.uint64))
+        for writer in self.writers.values():
+            writer.flush()
         state['bytes'] += batch.size
-        state.update(position=batch.position, taken=state['taken'] + len(rows))
-        if done:
+        state['position'] = batch.position
+        if next_stage > batch.stage:
             state.update(stage=next_stage, position=None, taken=0)
 
-    def within_limits(self, batch, examples, rows):
-        """Those rows of examples that are within the limits, and the stage that is read next."""
+    def next_stage(self, stage: int) -> int:
+        """The stage that is read next: the same one, or where a limit is reached a later one."""
         s, state = self.s, self.state
-        next_stage = batch.stage
-        limit = self.stages[batch.stage].limit
-        left = math.ceil(limit / s.num_shards) - state['taken']
-        if limit and len(rows) >= left:
-            rows, next_stage = rows[:left], batch.stage + 1
-        if s.target_tokens:
-            train = rows[examples['split'][rows] == SPLITS.index('train')]
-            tokens = state['splits']['train']['tokens'] + np.cumsum(examples['tokens'][train])
-            reached = train[tokens >= s.target_tokens / s.num_shards]
-            if len(reached):
-                rows, next_stage = rows[rows <= reached[0]], len(self.stages)
-        return rows, next_stage
+        train = state['splits']['train']['tokens']
+        if s.target_tokens and train >= s.target_tokens / s.num_shards:
+            return len(self.stages)
+        limit = self.stages[stage].limit
+        if limit and state['taken'] >= math.ceil(limit / s.num_shards):
+            return stage + 1
+        return stage
 
-    def count_notes(self, notes, fresh, last):
-        """Count the notes of a batch, and its duplicates, up to the example numbered last."""
-        repeated = np.flatnonzero(~fresh).tolist()
-        duplicates = [encoding.Note('dropped', 'a duplicate', None, row) for row in repeated]
-        for kind, why, place, before, count in notes + duplicates:
-            if before <= last:
-                counted = self.state[kind].setdefault(why, dict(count=0, first=[]))
-                counted['count'] += count
-                if place and len(counted['first']) < 3:
-                    path, line = place
-                    name = f'{path}:{line}' if line else path
-                    if name not in counted['first']:
-                        counted['first'].append(name)
+    def count_note(self, note: Note) -> None:
+        """Count a note, and keep the first three places of its kind."""
+        counted = self.state[note.kind].setdefault(note.why, dict(count=0, first=[]))
+        counted['count'] += note.times
+        if note.place and len(counted['first']) < 3:
+            path, line = note.place
+            name = f'{path}:{line}' if line else path
+            if name not in counted['first']:
+                counted['first'].append(name)
 
-    def append(self, split, out, rows):
-        """Append these rows of a Tokenized to a split."""
-        n, examples = self.state['splits'][split], out.examples
-        ids, learned = out.ids, out.learned
-        if len(rows) < len(examples):
-            wanted = np.zeros(len(examples), bool)
-            wanted[rows] = True
-            wanted = np.repeat(wanted, examples['tokens'])
-            ids, learned = ids[wanted], learned[wanted] if self.masked else None
-        self.writers[split].write(ids, examples['tokens'][rows], learned)
-        n['learned'] += int(learned.sum()) if self.masked else len(ids)
-        counts = ['tokens', 'bytes', 'documents']
-        for key in counts:
-            n[key] += int(examples[key][rows].sum())
-        for row in zip(*[examples[key][rows].tolist() for key in counts], strict=True):
-            if n['last'][2]:  # it has ended, and this one begins another
-                n['last'] = [0, 0, 0]
-            n['last'] = [a + b for a, b in zip(n['last'], row, strict=True)]
+    def append(self, example: Example) -> None:
+        """Append an example to its split."""
+        n, ids, learned = self.state['splits'][example.split], example.ids, example.learned
+        self.writers[example.split].write(ids, learned)
+        n['learned'] += len(ids) if learned is None else int(learned.sum())
+        if n['last']['documents']:  # it has ended, and this one begins another
+            n['last'] = dict(tokens=0, bytes=0, documents=0)
+        counts = dict(tokens=len(ids), bytes=example.size, documents=example.documents)
+        for key, count in counts.items():
+            n[key] += count
+            n['last'][key] += count
 
-    def end_document(self, split):
-        """End the long text that a split's last example is a part of."""
-        n, end = self.state['splits'][split], end_of(self.encoder)
-        self.writers[split].write(end, [len(end)], np.ones(len(end)))
-        n['tokens'] += len(end)
-        n['learned'] += len(end)
-        n['documents'] += 1
-        n['last'] = [n['last'][0] + len(end), n['last'][1], 1]
-
-    def commit(self):
+    def commit(self) -> None:
         """Make what is written safe, together with the place it was read from."""
         for split, writer in self.writers.items():
             self.state['splits'][split]['shards'] = writer.sync()
@@ -392,7 +380,7 @@ class Run:
             f.flush()
             os.fsync(f.fileno())
 
-    def show(self, bar):
+    def show(self, bar: tqdm) -> None:
         """Bring the progress bar up to date: bytes read of the whole, and tokens so far."""
         s, state = self.s, self.state
         tokens = sum(n['tokens'] for n in state['splits'].values())

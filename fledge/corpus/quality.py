@@ -1,5 +1,5 @@
-"""The figures of look.py --quality: vocabulary, lengths, repeated and faulty documents, val text in
-train, and what to be warned of. `dataset` is look.py's Dataset, `data` one of its splits.
+"""A prepared dataset as look.py reads it, and what --quality finds in it: vocabulary, lengths,
+repeated and faulty documents, val text in train, and what to be warned of.
 
 Files may be larger than memory: they are read CHUNK tokens at a time.
 """
@@ -8,11 +8,16 @@ import codecs
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
-from fledge import replacing
+from fledge import UserError, read_meta, replacing
+from fledge.report import new_axes
+from fledge.tokenizer import find_tokenizer
+from fledge.tokens import mask_path, read_bin, split_files
 
 CHUNK = 1 << 18
 WINDOW = 50  # the tokens in a stretch of val that is looked for in train
@@ -36,13 +41,90 @@ SHARES = {  # figures of a split that are shares of its documents or windows, an
 }
 
 
-def chunks(ids, overlap=0):
+def chunks(ids: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
     """ids, CHUNK at a time, each with the first `overlap` of the next."""
     for start in range(0, len(ids), CHUNK):
         yield ids[start : start + CHUNK + overlap]
 
 
-def assess(dataset, result):
+class Split:
+    """One split: its shards, the mask of each (None: all is learned), and where each one's
+    documents end: after an end-of-text token, or with the shard."""
+
+    def __init__(self, folder: str, name: str, end: int | None, headerless: bool):
+        self.name = name
+        self.shards, self.masks, self.ends, self.learned = [], [], [], 0
+        lengths = []
+        for path in split_files(folder, name):
+            ids = np.asarray(read_bin(path, headerless))
+            is_end = [part == end for part in chunks(ids)]  # an end of None equals no id
+            ends = np.unique(np.append(np.flatnonzero(np.concatenate(is_end)) + 1, len(ids)))
+            self.shards.append(ids)
+            self.ends.append(ends)
+            lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
+            path = mask_path(path)
+            mask = np.fromfile(path, np.uint8) if os.path.exists(path) else None
+            if mask is not None and len(mask) != len(ids):
+                raise UserError(f'{path} has {len(mask):,} bytes for {len(ids):,} tokens')
+            self.masks.append(mask)
+            self.learned += len(ids) if mask is None else int(np.count_nonzero(mask))
+        self.lengths = np.concatenate(lengths)  # without the end of text itself
+
+    def documents(self, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The (ids, mask) of each document, from number `first` on, counted from 0."""
+        for ids, mask, ends in zip(self.shards, self.masks, self.ends, strict=True):
+            for i in range(first, len(ends)):
+                here = slice(ends[i - 1] if i else 0, ends[i])
+                yield ids[here], None if mask is None else mask[here]
+            first = max(first - len(ends), 0)
+
+
+class Dataset:
+    """Some splits of a dataset, its tokenizer (or None), and the bytes that each id spells."""
+
+    def __init__(self, folder: str, names: list[str]):
+        self.folder, self.tokenizer = folder, find_tokenizer(folder)
+        self.end = self.tokenizer.end_of_text if self.tokenizer else None
+        self.splits = [Split(folder, name, self.end, not read_meta(folder)) for name in names]
+        if self.tokenizer:
+            self.vocab_size, spelled = self.tokenizer.vocab_size, self.tokenizer.token_bytes
+            self.sizes = np.append(self.tokenizer.text_bytes(self.vocab_size), 0)
+        else:
+            largest = max(int(ids.max()) for data in self.splits for ids in data.shards)
+            self.vocab_size, spelled = min(largest + 1, 1 << 20), {}  # a broken file has any ids
+            self.sizes = np.zeros(self.vocab_size + 1, np.int64)
+        # one more than the vocabulary, as in sizes: the last stands for any id beyond it
+        self.spelled = [spelled.get(i, b'') for i in range(self.vocab_size)] + [b'']
+
+    def known(self, ids: np.ndarray | int) -> np.ndarray:
+        """ids as places in `spelled`."""
+        return np.minimum(ids, np.int64(self.vocab_size))
+
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """The bytes that ids spell."""
+        return b''.join([self.spelled[i] for i in self.known(ids).tolist()])
+
+    def size_of(self, ids: np.ndarray) -> int:
+        """How many bytes of text ids stand for, special tokens for none; 0 without a tokenizer."""
+        return sum(int(self.sizes[self.known(part)].sum()) for part in chunks(ids))
+
+    def text_of(self, i: int) -> str:
+        """Token i as text that a terminal just prints: all else is spelled out."""
+        text = self.spelled[self.known(i)].decode('utf-8', 'backslashreplace')
+        text = text[:-1] + '·' if text.endswith(' ') else text  # told from the padding behind it
+        if text and width_of(text[0]) == 0:
+            text = '◌' + text  # what a combining character sits on
+        text = text.replace('\n', '⏎').replace('\t', '→')
+        return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def width_of(text: str) -> int:
+    """How many columns of a terminal text takes."""
+    shown = [c for c in text if unicodedata.category(c) not in ('Mn', 'Me')]
+    return len(shown) + sum(unicodedata.east_asian_width(c) in 'WF' for c in shown)
+
+
+def assess(dataset: Dataset, result: dict) -> None:
     """Add to result what the splits are like, and the warnings that follow."""
     windows = {data.name: windows_of(data) for data in dataset.splits if data.name != 'train'}
     wanted = np.concatenate([np.array([], np.uint64), *windows.values()])
@@ -67,7 +149,7 @@ def assess(dataset, result):
     result['warnings'] = warnings_of(dataset, result)
 
 
-def scan(dataset, data, wanted):
+def scan(dataset: Dataset, data: Split, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How often a split has each id (last: any beyond the vocabulary), its hashes in `wanted`."""
     likely = np.zeros(1 << 16, bool)  # the first 16 bits of a hash rule out most at once
     likely[wanted >> np.uint64(48)] = True
@@ -80,7 +162,7 @@ def scan(dataset, data, wanted):
     return counts, np.concatenate(found)
 
 
-def window_hashes(ids):
+def window_hashes(ids: np.ndarray) -> np.ndarray:
     """A 64-bit number for each stretch of WINDOW tokens: the sum of one for each pair of neighbours
     in it, mixed so that it is not the sum of the tokens."""
     odd = np.uint64(0x9E3779B97F4A7C15)
@@ -90,7 +172,7 @@ def window_hashes(ids):
     return sums[WINDOW - 1 :] - sums[: 1 - WINDOW]
 
 
-def windows_of(data):
+def windows_of(data: Split) -> np.ndarray:
     """The hashes of about WINDOWS stretches of WINDOW tokens, spread evenly over a split."""
     hashes = [np.array([], np.uint64)]
     for ids in data.shards:
@@ -101,7 +183,7 @@ def windows_of(data):
     return np.concatenate(hashes)
 
 
-def read_documents(dataset, data):
+def read_documents(dataset: Dataset, data: Split) -> tuple[np.ndarray, Counter]:
     """A 64-bit number for each document of a split, and how many have each fault."""
     special = dataset.tokenizer.special if dataset.tokenizer else {}
     patterns = FAULTS | {SPELLED_OUT: '|'.join(map(re.escape, special)) or '(?!)'}
@@ -120,7 +202,7 @@ def read_documents(dataset, data):
     return np.frombuffer(b''.join(hashes), np.uint64), faults
 
 
-def faults_of(dataset, ids, patterns):
+def faults_of(dataset: Dataset, ids: np.ndarray, patterns: dict[str, str]) -> set[str]:
     """Which faults the text of a document without its special tokens has: {fault: pattern}."""
     spelled = (dataset.bytes_of(part) for part in chunks(ids))
     found = set()
@@ -129,7 +211,7 @@ def faults_of(dataset, ids, patterns):
     return found
 
 
-def frequencies(dataset, counts, tokens):
+def frequencies(dataset: Dataset, counts: np.ndarray, tokens: int) -> dict:
     """Which ids of the vocabulary train has, and how often."""
     order = np.argsort(-counts, kind='stable')[: np.count_nonzero(counts)].tolist()
     expected = set(range(len(counts)))
@@ -149,26 +231,24 @@ def frequencies(dataset, counts, tokens):
     )
 
 
-def plot(dataset, counts):
+def plot(dataset: Dataset, counts: np.ndarray) -> None:
     """quality.png: how often the token of each rank is in train."""
-    from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
-
     seen = np.sort(counts[counts > 0])[::-1]
-    axes = Figure(figsize=(8, 5)).subplots()
+    axes = new_axes((8, 5))
     axes.loglog(np.arange(1, len(seen) + 1), seen, '.-')
     axes.set(xlabel='rank of the token', ylabel='times in train', ylim=(0.7, None))
     with replacing(os.path.join(dataset.folder, 'quality.png'), 'wb') as f:
         axes.figure.savefig(f, format='png', dpi=150)
 
 
-def histogram(lengths):
+def histogram(lengths: np.ndarray) -> dict[str, int]:
     """How many documents have 0, 1, 2-3, 4-7, ... tokens, up to the longest."""
     counts = np.bincount(np.frexp(lengths)[1]).tolist()  # by bits: 0 takes 0, 1 takes 1, 2 and 3 2
     names = ['0', '1'] + [f'{1 << b:,}-{(2 << b) - 1:,}' for b in range(1, len(counts))]
     return dict(zip(names, counts, strict=False))
 
 
-def shares_of(name, f):
+def shares_of(name: str, f: dict) -> Iterator[tuple[bool, str]]:
     """(is it a warning, a line) for each of SHARES that is known of a split."""
     for key, text in SHARES.items():
         total = f.get('windows' if key == 'windows_in_train' else 'documents')
@@ -178,7 +258,7 @@ def shares_of(name, f):
             yield share > (0.05 if key == 'near_empty' else 0.01), line
 
 
-def warnings_of(dataset, result):
+def warnings_of(dataset: Dataset, result: dict) -> list[str]:
     """A line for each thing that ruins runs."""
     warnings = []
     for data in dataset.splits:
@@ -205,7 +285,7 @@ def warnings_of(dataset, result):
     return warnings
 
 
-def show_quality(dataset, result):
+def show_quality(dataset: Dataset, result: dict) -> None:
     """Print what assess found."""
     if 'lengths' in result:  # there is a train
         seen = f'{result["ids_seen"]:,} of the {dataset.vocab_size:,} ids of the vocabulary'

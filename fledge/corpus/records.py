@@ -12,7 +12,7 @@ EXCHANGES = (
 )
 
 
-def text_of(record, field):
+def text_of(record: object, field: str) -> str:
     """The text in a field of a record; a record that is a text (a whole file) is it itself."""
     if isinstance(record, str):
         return record
@@ -25,12 +25,12 @@ def text_of(record, field):
     return record[field]
 
 
-def labelled(text, word):
+def labelled(text: str, word: str) -> list:
     """The document of a text with a label, of which the label is learned: pieces."""
     return [(f'{text}\n\nLabel:', 0), (f' {word}', 1)]
 
 
-def translated(source, target, separator):
+def translated(source: str, target: str, separator: str) -> list:
     """The document of a source and its target, of which the target is learned: pieces.
 
     The first separator in it is the one behind the source. Skip for a source that has one itself.
@@ -44,12 +44,12 @@ def translated(source, target, separator):
     return [(f'{source}{separator}', 0), (target, 1)]
 
 
-def exchange(question, answer):
+def exchange(question: str, answer: str) -> list[dict]:
     """A conversation of one question and its answer."""
     return _checked([dict(role='user', content=question), dict(role='assistant', content=answer)])
 
 
-def conversation(record):
+def conversation(record: object) -> list[dict]:
     """The messages of a record, in any of the forms that conversations have.
 
     A list in `messages` (role and content) or `conversations` (ShareGPT's from and value); or a
@@ -85,29 +85,27 @@ def _turns(role, said):
     return turns
 
 
-def preference(record):
+def preference(record: object) -> list[list[dict]]:
     """The chosen and the rejected conversation, of which what follows the prompt is learned.
 
-    The prompt is a text or messages (or Alpaca's instruction and input); so are chosen and
-    rejected, where messages may repeat the prompt or be all there is of it.
+    The prompt is a text or messages, also ShareGPT's (or Alpaca's instruction and input); so are
+    chosen and rejected, where messages may repeat the prompt or be all there is of it.
     """
     if not isinstance(record, dict):
         raise Skip('no object')
     prompt = record.get('prompt')
     if prompt is None:
         prompt = _instruction(record) if 'instruction' in record else []
-    if isinstance(prompt, str):
-        prompt = [dict(role='user', content=prompt)]
-    if not isinstance(prompt, list):
-        raise Skip('a prompt that is neither a text nor messages')
+    prompt = _turns('user', prompt)
     pair = []
     for field in ('chosen', 'rejected'):
         answer = record.get(field)
         if not isinstance(answer, list):
             if not prompt:
                 raise Skip("no field 'prompt'")
-            answer = [dict(role='assistant', content=text_of(record, field))]
-        elif prompt and answer[: len(prompt)] == prompt:
+            answer = text_of(record, field)
+        answer = _turns('assistant', answer)
+        if answer[: len(prompt)] == prompt:
             answer = answer[len(prompt) :]
         pair.append(_checked(prompt + answer))
     chosen, rejected = pair
@@ -132,9 +130,7 @@ def _instruction(record):
 
 
 def _checked(messages):
-    """Messages as a chat may have them, their texts as they were written; Skip for any others."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise Skip('messages that are no list of objects')
+    """The same messages where a chat may have them; Skip where not."""
     for message in messages:
         role = message.get('role')
         if role not in ('system', 'user', 'assistant'):
@@ -143,16 +139,16 @@ def _checked(messages):
             raise Skip('an empty message')
     if not any(message['role'] == 'assistant' for message in messages):
         raise Skip('no message of the assistant')
-    return [dict(role=message['role'], content=message['content']) for message in messages]
+    return messages
 
 
-def is_title(row, before):
+def is_title(row: dict, before: dict) -> bool:
     """Whether a line of WikiText begins an article: ' = Its title = ' behind an empty line."""
     text = row['text'].rstrip('\n')
     title = text.startswith(' = ') and text.endswith(' = ') and not text.startswith(' = =')
     return title and not before['text'].strip()
 
 
-def article(rows):
+def article(rows: list[dict]) -> str:
     """The text of an article of WikiText."""
     return ''.join(row['text'] or '\n' for row in rows)

@@ -22,6 +22,7 @@ import sys
 import time
 import urllib.request
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from fledge import UserError, replacing
@@ -36,6 +37,8 @@ TEXTS = ('.txt', '.md', *RECORDS)
 TABLES = ('.tsv', '.tab', '.txt', *RECORDS)  # and those with columns between tabs
 SHUFFLED = 10_000  # rows of the hub held at a time where they are shuffled
 WINDOW = 256  # and where they are not
+CONVERTED = 'refs/convert/parquet'  # where the hub keeps a dataset as Parquet
+SCRIPT = 'Dataset scripts are no longer supported'  # what datasets says of a loading script
 
 
 class Skip(Exception):
@@ -74,7 +77,13 @@ class Text(NamedTuple):
     first: bool = True  # the beginning of the text
 
 
-def read(source, position, slice_index, num_slices, retries):
+def read(
+    source: 'Made | OrElse | Files | Hub | Urls',
+    position: Sequence | int | None,
+    slice_index: int,
+    num_slices: int,
+    retries: int,
+) -> Iterator[tuple]:
     """What source.read() yields, tried again where it stops answering; UserError after so many."""
     failures = 0
     while True:
@@ -96,10 +105,12 @@ def read(source, position, slice_index, num_slices, retries):
 class Made:
     """Records that are made: record(0) to record(count - 1)."""
 
-    def __init__(self, identity, count, record):
+    def __init__(self, identity: str, count: int, record: Callable):
         self.identity, self.size, self.count, self.record = identity, 0, count, record
 
-    def read(self, position=None, slice_index=0, num_slices=1):
+    def read(
+        self, position: int | None = None, slice_index: int = 0, num_slices: int = 1
+    ) -> Iterator:
         start = position or self.count * slice_index // num_slices
         for i in range(start, self.count * (slice_index + 1) // num_slices):
             yield self.record(i), (self.identity, i + 1), i + 1
@@ -108,16 +119,18 @@ class Made:
 class OrElse:
     """A source, and another one that is read in its place where it cannot be had at all."""
 
-    def __init__(self, source, other):
+    def __init__(self, source: 'Files | Hub | Urls', other: 'Made | Hub'):
         self.source, self.other = source, other
         self.identity = [source.identity, other.identity]
         self.why = ''  # the source cannot be had
 
     @property
-    def size(self):
+    def size(self) -> int:
         return (self.other if self.why else self.source).size
 
-    def read(self, position=None, slice_index=0, num_slices=1):
+    def read(
+        self, position: Sequence | None = None, slice_index: int = 0, num_slices: int = 1
+    ) -> Iterator:
         # a position: whether it is one of the other source, and the position in that source
         replaced, inner = position or (False, None)
         begun = position is not None
@@ -142,7 +155,7 @@ class OrElse:
 # ---- local files
 
 
-def fetch(url, path):
+def fetch(url: str, path: str) -> str:
     """The text at path; where it is missing under data/, it is fetched from url first."""
     if not os.path.exists(path) and path.startswith('data/'):
         try:
@@ -161,7 +174,7 @@ def fetch(url, path):
         raise UserError(f'{path} cannot be read ({e.strerror}): --input is one file') from None
 
 
-def split_paths(text):
+def split_paths(text: str) -> list[str]:
     """The existing paths in a text, between commas; a path may have commas in it, too."""
     paths, missing, pieces = [], [], text.split(',')
     while pieces:
@@ -197,7 +210,14 @@ class Files:
     wanted, None for all. without: names of folders that are passed over.
     """
 
-    def __init__(self, paths, extensions=TEXTS, columns=None, without=(), separator=''):
+    def __init__(
+        self,
+        paths: list[str],
+        extensions: tuple[str, ...] = TEXTS,
+        columns: list[str] | None = None,
+        without: Sequence[str] = (),
+        separator: str = '',
+    ):
         self.columns, self.separator = columns, separator.encode()
         self.left_out = []  # (path, why) of what lies in the folders and is not read
         found, empty = [], []
@@ -228,7 +248,9 @@ class Files:
         self.identity = [[f, size, os.stat(f).st_mtime_ns if size else 0] for f, size in self.files]
         self.twins = _twins(self.files)
 
-    def read(self, position=None, slice_index=0, num_slices=1):
+    def read(
+        self, position: Sequence | None = None, slice_index: int = 0, num_slices: int = 1
+    ) -> Iterator:
         # a position: the number of a file, and where its reader goes on
         if position is None and slice_index == 0:
             for path, why in self.left_out:
@@ -494,7 +516,7 @@ def _decoded(content, number):
         return content.decode(errors='replace'), number + 1 + content[: e.start].count(b'\n')
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """What an error is and the first line of what it says."""
     said, _, _ = str(error).partition('\n')
     return f'{type(error).__name__}: {said[:200]}'
@@ -508,27 +530,28 @@ class Hub:
 
     columns: which fields are wanted (default: all). starts(row, row_before): rows are gathered into
     lists, a new one where this is true. shuffle: a seed, for the order of files and that of rows
-    within SHUFFLED of them. converted: the revision that has the data where the main one has but a
-    loading script.
+    within SHUFFLED of them. Where a revision has but a loading script, CONVERTED is read.
     """
 
     def __init__(
         self,
-        repo,
-        subset='',
-        split='train',
-        columns=(),
-        starts=None,
-        shuffle=None,
-        converted='refs/convert/parquet',
+        repo: str,
+        subset: str = '',
+        split: str = 'train',
+        columns: Sequence[str] = (),
+        starts: Callable | None = None,
+        shuffle: int | None = None,
+        revision: str = 'main',
     ):
         if not repo:
             raise UserError('--repo is needed: OWNER/NAME on huggingface.co')
         self.repo, self.subset, self.split, self.columns = repo, subset, split, columns
-        self.starts, self.shuffle, self.converted = starts, shuffle, converted
+        self.starts, self.shuffle, self.revision = starts, shuffle, revision
         self.identity, self.size = ', '.join(filter(None, (repo, subset, split))), 0
 
-    def read(self, position=None, slice_index=0, num_slices=1):
+    def read(
+        self, position: Sequence | None = None, slice_index: int = 0, num_slices: int = 1
+    ) -> Iterator:
         # a position: the commit, where datasets goes on, the rows before that, the rows behind it
         # that are done, the records so far
         commit, state, before, done, count = position or (None, None, 0, 0, 0)
@@ -587,18 +610,17 @@ class Hub:
         load = functools.partial(
             datasets.load_dataset, self.repo, self.subset or None, split=self.split, streaming=True
         )
-        revision = commit or 'main'
+        revision = commit or self.revision
         try:
             try:
-                stream = load(revision=commit)
+                stream = load(revision=revision)
             except RuntimeError as e:
                 if not str(e).startswith(SCRIPT):
                     raise
-                revision = self.converted
+                revision = CONVERTED
                 stream = load(revision=revision)
                 said = f'a loading script, which is not run; its revision {revision} is read'
-                if revision == 'refs/convert/parquet':
-                    said += ', of which the hub keeps the first 5 GB alone'
+                said += ', of which the hub keeps the first 5 GB alone'
                 print(f'{self.identity} is {said}', file=sys.stderr)
             if not commit:
                 commit = huggingface_hub.HfApi().dataset_info(self.repo, revision=revision).sha
@@ -618,11 +640,13 @@ class Hub:
 class Urls:
     """The lines of .json.gz files, shuffled, whose addresses a file of a repository lists."""
 
-    def __init__(self, repo, path, seed):
+    def __init__(self, repo: str, path: str, seed: int):
         self.repo, self.path, self.seed = repo, path, seed
         self.identity, self.size = f'{repo}, {path}', 0
 
-    def read(self, position=None, slice_index=0, num_slices=1):
+    def read(
+        self, position: Sequence | None = None, slice_index: int = 0, num_slices: int = 1
+    ) -> Iterator:
         # a position: the commit, the number of a file, the lines of it that are done
         commit, current, done = position or (None, 0, 0)
         _quiet_datasets()
@@ -649,9 +673,6 @@ class Urls:
                             yield line, (url, number), (commit, i, number)
             except Exception as e:  # the network's, the server's, a .gz that ends too early
                 raise Lost(f'{url} fails ({first_line(e)})') from None
-
-
-SCRIPT = 'Dataset scripts are no longer supported'  # what datasets says of them
 
 
 def _failure(identity, error):

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,12 +29,20 @@ from fledge.tokens import (
 class SplitWriter:
     """Appends documents to folder/split_000000.bin, split_000001.bin, ...
 
-    A file is full at shard_tokens, and what is written as one document is in one of them, unless it
-    is longer. masked: .mask.bin beside each. shards: the tokens of each file at an earlier sync(),
-    from which it goes on; what the files hold beyond is dropped.
+    A document is whole in one of them, and begins another where it would exceed shard_tokens.
+    masked: .mask.bin beside each. shards: the tokens of each file at an earlier sync(), from which
+    it goes on; what the files hold beyond is dropped.
     """
 
-    def __init__(self, folder, split, vocab_size, shard_tokens, masked, shards=()):
+    def __init__(
+        self,
+        folder: str,
+        split: str,
+        vocab_size: int,
+        shard_tokens: int,
+        masked: bool,
+        shards: Sequence[int] = (),
+    ):
         self.prefix = os.path.join(folder, split)
         self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
         # of each kind of file: ending, type, bytes before the first token
@@ -41,9 +50,14 @@ class SplitWriter:
         if masked:
             self.kinds.append(('.mask.bin', np.dtype(np.uint8), 0))
         self.shards = list(shards)
+        self.pending = []  # (ids, learned) of documents of the last shard that are in no file yet
         self.changed = set()  # paths, since the last sync()
-        for ending, dtype, before in self.kinds if shards else ():
-            path, size = self._path(ending), before + shards[-1] * dtype.itemsize
+        if shards:
+            self._drop_what_is_beyond(folder)
+
+    def _drop_what_is_beyond(self, folder):
+        for ending, dtype, before in self.kinds:
+            path, size = self._path(ending), before + self.shards[-1] * dtype.itemsize
             if not os.path.exists(path) or os.path.getsize(path) < size:
                 again = f'remove {folder}, and begin again'
                 raise UserError(f'{path} is shorter than when it was left; {again}')
@@ -52,27 +66,12 @@ class SplitWriter:
     def _path(self, ending):
         return f'{self.prefix}_{len(self.shards) - 1:06d}{ending}'
 
-    def write(self, ids, lengths, learned=None):
-        """Append documents of these lengths: their ids, and for each id whether it is learned."""
-        ends = np.cumsum(lengths)
-        done = 0
-        while done < len(ids):
-            if not self.shards or self.shards[-1] >= self.shard_tokens:
-                self._begin_shard()
-            room = self.shard_tokens - self.shards[-1]
-            fit = np.searchsorted(ends, done + room, side='right')  # documents that end in it
-            upto = int(ends[fit - 1]) if fit else 0
-            if upto <= done:
-                if self.shards[-1]:
-                    self._begin_shard()
-                    continue
-                upto = done + min(room, len(ids) - done)  # a document longer than a shard
-            for (ending, dtype, _), values in zip(self.kinds, (ids, learned), strict=False):
-                with open(self._path(ending), 'ab') as f:
-                    f.write(np.asarray(values[done:upto]).astype(dtype).tobytes())
-                self.changed.add(self._path(ending))
-            self.shards[-1] += upto - done
-            done = upto
+    def write(self, ids: np.ndarray, learned: np.ndarray | None = None) -> None:
+        """Append a document: its ids, and for each id whether it is learned. flush() is next."""
+        if not self.shards or (self.shards[-1] and self.shards[-1] + len(ids) > self.shard_tokens):
+            self._begin_shard()
+        self.pending.append((ids, learned))
+        self.shards[-1] += len(ids)
 
     def _begin_shard(self):
         self.close()
@@ -81,16 +80,27 @@ class SplitWriter:
             with open(self._path(ending), 'wb') as f:
                 f.write(bytes(before))
 
-    def sync(self):
+    def flush(self) -> None:
+        """Hand what is written to the system."""
+        columns = zip(*self.pending, strict=True)
+        for (ending, dtype, _), values in zip(self.kinds, columns, strict=False):
+            with open(self._path(ending), 'ab') as f:
+                f.write(np.concatenate(values).astype(dtype).tobytes())
+            self.changed.add(self._path(ending))
+        self.pending = []
+
+    def sync(self) -> list[int]:
         """Make what is written safe; returns the tokens of each shard."""
+        self.flush()
         for path in self.changed:
             with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
         self.changed.clear()
         return list(self.shards)
 
-    def close(self):
-        """Write the header of the last shard."""
+    def close(self) -> None:
+        """Write what is left, and the header of the last shard."""
+        self.flush()
         if self.shards:
             with open(self._path('.bin'), 'r+b') as f:
                 write_header(f, self.vocab_size, self.shards[-1])
@@ -103,13 +113,13 @@ class Seen:
     In memory they are 8 bytes each, in sorted arrays no two of which are of like size.
     """
 
-    def __init__(self, path, count):
+    def __init__(self, path: str, count: int):
         self.path, self.count, self.new = path, count, []
         with open(path, 'ab') as f:
             f.truncate(8 * count)
         self.levels = [np.unique(np.fromfile(path, np.uint64))]
 
-    def fresh(self, hashes):
+    def fresh(self, hashes: np.ndarray) -> np.ndarray:
         """For each of an array of uint64, whether it is the first of its kind."""
         unique, first = np.unique(hashes, return_index=True)
         new = np.ones(len(unique), bool)
@@ -120,14 +130,14 @@ class Seen:
         fresh[first[new]] = True
         return fresh
 
-    def add(self, hashes):
+    def add(self, hashes: np.ndarray) -> None:
         """Add an array of uint64 that are all fresh."""
         self.levels.append(np.sort(hashes))
         while len(self.levels) > 1 and len(self.levels[-2]) < 2 * len(self.levels[-1]):
             self.levels[-2:] = [np.sort(np.concatenate(self.levels[-2:]), kind='stable')]
         self.new.append(hashes)
 
-    def sync(self):
+    def sync(self) -> int:
         """Add what is new to the file, and make it safe; returns how many hashes it holds."""
         with open(self.path, 'ab') as f:
             for hashes in self.new:
@@ -139,7 +149,9 @@ class Seen:
         return self.count
 
 
-def share(partial, files, state, val_fraction, source):
+def share(
+    partial: str, files: dict[str, list[str]], state: dict, val_fraction: float, source: str
+) -> None:
     """Where the draw left train or val empty, it gets the end of the other one's last document.
 
     Of data with masks it gets the last example, whole. files: {split: paths}. They and the counts
@@ -155,44 +167,45 @@ def share(partial, files, state, val_fraction, source):
     masked = os.path.exists(mask_path(path))
     ids, encoder = read_bin(path), load_tokenizer(partial)
     end = end_of(encoder)
-    tokens, size, documents = splits[full]['last']
-    moved = tokens
+    last = splits[full]['last']
+    size, documents = last['bytes'], last['documents']
+    cut = len(ids) - last['tokens']  # what is behind it moves
     if not masked:
         fraction = val_fraction if empty == 'val' else 1 - val_fraction
-        most = min(tokens, len(ids) - 2)  # something stays
-        moved = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
-        moved = min(moved, most)
-        while moved < most and _continues(encoder, ids[-moved]):
-            moved += 1
-    if moved < 2 or len(ids) - moved < 2:
+        wanted = math.ceil((splits[full]['tokens'] - len(end)) * fraction) + len(end)
+        first = max(cut, 2)  # something stays
+        cut = max(len(ids) - wanted, first)
+        while cut > first and _continues(encoder, ids[cut]):
+            cut -= 1
+    rest, given = ids[:cut], ids[cut:]
+    if len(rest) < 2 or len(given) < 2:
         state['bytes'] = 0  # nothing worth keeping
         left_out = ', '.join(note(why, **n) for why, n in state['dropped'].items())
         left_out = f'; left out: {left_out}' if left_out else ''
         why = f'it is too short for its val_fraction{left_out}'
         raise UserError(f'{source} gives no {empty} text: {why}')
-    rest, begin = ids[:-moved], np.array([], ids.dtype)
-    if moved < tokens:  # the document is cut, and ends in both
-        text = ids[len(rest) : len(ids) - len(end)]
+    if len(given) < last['tokens']:  # the document is cut: it ends in both, and begins in both
+        text = given[: len(given) - len(end)]
         size = sum(len(encoder.token_bytes.get(int(i), b'')) for i in text)
-        documents, begin = 1, np.array(encoder.begin, ids.dtype)
+        documents = 1
+        splits[full]['documents'] += 1
         rest = np.append(rest, end)
-        for key, more in dict(tokens=len(end), learned=len(end), documents=1).items():
-            splits[full][key] += more
+        given = np.append(np.array(encoder.begin, ids.dtype), given)
     files[empty], files[full] = [f'{partial}/{empty}.bin'], [*earlier, f'{partial}/{full}.bin']
-    write_bin(files[empty][0], np.append(begin, ids[-moved:]), encoder.vocab_size)
+    write_bin(files[empty][0], given, encoder.vocab_size)
     write_bin(files[full][-1], rest, encoder.vocab_size)
-    learned = moved
+    splits[empty].update(tokens=len(given), bytes=size, documents=documents, learned=len(given))
+    splits[full]['tokens'] += len(rest) - len(ids)
+    splits[full]['bytes'] -= size
+    splits[full]['documents'] -= documents
+    splits[full]['learned'] += len(rest) - len(ids)
     if masked:
         mask = np.fromfile(mask_path(path), np.uint8)
-        mask[:-moved].tofile(f'{partial}/{full}.mask.bin')
-        mask[-moved:].tofile(f'{partial}/{empty}.mask.bin')
-        learned = int(mask[-moved:].sum())
-    given = dict(tokens=moved, bytes=size, documents=documents, learned=learned)
-    splits[empty].update(given)
-    for key, count in given.items():
-        splits[full][key] -= count
-    for key in ('tokens', 'learned'):
-        splits[empty][key] += len(begin)
+        mask[:cut].tofile(f'{partial}/{full}.mask.bin')
+        mask[cut:].tofile(f'{partial}/{empty}.mask.bin')
+        unlearned = int((mask[cut:] == 0).sum())
+        splits[empty]['learned'] -= unlearned
+        splits[full]['learned'] += unlearned
 
 
 def _continues(encoder, token):
@@ -200,7 +213,7 @@ def _continues(encoder, token):
     return encoder.token_bytes.get(int(token), b'a')[0] & 0xC0 == 0x80
 
 
-def publish(folder, files, tokenizer, meta):
+def publish(folder: str, files: dict[str, list[str]], tokenizer: str, meta: dict) -> None:
     """Move whole files to their final names in folder; done again after a kill, it ends the same.
 
     files: {split: the paths of its .bin files}, beside which .mask.bin files lie if meta['masked'];
@@ -232,14 +245,22 @@ def publish(folder, files, tokenizer, meta):
             os.replace(path, target)
 
 
-def remove(partial):
+def remove(partial: str) -> None:
     """Remove the folder of an unfinished run, first of all what a run would go on from."""
     if os.path.exists(f'{partial}/state.json'):
         os.remove(f'{partial}/state.json')
     shutil.rmtree(partial)
 
 
-def meta_of(state, files, source, settings, masked, pairs, separator):
+def meta_of(
+    state: dict,
+    files: dict[str, list[str]],
+    source: str,
+    settings: dict,
+    masked: bool,
+    pairs: bool,
+    separator: str,
+) -> dict:
     """What meta.json says of a finished run."""
     splits = {}
     for split, n in state['splits'].items():
@@ -264,7 +285,7 @@ def meta_of(state, files, source, settings, masked, pairs, separator):
     )
 
 
-def note(why, count, first=()):
+def note(why: str, count: int, first: Sequence[str] = ()) -> str:
     """One reason for which records were left out, how many, and where the first of them are."""
     if not first:
         return f'{count:,} x {why}'
@@ -272,7 +293,7 @@ def note(why, count, first=()):
     return f'{count:,} x {why} ({", ".join(first)}{more})'
 
 
-def report(folder, meta):
+def report(folder: str, meta: dict) -> None:
     """Print what was made, left out, repaired, and could not be had."""
     for split, n in meta['splits'].items():
         name = split if n['files'] == 1 else f'{split}_*'
