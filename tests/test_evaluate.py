@@ -6,12 +6,11 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, shared, start, write_tiny
+from conftest import ROOT, TINY, fails, metrics, python, run, shared, start, write_tiny
 
 from fledge import checkpoint
 from fledge.device import Machine
@@ -439,7 +438,7 @@ def test_processes_share_the_split_and_the_tasks(stories):
     flags = ['--init_from=hf', '--dataset=tales', '--tasks=task.jsonl', '--dtype=float32']
     flags += ['--batch_size=1', '--block_size=16']
     alone = figures(folder, *flags)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    torchrun = [python(), '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     script = os.path.join(ROOT, 'evaluate.py')
     done = subprocess.run(
         [*torchrun, script, '--device=cpu', '--json', *flags],

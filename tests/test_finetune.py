@@ -9,12 +9,11 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, shared, start
+from conftest import ROOT, TINY, fails, metrics, python, run, shared, start
 from torch.nn import functional as F
 
 from fledge import checkpoint
@@ -23,7 +22,7 @@ from fledge.formats import huggingface
 from fledge.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import read_bin
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 BYTES = byte_tokenizer()
 # the three shapes of a block that cover the families
 SHAPES = dict(
@@ -162,7 +161,7 @@ def test_a_step_is_the_mean_over_all_learned_tokens(
     if n_processes == 1:
         run(room, 'train.py', *flags)
     else:
-        command = [*TORCHRUN, os.path.join(ROOT, 'train.py'), *flags]
+        command = [python(), *TORCHRUN, os.path.join(ROOT, 'train.py'), *flags]
         done = subprocess.run(command, cwd=room, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     model = load(room / f'base-{shape}/ckpt.pt')
@@ -594,7 +593,8 @@ def test_four_bits_without_bitsandbytes_are_a_line(room):
     (room / 'hiding').mkdir()
     (room / 'hiding/sitecustomize.py').write_text(HIDING)
     flags = [*PLAIN, base('qwen3'), '--out_dir=wrong', '--lora_rank=4', '--quantize_base=nf4']
-    process = start(room, 'train.py', *flags, env=dict(PYTHONPATH=str(room / 'hiding')))
+    env = dict(PYTHONPATH=str(room / 'hiding'))
+    process = start(room, 'train.py', *flags, env=env, own=True)
     _, err = process.communicate(timeout=120)
     expected = 'error: a base in nf4 needs bitsandbytes: pip install -r requirements-qlora.txt\n'
     assert (process.returncode, err) == (2, expected)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, fails, run, shared, start
+from conftest import ROOT, fails, forked, run, shared, start
 from test_tokenizer import random_texts
 
 from fledge import read_meta
@@ -593,7 +593,9 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
         return list((tmp_path / 'data/killed').glob('partial-*/state.json'))
 
     for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
-        process = start(tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}')
+        process = start(
+            tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}', own=True
+        )
         if states():
             assert 'goes on behind the' in process.stderr.readline()
             time.sleep(0.3)
@@ -668,15 +670,10 @@ runpy.run_path(script, run_name='__main__')
 def crash(cwd, n, script, *args):
     """Run a script until its n-th change of a file's name or wish that it be on the disk, and end
     it there; whether it got so far."""
-    done = subprocess.run(
-        [sys.executable, '-c', CRASH, str(n), os.path.join(ROOT, script), *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode in (0, 137), done.stderr
-    return done.returncode == 137
+    (cwd / 'crash.py').write_text(CRASH)
+    code, _, err = forked(cwd, str(cwd / 'crash.py'), str(n), os.path.join(ROOT, script), *args)
+    assert code in (0, 137), err
+    return code == 137
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
+from conftest import ROOT, TINY, fails, metrics, python, run, start, write_tiny
 from tqdm import tqdm
 
 from fledge import checkpoint, cpu
@@ -26,7 +26,7 @@ from fledge.run import RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 def losses(folder):
@@ -245,6 +245,7 @@ print("buckets", len(calls))
 """)
     out = subprocess.run(
         [
+            python(),
             *TORCHRUN,
             'count.py',
             os.path.join(ROOT, 'train.py'),
@@ -656,7 +657,7 @@ def test_compile_trains_the_same(workdir):
 
 def test_a_failure_to_compile_is_an_error_where_compiling_was_asked_for(workdir):
     env = {'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')}
-    process = start(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env=env)
+    process = start(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env=env, own=True)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and 'nonexistent' in err and 'going on' not in out
 
