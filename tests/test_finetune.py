@@ -149,6 +149,7 @@ def test_the_rows_of_a_step_teach_very_different_numbers_of_tokens(room):
     assert max(learned) > 10 * min(learned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'shape, batch_size, accumulation, n_processes',
     [('llama', 8, 1, 1), ('qwen3', 2, 4, 1), ('gpt2', 1, 8, 1), ('gpt2', 1, 8, 2)],
@@ -222,6 +223,7 @@ def assert_same_run(a, b):
     torch.testing.assert_close(*optimizers, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, own_flags',
     [
@@ -321,6 +323,7 @@ def test_a_step_of_preferences_is_the_formula_of_two_full_models(preferences, sh
     assert abs(last['val_reward_margin'] - margins.mean().item()) < 1e-4
 
 
+@pytest.mark.slow
 def test_trl_finds_the_same_loss_and_gradient(preferences):
     trl = pytest.importorskip('trl')
     transformers = pytest.importorskip('transformers')
@@ -382,6 +385,7 @@ model.GPT.forward = _counting_forward
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('own_flags', [[], ['--lora_rank=4']])
 def test_forty_pairs_teach_their_preference_and_no_second_model_is_held(room, own_flags):
     (room / 'count.py').write_text(COUNTING)
@@ -442,6 +446,7 @@ def test_adapters_train_the_rows_of_new_tokens_and_bring_them_back(grown):
     assert abs(last - by_hand.item()) < 1e-5 and last < metrics(grown / 'grown-lora')[0]['val_loss']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('out_dir', ['grown-full', 'grown-lora'])
 def test_a_grown_model_says_the_same_here_and_in_transformers(grown, out_dir):
     transformers = pytest.importorskip('transformers')
@@ -462,6 +467,7 @@ def test_a_grown_model_says_the_same_here_and_in_transformers(grown, out_dir):
 # ---- the optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, chosen, why',
     [
@@ -480,6 +486,7 @@ def test_one_line_says_which_optimizer_is_taken_and_why(elsewhere, flags, chosen
     assert f" optimizer='{chosen}'" in said
 
 
+@pytest.mark.slow
 def test_a_stage_between_does_not_change_who_trained_the_weights(room):
     stage = [*PLAIN, '--lora_rank=4', '--max_iters=2', '--out_dir=between']
     run(room, 'train.py', *stage, base('qwen3'))
@@ -509,6 +516,7 @@ def message(role, content):
     return dict(role=role, content=content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'record, words',
     [
@@ -554,6 +562,7 @@ def test_what_cannot_be_trained_is_a_line(room, flags, words):
     assert not (room / 'wrong').exists()
 
 
+@pytest.mark.slow
 def test_adapters_do_not_go_on_without_their_rank_or_on_another_base(room):
     (room / 'moved').mkdir()
     shutil.copy(room / 'base-qwen3/ckpt.pt', room / 'moved/ckpt.pt')
@@ -589,6 +598,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutBitsandbytes
 """
 
 
+@pytest.mark.slow
 def test_four_bits_without_bitsandbytes_are_a_line(room):
     (room / 'hiding').mkdir()
     (room / 'hiding/sitecustomize.py').write_text(HIDING)

@@ -199,6 +199,7 @@ def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     def text(*flags):
         return fails(tmp_path, 'prepare/text.py', '--name=x', *flags)
@@ -447,6 +448,7 @@ def test_a_set_of_a_single_mistake_is_no_duplicate_of_itself(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bytes', 'chars', 'train --vocab_size=400'])
 def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
     if tokenizer == 'gpt2':
@@ -485,6 +487,7 @@ def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
         assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(set(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['words', 'no newline', 'broken bytes'])
 def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
     """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a
@@ -756,6 +759,7 @@ def test_a_merge_killed_at_any_step_ends_the_same(tmp_path):
     assert 'is nowhere' in fails(tmp_path, 'prepare/merge.py', '--name=y')
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
     import resource
 
@@ -807,6 +811,7 @@ def test_a_terminal_shows_progress(tmp_path):
     ), shown[-500:]
 
 
+@pytest.mark.slow
 def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_is_whole(tmp_path):
     command = write_many(tmp_path, 300)
     run(tmp_path, *command, '--name=x', '--shard_tokens=100000')
@@ -826,6 +831,7 @@ def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_i
     assert 50_000 <= read_meta(str(tmp_path / 'data/x'))['splits']['train']['tokens'] < 55_000
 
 
+@pytest.mark.slow
 def test_shards_of_several_machines_are_joined(tmp_path):
     command = write_many(tmp_path, 600)
     run(tmp_path, *command, '--name=whole')
@@ -917,6 +923,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     assert 20e6 < peak < 250e6, f'{peak / 1e6:.0f} MB'
 
 
+@pytest.mark.slow
 def test_wikitext_2_and_gsm8k_as_published(tmp_path):
     shared('tiktoken')
     run(
@@ -1018,6 +1025,7 @@ def test_labels_are_learned_and_val_may_be_files_of_its_own(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_standard_librarys_docstrings_become_a_chat(tmp_path):
     run(tmp_path, 'prepare/stdlib_chat.py', '--tokenizer=bytes')
     talks = texts_of(str(tmp_path / 'data/stdlib_chat'), 'train')
