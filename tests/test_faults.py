@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port, kill_tree, metrics, python, write_tiny
+from conftest import ROOT, TINY, free_port, kill_tree, metrics, write_tiny
 
 from fledge import UserError, checkpoint, saving
 
@@ -87,8 +88,8 @@ def objective(model, batch):
 def command(n_processes):
     train = os.path.join(ROOT, 'train.py')
     if n_processes == 1:
-        return [python(), train, *FLAGS]
-    torchrun = [python(), '-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}']
+        return [sys.executable, train, *FLAGS]
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}']
     torchrun += [f'--master_port={free_port()}', '--max_restarts=3', train, *FLAGS]
     return [*torchrun, f'--gradient_accumulation_steps={n_processes}']
 

@@ -6,6 +6,7 @@ Each test starts real processes, as a user does.
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -196,7 +197,7 @@ def test_a_lost_node_comes_back_and_the_run_is_the_same(tmp_path):
     def start(is_host):  # of loopback's addresses all are everybody's, so that it has to be said
         how = f'is_host={is_host},keep_alive_interval=1,keep_alive_max_attempt=2'
         with open(tmp_path / f'node-{len(nodes)}.log', 'w') as log:
-            command = [python(), *node, f'--rdzv_conf={how}', *script]
+            command = [sys.executable, *node, f'--rdzv_conf={how}', *script]
             options = dict(stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
             nodes.append(subprocess.Popen(command, **options))
 
