@@ -127,6 +127,7 @@ def test_rows_of_different_lengths_share_a_cache(switches, ready):
         logits, _ = model(new, cache=cache)
 
 
+@pytest.mark.slow
 @every_family
 @torch.no_grad()
 def test_generation_goes_on_past_the_context(switches, ready):
@@ -432,6 +433,7 @@ def test_generate_follows_an_edited_block(monkeypatch, ready):
     assert not torch.equal(before, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('switches', [{}, QWEN3], ids=['gpt2', 'qwen3'])
 def test_one_compiled_decode_step_serves_a_generation(switches):
     """And one compiled training step serves a run."""

@@ -1,13 +1,19 @@
 """What several test files need: small datasets, and the scripts run as a user runs them."""
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import fork_server
 import numpy as np
 import psutil
 import pytest
@@ -19,6 +25,7 @@ if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 # small models are fastest on one thread, and two test processes at once do not fight over the cores
 os.environ.update(OMP_NUM_THREADS='1', WANDB_MODE='offline', WANDB_SILENT='true')
+os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'  # no processes that import torch to compile
 
 # a model that trains in seconds; the settings that every such run shares
 TINY = [
@@ -56,17 +63,24 @@ def shared(*parts):
     return path
 
 
-def start(cwd, script, *args, env=None, **options):
-    """Start a script of ours in cwd; returns the Popen."""
-    return subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, script), *args],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | (env or {}),
-        **options,
-    )
+def start(cwd, script, *args, env=None, own=False, **options):
+    """Start a script of ours in cwd; returns the Popen, or what stands in for it.
+
+    With options of subprocess.Popen, or where own is true, it is a Python of its own: of some
+    variables it matters that they are there when Python begins, or torch is imported.
+    """
+    command = [os.path.join(ROOT, script), *args]
+    if own or options:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (env or {}),
+            **options,
+        )
+    return Child(cwd, *command, env=env)
 
 
 def free_port():
@@ -86,71 +100,117 @@ def kill_tree(process):
             child.kill()
 
 
-# Most of a short script's time is the import of torch, and of torch._dynamo, which the first
-# optimizer imports. A process that has done both forks one child a script, which then runs as by
-# itself.
-FORKS = """
-import atexit, json, os, runpy, signal, sys
-import torch._dynamo
-for job in map(json.loads, sys.stdin):
-    child = os.fork()
-    if not child:
-        signal.alarm(300)  # one that hangs does not stay
-        os.chdir(job['cwd'])
-        os.environ.clear()
-        os.environ.update(job['env'])
-        for number, path in enumerate((os.devnull, job['out'], job['err'])):
-            os.dup2(os.open(path, os.O_RDWR), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
-        sys.argv, sys.path[0], code = job['argv'], os.path.dirname(job['argv'][0]), 0
-        try:
+# What each server has imported before it forks: the scripts in prepare/ need no torch. datasets and
+# huggingface_hub read the environment when they are imported, and so are not among these.
+SERVERS = dict(
+    prepare='numpy pyarrow.parquet pandas tokenizers tiktoken tqdm filelock jinja2 fsspec httpx'
+    ' dill xxhash multiprocess psutil',
+    torch='numpy torch torch._dynamo torch.distributed.launcher.api tokenizers tiktoken jinja2'
+    ' psutil matplotlib.figure matplotlib.backends.backend_agg matplotlib.font_manager'
+    ' safetensors.torch',
+)
+servers = {}  # name: process, and its folder
+
+
+def server(name):
+    """The folder of one of SERVERS, which runs until this process ends."""
+    if name not in servers:
+        folder = tempfile.mkdtemp(prefix='fork-')
+        atexit.register(shutil.rmtree, folder)
+        command = [sys.executable, fork_server.__file__, folder, *SERVERS[name].split()]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, **pipes)
+        assert process.stdout.readline() == b'ready\n', 'the fork server did not start'
+        servers[name] = process, folder
+    return servers[name][1]
+
+
+def python():
+    """What runs a script or a module as sys.executable does, without its import of torch."""
+    return os.path.join(server('torch'), 'python')
+
+
+class Child:
+    """A script in a child of fork_server.py, with the methods and attributes of a Popen.
+
+    Its standard output and error are pipes, or files with these numbers.
+    """
+
+    def __init__(self, cwd, *command, env=None, out=None, err=None):
+        kind = 'prepare' if f'{os.sep}prepare{os.sep}' in ' '.join(command[:3]) else 'torch'
+        self.args, self.returncode = command, None
+        with contextlib.ExitStack() as theirs:
+            streams = {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err}
+            theirs.callback(os.close, streams[0])
+            for place, name in ((1, 'stdout'), (2, 'stderr')):
+                if streams[place] is None:
+                    ours, streams[place] = os.pipe()
+                    theirs.callback(os.close, streams[place])
+                    setattr(self, name, os.fdopen(ours))
+            env = os.environ | (env or {})
+            self.pid, self.connection = fork_server.ask(server(kind), command, cwd, env, streams)
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
             try:
-                runpy.run_path(sys.argv[0], run_name='__main__')
-            except SystemExit:
-                raise
-            except BaseException:
-                code = 1
-                sys.excepthook(*sys.exc_info())
-        except SystemExit as e:
-            code = e.code or 0
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-forks = None
+                self.returncode = fork_server.hear(self.connection)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self.connection.close()
+        return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        with ThreadPoolExecutor(1) as thread:
+            err = thread.submit(self.stderr.read)
+            alarm = threading.Timer(timeout or 600, self.kill)  # one that hangs does not stay
+            alarm.start()
+            out = self.stdout.read()
+            self.wait()
+            alarm.cancel()
+            return out, err.result()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.stderr.close()
+        self.wait()
 
 
 def forked(cwd, path, *args, env=None):
     """Run a script in cwd to its end; returns its exit code, stdout and stderr."""
-    global forks
-    forks = forks or subprocess.Popen(
-        [sys.executable, '-c', FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        job = dict(
-            cwd=str(cwd),
-            argv=[path, *args],
-            env=os.environ | (env or {}),
-            out=out.name,
-            err=err.name,
-        )
-        print(json.dumps(job), file=forks.stdin, flush=True)
-        return int(forks.stdout.readline()), out.read().decode(), err.read().decode()
+        child = Child(cwd, path, *args, env=env, out=out.fileno(), err=err.fileno())
+        try:
+            code = child.wait(300)
+        finally:
+            child.kill()  # one that hangs does not stay
+        out.seek(0), err.seek(0)  # the child's places are ours
+        return code, out.read().decode(), err.read().decode()
 
 
 def run(cwd, script, *args, code=0, env=None):
     """Run a script of ours in cwd to its end, which must be exit code `code`; returns its stdout,
     or stderr for a failure."""
-    if script.startswith('prepare/'):  # which import no torch
-        process = start(cwd, script, *args, env=env)
-        try:
-            out, err = process.communicate(timeout=300)
-        finally:
-            process.kill()  # one that hangs does not stay
-        returned = process.returncode
-    else:
-        returned, out, err = forked(cwd, os.path.join(ROOT, script), *args, env=env)
+    returned, out, err = forked(cwd, os.path.join(ROOT, script), *args, env=env)
     assert returned == code, f'exit code {returned}\n{out}\n{err}'
     return out if code == 0 else err
 

@@ -118,6 +118,7 @@ def test_nothing_changes_before_the_first_step():
 WAYS = ['plain', 'sped up', 'sped up before', 'bfloat16', 'checkpointing', 'compiled', 'ddp']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('way', WAYS)
 def test_gradients_are_the_same_in_every_way_and_of_adapters_alone(shape, way, tmp_path):
@@ -265,6 +266,7 @@ def test_a_checkpoint_of_adapters_is_merged_into_its_base(shape, tmp_path, monke
     assert largest_difference(model, loaded(tmp_path / 'out-lora/ckpt.pt')) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_base_or_none_is_refused_in_a_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = random_model('gpt2')
@@ -334,6 +336,7 @@ def test_the_digest_is_of_the_numbers_and_not_of_the_file(tmp_path):
 # ---- a base of few bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_nf4_multiplies_by_bitsandbytes_own_weights(shape, dtype):
@@ -448,6 +451,7 @@ def by_peft(folder, base):
     return peft.PeftModel.from_pretrained(model, folder).eval()(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen3'])
 def test_an_exported_adapter_is_the_same_in_peft(family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -470,6 +474,7 @@ def test_an_exported_adapter_is_the_same_in_peft(family, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_checkpoint_is_exported_beside_its_exported_base(tmp_path, monkeypatch):
     pytest.importorskip('transformers')
     monkeypatch.chdir(tmp_path)

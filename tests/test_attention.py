@@ -102,6 +102,7 @@ def test_a_text_too_long_leaves_the_model_as_it_was():
     assert not any('attend' in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_picture_has_room_for_each_token_and_no_more_than_fits(tmp_path, capsys):
     model, path = small_model(), tmp_path / 'attention.png'
     draw_attention(model, byte_tokenizer(), list(b'$x_1$ = 2\n'), str(path))

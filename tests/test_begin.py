@@ -63,6 +63,7 @@ def test_every_document_begins_with_it(folder):
     assert (ids[0], learned[0]) == (1, 0) and list(ids).count(1) == 1
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_and_exported_as_it_was_trained(folder):
     run(folder, 'train.py', *TRAIN, *SMALL)
     assert checkpoint.load(str(folder / 'out/ckpt.pt'))['begin'] == [1]
@@ -140,6 +141,7 @@ def test_bytes_are_the_documents_own(folder):
     assert found['loss'] == pytest.approx(each.mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_embedding_get_rows_of_it(folder):
     talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
     with open(folder / 'talks.jsonl', 'w') as f:

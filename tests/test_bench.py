@@ -9,7 +9,7 @@ import sys
 
 import psutil
 import pytest
-from conftest import ROOT, fails, metrics, run, start, write_tiny
+from conftest import ROOT, fails, metrics, python, run, start, write_tiny
 from test_device import AVX2
 
 from fledge import UserError, benchmark, cpu, time_to_loss
@@ -146,6 +146,7 @@ def test_bad_input_is_one_line(tmp_path, flags, words):
     assert words in fails(tmp_path, 'bench.py', *SIZE, *flags)
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_none_is_one_line(tmp_path):
     (tmp_path / 'model.py').write_text('GPT = 3')
     assert 'is no nanoGPT checkout' in fails(
@@ -153,6 +154,7 @@ def test_a_peer_that_is_none_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_cpu_that_plays_a_smaller_one_is_named_as_that(workdir):
     out = run(workdir, 'bench.py', '--only=train', '--dataset=tiny', *SIZE, env=AVX2)
     assert result(out)['cpu'] == 'AVX2' and '(AVX2), 1 threads' in out.splitlines()[-2]
@@ -222,6 +224,7 @@ def test_seconds_of_training_are_those_of_its_steps(tmp_path):
 @pytest.mark.slow
 def test_all_of_it_as_one_table(checkout):
     flags = ['--all', '--compare=theirs', *SIZE, '--n_kv_head=2', '--rounds=1', '--seconds=0.05']
+    flags += ['--dtype=float32']  # one of transformers in each part, in place of two
     env = dict(PYTEST_ADDOPTS='-n 0 -k initial_loss')
     process = start(checkout, 'bench.py', *flags, env=env)  # it takes as long as the machine does
     out, err = process.communicate()
@@ -243,8 +246,9 @@ def test_all_of_it_as_one_table(checkout):
     assert any(line.startswith('On ') and cpu.kind() in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_models_tests_run_on_the_device_they_are_told():
-    command = [sys.executable, '-m', 'pytest', '-n', '0', '-k', 'initial_loss', 'test_model.py']
+    command = [python(), '-m', 'pytest', '-n', '0', '-k', 'initial_loss', 'test_model.py']
     for device, words in (('cpu:0', '6 passed'), ('meta', '6 failed')):  # which computes nothing
         env = os.environ | dict(FLEDGE_TEST_DEVICE=device)
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -148,6 +148,7 @@ def test_a_full_disk_loses_nothing(folder):
     assert terminal.exit_code() == 0 and not (folder / 'talk.json').exists()
 
 
+@pytest.mark.slow
 def test_a_pipe_is_a_user_as_well(folder):
     (folder / 'broken.json').write_text('{"messages": [')
     lines = 'hello\n/system Be brief.\n/system\nÉ 漢\n/save talk.json\n/reset\n/save none.json\n'
@@ -170,6 +171,7 @@ def test_a_pipe_is_a_user_as_well(folder):
     assert err.startswith('Be brief.\n') and '/retry' in err
 
 
+@pytest.mark.slow
 def test_a_full_context_is_said_once_and_a_message_beyond_it_is_refused(tmp_path):
     write_chatterbox(tmp_path / 'out', byte_tokenizer(), 'XYZ\x1b', 256)
     lines = ['a' * 60] * 8 + ['b' * 300, 'c']

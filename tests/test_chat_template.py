@@ -312,6 +312,7 @@ def prepare(folder, name, *flags):
     return run(folder, 'prepare/chat.py', *flags, '--val_fraction=0.3')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['llama3', 'zephyr'])
 def test_from_conversations_to_an_exported_model(vocabulary, form, tmp_path):
     given = tokenizer_of(vocabulary, form)

@@ -89,6 +89,7 @@ def test_one_run_or_runs_all_alike_give_no_interval():
 # ---- the verdict
 
 
+@pytest.mark.slow
 def test_a_difference_is_told_from_chance_by_the_spread_of_the_seeds(tmp_path):
     write_seeds(tmp_path / 'out-a', [2.000, 2.004, 2.002])
     write_seeds(tmp_path / 'out-b', [1.990, 1.986, 1.988], learning_rate=0.02)
@@ -161,6 +162,7 @@ def test_other_data_is_compared_by_bits_a_byte_or_not_at_all(tmp_path):
     assert 'have other data' in fails(tmp_path, 'compare.py', 'a', 'c')
 
 
+@pytest.mark.slow
 def test_losses_that_do_not_compare_get_no_verdict(tmp_path):
     write_run(tmp_path / 'a', [4.0, 3.0])
     write_run(tmp_path / 'b', [4.0, 3.0], objective='dpo')
@@ -201,6 +203,7 @@ def test_eight_groups_are_drawn(tmp_path):
 # ---- several seeds
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_one_after_another_and_once(workdir):
     same = [*SHORT, '--seed=7', '--dtype=float32']
     flags = [*same, '--min_lr=1e-4']
@@ -225,6 +228,7 @@ def test_seeds_are_trained_one_after_another_and_once(workdir):
     assert 'out/seed_7 has a run with min_lr=0.0001' in words
 
 
+@pytest.mark.slow
 def test_a_run_with_no_evaluation_in_the_others_length_is_compared(workdir):
     for n in (4, 12):
         run(
@@ -234,6 +238,7 @@ def test_a_run_with_no_evaluation_in_the_others_length_is_compared(workdir):
     assert len(result['verdicts']) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_run_that_goes_and_the_rest_is_not_begun(workdir, number):
     flags = [*SHORT, slow(workdir, 0.3), '--seeds=2', '--max_iters=8']
@@ -248,6 +253,7 @@ def test_a_signal_reaches_the_run_that_goes_and_the_rest_is_not_begun(workdir, n
     assert 'resuming at step' in out and out.count('done at step 8') == 2
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_ends_the_rest(workdir):
     flags = [*SHORT, '--seeds=2', '--dataset=none']
     assert 'data/none' in run(workdir, 'train.py', *flags, code=2)
@@ -315,6 +321,7 @@ for i in range(300):
 """
 
 
+@pytest.mark.slow
 def test_runs_that_end_at_once_each_have_a_whole_line(tmp_path):
     command = [sys.executable, '-c', MANY, str(tmp_path)]
     both = [subprocess.Popen([*command, *names], cwd=ROOT) for names in ('ab', 'ba')]
@@ -338,6 +345,7 @@ def test_a_full_disk_under_runs_tsv_is_a_warning(tmp_path, capsys):
     assert os.listdir(tmp_path) == ['runs.tsv']
 
 
+@pytest.mark.slow
 def test_a_folder_that_takes_no_runs_tsv_is_a_warning(workdir):
     (workdir / 'runs.tsv').mkdir()  # as root, who tests, may write anywhere else
     process = start(workdir, 'train.py', *SHORT)

@@ -63,6 +63,7 @@ def prepared(hub, tmp_path_factory):
     return tmp_path_factory.mktemp('configs'), set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_trains_on_what_its_error_names(hub, prepared, name):
     folder, commands = prepared
@@ -85,6 +86,7 @@ def test_a_config_trains_on_what_its_error_names(hub, prepared, name):
     assert end['val_loss'] > 0
 
 
+@pytest.mark.slow
 def test_sentiment_trains_on_labels(tmp_path):
     config = os.path.join(ROOT, 'config', 'sentiment.py')
     words = fails(tmp_path, 'train.py', config, *STEP)
@@ -99,6 +101,7 @@ def test_sentiment_trains_on_labels(tmp_path):
     assert 'label_accuracy' in out
 
 
+@pytest.mark.slow
 def test_qlora_trains_on_alpaca(hub, tmp_path):
     pytest.importorskip('bitsandbytes')
     shared('tiktoken')

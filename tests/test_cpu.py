@@ -203,6 +203,7 @@ def steps_are_recorded(monkeypatch):
     monkeypatch.setattr(cpu_generation.GPT, 'RECORD_AFTER', 3)
 
 
+@pytest.mark.slow
 @every_family
 @torch.no_grad()
 def test_a_recorded_step_is_the_forward_pass(switches, threads, steps_are_recorded):

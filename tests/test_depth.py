@@ -101,6 +101,7 @@ def test_a_loss_falls_with_size_and_tokens_and_less_with_repeats():
     assert again[1] > again[2] > fresh[2]
 
 
+@pytest.mark.slow
 def test_a_depth_is_a_run_that_its_settings_make_again(workdir):
     out = run(workdir, 'train.py', CONFIG, *SMALL, '--n_layer=2', '--max_iters=60')
     settings = json.loads((workdir / 'out' / 'settings.json').read_text())
@@ -126,6 +127,7 @@ def test_a_depth_is_a_run_that_its_settings_make_again(workdir):
     assert 'a law' not in out and 'resuming at step 60; max_iters was 60, now 70' in out
 
 
+@pytest.mark.slow
 def test_a_time_chooses_a_depth_and_ends_the_run(workdir):
     out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=0.3', '--batch_size=1')
     settings = json.loads((workdir / 'out' / 'settings.json').read_text())
@@ -147,6 +149,7 @@ def test_a_dry_run_says_four_lines_and_writes_nothing(workdir):
     assert shown(out, r'\n([\d.,]+) tokens in')[0] > 2 * tokens
 
 
+@pytest.mark.slow
 def test_more_time_makes_a_deeper_model():
     """On a machine that computes 1e9 FLOP/s whatever the depth."""
 
@@ -169,6 +172,7 @@ def test_more_time_makes_a_deeper_model():
     assert repeating.loss > long.loss
 
 
+@pytest.mark.slow
 def test_all_seeds_have_what_the_first_one_chose(workdir):
     command = [CONFIG, *SMALL, '--n_layer=1', '--max_iters=20', '--seeds=2']
     out = run(workdir, 'train.py', *command)
@@ -215,12 +219,14 @@ def test_evaluations_are_in_the_time():
     assert steps(1) < 0.2 * steps(10**6)
 
 
+@pytest.mark.slow
 def test_bench_takes_the_shape_and_measures_that_alone(workdir):
     flags = ['--only=train', '--rounds=1', '--seconds=0.05', '--json']
     out = run(workdir, 'bench.py', CONFIG, *SMALL, '--n_layer=3', *flags)
     assert json.loads(out.splitlines()[-1])['train_tokens_per_second'] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, words',
     [

@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('out_dir', ['out', 'lora', 'gpt2', 'copies'])
 def test_a_run_is_drawn(runs, out_dir):
     names = [f'{out_dir}-{picture}.png' for picture in PICTURES]
@@ -206,6 +207,7 @@ def test_a_loss_that_is_not_finite_has_no_picture(runs):
     assert words in fails(runs, 'draw.py', '--init_from=out/huge.pt', '--gradients=a.png')
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_idle_is_said(runs):
     (runs / 'alone').mkdir()
     for name in ('ckpt.pt', 'tokenizer.json'):

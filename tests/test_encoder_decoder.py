@@ -451,6 +451,7 @@ def test_without_a_source_it_says_so(half_trained):
     assert type(make_model(GPTConfig(**PAPER | dict(n_encoder_layer=0)))) is GPT
 
 
+@pytest.mark.slow
 def test_a_step_and_a_decode_step_compile_in_one_piece(half_trained):
     model = paper_model()
     source, idx = sources([9, 5]), sources([7, 7], seed=2)

@@ -6,12 +6,11 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, shared, start, write_tiny
+from conftest import ROOT, TINY, fails, metrics, python, run, shared, start, write_tiny
 
 from fledge import checkpoint
 from fledge.device import Machine
@@ -123,6 +122,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_bytes_are_those_of_the_text(kind, tmp_path):
     """Tokens that end within a character count what they hold of it, special ones nothing, in every
@@ -185,6 +185,7 @@ def test_parts_of_it(trained):
     )  # from less before it
 
 
+@pytest.mark.slow
 def test_rows_are_the_runs_or_no_longer_than_1024(trained):
     run(
         trained,
@@ -206,6 +207,7 @@ def test_rows_are_the_runs_or_no_longer_than_1024(trained):
     assert figures(trained, '--init_from=again/model.pt', '--dataset=tiny')['block_size'] == 1024
 
 
+@pytest.mark.slow
 def test_logits_are_made_a_part_at_a_time(tmp_path):
     """A model of 4 rows of 1,024 tokens and a vocabulary of 150,000 has 2.4 GB of them."""
     model = GPT(GPTConfig(block_size=1024, vocab_size=150_000, n_layer=1, n_head=1, n_embd=8))
@@ -235,6 +237,7 @@ def test_logits_are_made_a_part_at_a_time(tmp_path):
     ), usage.ru_maxrss
 
 
+@pytest.mark.slow
 def test_a_model_in_every_form(trained):
     whole = figures(trained, '--dtype=float32')
     run(trained, 'export.py', '--quantize=int8')
@@ -260,6 +263,7 @@ def test_a_model_in_every_form(trained):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_says_nothing_of_its_run(trained):
     """nanoGPT's own say less than ours; the tokenizer is then the data's."""
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
@@ -273,6 +277,7 @@ def test_a_checkpoint_that_says_nothing_of_its_run(trained):
         )
 
 
+@pytest.mark.slow
 def test_what_is_refused(trained):
     assert 'data/tiny has no test.bin' in fails(trained, 'evaluate.py', '--split=test')
     assert 'data/gone has no val.bin' in fails(trained, 'evaluate.py', '--dataset=gone')
@@ -439,7 +444,7 @@ def test_processes_share_the_split_and_the_tasks(stories):
     flags = ['--init_from=hf', '--dataset=tales', '--tasks=task.jsonl', '--dtype=float32']
     flags += ['--batch_size=1', '--block_size=16']
     alone = figures(folder, *flags)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    torchrun = [python(), '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     script = os.path.join(ROOT, 'evaluate.py')
     done = subprocess.run(
         [*torchrun, script, '--device=cpu', '--json', *flags],

@@ -5,10 +5,9 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, python
 from torch.distributed.run import get_args_parser
 
 from fledge.configurator import configure, read_settings
@@ -97,7 +96,7 @@ def test_kubernetes_command_trains_and_knows_that_the_run_is_over(workdir):
     out_dir = re.search(r'--out_dir=(\S+)', kubernetes_command())[1]
     here = kubernetes_command().replace('--nnodes=2 --nproc_per_node=8', '--nnodes=1')
     here = here.replace('fledge-0.fledge:29500', 'localhost:0')
-    here = here.replace('torchrun', shlex.join([sys.executable, '-m', 'torch.distributed.run']))
+    here = here.replace('torchrun', shlex.join([python(), '-m', 'torch.distributed.run']))
     train, tiny = os.path.join(ROOT, 'train.py'), [*TINY, '--max_iters=2']
     (workdir / out_dir).mkdir(parents=True)
     (workdir / out_dir / 'train.log').write_text('stopped at step 1 after 0.1 minutes')

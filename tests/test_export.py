@@ -254,6 +254,7 @@ def test_transformers_reads_the_same_model_tokens_and_chat(trained, exported):
     )
 
 
+@pytest.mark.slow
 def test_the_model_card_tells_what_is_known(trained, exported):
     card = (trained / 'out/hf/README.md').read_text()
     assert (
@@ -800,6 +801,7 @@ def test_adapters_are_merged_on_the_way_out(trained, exported):
         adapters.merged(saved | dict(config={}), 'x')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, message',
     [
@@ -878,6 +880,7 @@ def test_mistakes_cost_a_line(flags, message, trained, exported):
     assert before == {n: (trained / n).stat().st_mtime_ns for n in before}
 
 
+@pytest.mark.slow
 def test_a_model_of_characters(tmp_path):
     write_tiny(tmp_path / 'data/tiny')
     run(
@@ -960,6 +963,7 @@ def test_what_came_out_wrong_is_not_left_behind(error, trained, exported, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_an_interruption_as_it_takes_its_name_leaves_the_old_one(trained, exported, tmp_path):
     shutil.copytree(trained / 'out/hf', trained / 'kept')
     flags = ['--output=kept', '--dtype=bfloat16', '--overwrite']
@@ -992,6 +996,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
     assert not debris(trained)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_replaced_where_that_is_asked_for(trained, exported, tmp_path):
     trained = shutil.copytree(trained, tmp_path / 'own')
     small = ['--init_from=small/ckpt.pt']
@@ -1025,6 +1030,7 @@ def test_what_is_there_is_replaced_where_that_is_asked_for(trained, exported, tm
     assert not debris(trained / 'out') + debris(trained)
 
 
+@pytest.mark.slow
 def test_a_link_stays_a_link(trained, exported):
     (trained / 'linked').symlink_to('real/hf')
     (trained / 'real/deeper').mkdir(parents=True)
@@ -1065,6 +1071,7 @@ def with_pad(folder, **changes):
     (folder / 'tokenizer.json').write_text(json.dumps(spec | dict(added_tokens=added) | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', FLAGS.values(), ids=FLAGS)
 def test_special_tokens_beyond_the_embedding_are_left_out(flags, tmp_path):
     make('llama', tmp_path / 'in', vocab_size=259)
@@ -1155,6 +1162,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('edit', EDITS)
 def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
     """The prompt and the model's context show nothing of a window of 500 tokens."""
@@ -1226,6 +1234,7 @@ def test_the_card_says_what_it_began_from(began, base, said):
     assert f'| began from | {said} |' in card and (f'base_model: {began}\n' in card) == base
 
 
+@pytest.mark.slow
 def test_two_at_once(trained, exported):
     first = start(trained, 'export.py', '--output=both')
     while not (trained / '.export-both').exists():
@@ -1292,6 +1301,7 @@ def test_qwen2_has_qwens_tokenizer_or_none(tmp_path):
 OWN = '{{ messages[0].content }}!'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'template', [OWN, [dict(name='tool_use', template='no'), dict(name='default', template=OWN)]]
 )
@@ -1318,6 +1328,7 @@ def test_a_template_and_settings_of_its_own_go_along(template, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_kill_leave_what_was_there(trained, exported):
     before = (trained / 'out/model.gguf').read_bytes()
     for flags in (['--format=gguf', '--dtype=f32'], [], ['--format=ckpt']):

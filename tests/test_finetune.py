@@ -9,12 +9,11 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, shared, start
+from conftest import ROOT, TINY, fails, metrics, python, run, shared, start
 from torch.nn import functional as F
 
 from fledge import checkpoint
@@ -23,7 +22,7 @@ from fledge.formats import huggingface
 from fledge.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from fledge.tokens import read_bin
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 BYTES = byte_tokenizer()
 # the three shapes of a block that cover the families
 SHAPES = dict(
@@ -150,6 +149,7 @@ def test_the_rows_of_a_step_teach_very_different_numbers_of_tokens(room):
     assert max(learned) > 10 * min(learned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'shape, batch_size, accumulation, n_processes',
     [('llama', 8, 1, 1), ('qwen3', 2, 4, 1), ('gpt2', 1, 8, 1), ('gpt2', 1, 8, 2)],
@@ -162,7 +162,7 @@ def test_a_step_is_the_mean_over_all_learned_tokens(
     if n_processes == 1:
         run(room, 'train.py', *flags)
     else:
-        command = [*TORCHRUN, os.path.join(ROOT, 'train.py'), *flags]
+        command = [python(), *TORCHRUN, os.path.join(ROOT, 'train.py'), *flags]
         done = subprocess.run(command, cwd=room, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     model = load(room / f'base-{shape}/ckpt.pt')
@@ -223,6 +223,7 @@ def assert_same_run(a, b):
     torch.testing.assert_close(*optimizers, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, own_flags',
     [
@@ -322,6 +323,7 @@ def test_a_step_of_preferences_is_the_formula_of_two_full_models(preferences, sh
     assert abs(last['val_reward_margin'] - margins.mean().item()) < 1e-4
 
 
+@pytest.mark.slow
 def test_trl_finds_the_same_loss_and_gradient(preferences):
     trl = pytest.importorskip('trl')
     transformers = pytest.importorskip('transformers')
@@ -383,6 +385,7 @@ model.GPT.forward = _counting_forward
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('own_flags', [[], ['--lora_rank=4']])
 def test_forty_pairs_teach_their_preference_and_no_second_model_is_held(room, own_flags):
     (room / 'count.py').write_text(COUNTING)
@@ -443,6 +446,7 @@ def test_adapters_train_the_rows_of_new_tokens_and_bring_them_back(grown):
     assert abs(last - by_hand.item()) < 1e-5 and last < metrics(grown / 'grown-lora')[0]['val_loss']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('out_dir', ['grown-full', 'grown-lora'])
 def test_a_grown_model_says_the_same_here_and_in_transformers(grown, out_dir):
     transformers = pytest.importorskip('transformers')
@@ -463,6 +467,7 @@ def test_a_grown_model_says_the_same_here_and_in_transformers(grown, out_dir):
 # ---- the optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, chosen, why',
     [
@@ -481,6 +486,7 @@ def test_one_line_says_which_optimizer_is_taken_and_why(elsewhere, flags, chosen
     assert f" optimizer='{chosen}'" in said
 
 
+@pytest.mark.slow
 def test_a_stage_between_does_not_change_who_trained_the_weights(room):
     stage = [*PLAIN, '--lora_rank=4', '--max_iters=2', '--out_dir=between']
     run(room, 'train.py', *stage, base('qwen3'))
@@ -510,6 +516,7 @@ def message(role, content):
     return dict(role=role, content=content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'record, words',
     [
@@ -555,6 +562,7 @@ def test_what_cannot_be_trained_is_a_line(room, flags, words):
     assert not (room / 'wrong').exists()
 
 
+@pytest.mark.slow
 def test_adapters_do_not_go_on_without_their_rank_or_on_another_base(room):
     (room / 'moved').mkdir()
     shutil.copy(room / 'base-qwen3/ckpt.pt', room / 'moved/ckpt.pt')
@@ -590,11 +598,13 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutBitsandbytes
 """
 
 
+@pytest.mark.slow
 def test_four_bits_without_bitsandbytes_are_a_line(room):
     (room / 'hiding').mkdir()
     (room / 'hiding/sitecustomize.py').write_text(HIDING)
     flags = [*PLAIN, base('qwen3'), '--out_dir=wrong', '--lora_rank=4', '--quantize_base=nf4']
-    process = start(room, 'train.py', *flags, env=dict(PYTHONPATH=str(room / 'hiding')))
+    env = dict(PYTHONPATH=str(room / 'hiding'))
+    process = start(room, 'train.py', *flags, env=env, own=True)
     _, err = process.communicate(timeout=120)
     expected = 'error: a base in nf4 needs bitsandbytes: pip install -r requirements-qlora.txt\n'
     assert (process.returncode, err) == (2, expected)

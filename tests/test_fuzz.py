@@ -50,9 +50,10 @@ from fledge.tokenizer import (
 from fledge.tokens import write_bin
 from model import GPT, GPTConfig
 
-ROUNDS = 2000  # broken files of each format
+ROUNDS = 500  # broken files of each format; FLEDGE_FUZZ_ROUNDS=2000 breaks more
 ANOTHER_WAY = ('wide_bin', 'checkpoint_pickle', 'checkpoint_values', 'adapter_checkpoint', 'shards')
-MORE_ROUNDS = 1000  # of those, whose format is broken in one way already
+ROUNDS = int(os.environ.get('FLEDGE_FUZZ_ROUNDS', ROUNDS))
+MORE_ROUNDS = ROUNDS // 2  # of those, whose format is broken in one way already
 SECONDS = 60  # the longest that reading one may take, whatever the machine
 BYTES = 10**9  # the most that reading one may take
 SIZES = dict(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8)

@@ -37,6 +37,7 @@ def replies_to(model, prompts, size=4, **settings):
     return replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position', ['rope', 'learned'])
 @pytest.mark.parametrize('fast', [False, True])
 def test_a_reply_beside_others_is_the_one_alone(fast, position):

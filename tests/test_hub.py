@@ -269,6 +269,7 @@ def prepared(hub, folder, script, *flags, name=None):
     return str(folder / 'data' / (name or script)), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'script, flags, n_train, first',
     [
@@ -311,6 +312,7 @@ def test_text_arrives_whole(hub, tmp_path, script, flags, n_train, first):
         ) and not re.search('web (\\d): .*web (\\d)', ' '.join(train[:3]))
 
 
+@pytest.mark.slow
 def test_a_loading_script_is_not_run_and_its_conversion_is_read(hub, tmp_path):
     process = start(
         tmp_path,
@@ -333,6 +335,7 @@ def test_a_loading_script_is_not_run_and_its_conversion_is_read(hub, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_val_is_read_first_and_keeps_what_is_in_train_too(hub, tmp_path):
     hub.add(
         'roneneldan/TinyStories',
@@ -357,6 +360,7 @@ def test_val_is_read_first_and_keeps_what_is_in_train_too(hub, tmp_path):
     ] and '20 x a duplicate' in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', [2, 103])
 def test_wikitexts_articles_and_its_own_splits(hub, tmp_path, version):
     folder, _ = prepared(hub, tmp_path, 'wikitext', f'--version={version}')
@@ -372,6 +376,7 @@ def test_wikitexts_articles_and_its_own_splits(hub, tmp_path, version):
     )
 
 
+@pytest.mark.slow
 def test_dolma_is_read_from_its_lists_of_files(hub, tmp_path):
     lines = [
         json.dumps(
@@ -460,6 +465,7 @@ def test_dolma_is_read_from_its_lists_of_files(hub, tmp_path):
     del hub.repos['allenai/dolma']
 
 
+@pytest.mark.slow
 def test_c4_takes_the_place_of_a_dolma_that_is_not_there(hub, tmp_path):
     folder, out = prepared(hub, tmp_path, 'dolma', '--target_tokens=9000', '--val_fraction=0.05')
     assert (
@@ -471,6 +477,7 @@ def test_c4_takes_the_place_of_a_dolma_that_is_not_there(hub, tmp_path):
     assert read_meta(folder)['instead'] == [last] and 'cannot be opened' in last
 
 
+@pytest.mark.slow
 def test_a_corpus_that_only_hiccups_is_not_replaced(hub, tmp_path):
     """A broken answer is tried again, and then an error: no C4 for Dolma, no sums for a corpus."""
     hub.files['one.json.gz'] = gzip.compress(
@@ -512,6 +519,7 @@ def test_alpaca(hub, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_imdb_learns_the_label(hub, tmp_path):
     folder, _ = prepared(hub, tmp_path, 'imdb')
     for split in ('train', 'val', 'test'):
@@ -527,6 +535,7 @@ def test_imdb_learns_the_label(hub, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_preferences_of_the_hub(hub, tmp_path):
     folder, _ = prepared(
         hub,
@@ -544,6 +553,7 @@ def test_preferences_of_the_hub(hub, tmp_path):
     assert 'one of --input and --repo' in fails(tmp_path, 'prepare/preferences.py', '--name=x')
 
 
+@pytest.mark.slow
 def test_mini_chat_mixes_its_sources_up_to_a_cap(hub, tmp_path):
     folder, out = prepared(hub, tmp_path, 'mini_chat', '--cap=30', '--val_fraction=0.1')
     got = dict(learned_of(folder, 'train') + learned_of(folder, 'val'))
@@ -583,6 +593,7 @@ def test_mini_chat_mixes_its_sources_up_to_a_cap(hub, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_one_line(hub, tmp_path):
     def script(*flags):
         return fails(tmp_path, 'prepare/hub.py', *FAST, '--name=x', *flags, env=hub.env)
@@ -608,6 +619,7 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
     assert not (tmp_path / 'data/x').exists()
 
 
+@pytest.mark.slow
 def test_shards_of_the_hub(hub, tmp_path):
     """By files where there are enough of them, else by rows; together they are the whole."""
     for rows in (stories(900, 'web'), None):  # of FineWeb-Edu, of WikiText
@@ -628,6 +640,7 @@ def test_shards_of_the_hub(hub, tmp_path):
         ) == (900 if rows else 51)
 
 
+@pytest.mark.slow
 def test_the_hub_goes_on_from_a_position_in_another_process(hub):
     """Shuffled, gathered and plain; in windows of 50 rows."""
     code = """
@@ -680,6 +693,7 @@ else:
     assert second.returncode == 0 and int(second.stdout) > 40, second.stderr
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trained_on_a_stream(hub, tmp_path):
     run(
         tmp_path,
@@ -750,6 +764,7 @@ def test_no_network_at_all(tmp_path):
     assert not os.path.exists(tmp_path / 'data/x')
 
 
+@pytest.mark.slow
 def test_smol_smoltalk(hub, tmp_path):
     def talks(split, n):
         messages = [

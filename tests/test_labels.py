@@ -143,6 +143,7 @@ def test_sentiments_loss_by_hand(films):
     assert found == pytest.approx(np.mean(of_learned), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sentiments_recipe_learns_classes(films):
     small = ['--n_embd=32', '--block_size=64', '--device=cpu', '--dtype=float32']
     flags = ['--dataset=films', '--target_epochs=12', '--dropout=0.1', '--out_dir=recipe']
@@ -170,6 +171,7 @@ def test_scores_by_hand():
     ]
 
 
+@pytest.mark.slow
 def test_any_model_that_loads(films):
     whole = figures(films)
     run(films, 'export.py')
@@ -192,6 +194,7 @@ def test_a_label_that_val_lacks_can_be_given(films):
     assert found['labels']['good']['documents'] == 0
 
 
+@pytest.mark.slow
 def test_a_label_that_is_no_token_is_warned_of_and_refused(films):
     flags = ['--input=train.jsonl', '--val=dev.jsonl', '--name=bytes', '--tokenizer=bytes']
     out = run(films, 'prepare/classify.py', *flags)

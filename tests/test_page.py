@@ -265,6 +265,7 @@ def test_light_and_dark(scheme, visit, chat):
     assert page.evaluate(paper) == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('width', [320, 360])
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(width, visit, chat, completer):
     too_wide = 'document.scrollingElement.scrollWidth > innerWidth || view.scrollWidth > innerWidth'
@@ -391,6 +392,7 @@ def test_a_conversation_outgrows_the_context(visit, chat):
     expect(page.locator('.assistant .error')).to_contain_text('4,096')  # one that never fits
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_loses_nothing(visit, folder):
     with serving(folder, 'out-chat') as (process, address):
         page = visit(address)

@@ -157,6 +157,7 @@ def test_val_may_be_pairs_of_its_own(tmp_path):
     assert len(pairs_of(tmp_path / 'data/x', 'train')) == 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('codec', ['utf-8', 'utf-16'])
 def test_slices_are_joined_and_are_still_pairs(tmp_path, codec):
     draw = random.Random(3)
@@ -187,6 +188,7 @@ def test_what_is_no_pairs_is_one_line(tmp_path):
     assert not os.path.exists(tmp_path / 'data/x')
 
 
+@pytest.mark.slow
 def test_training_makes_the_copy_task_and_names_the_script_for_pairs(tmp_path):
     flags = ['--max_iters=1', '--eval_interval=1', '--sample_interval=0']
     out = run(tmp_path, 'train.py', *TINY, '--dataset=copy_task', *flags)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, fails, run, shared, start
+from conftest import ROOT, fails, forked, run, shared, start
 from test_tokenizer import random_texts
 
 from fledge import read_meta
@@ -241,6 +241,7 @@ def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     def text(*flags):
         return fails(tmp_path, 'prepare/text.py', '--name=x', *flags)
@@ -489,6 +490,7 @@ def test_a_set_of_a_single_mistake_is_no_duplicate_of_itself(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokenizer', ['gpt2', 'bytes', 'chars', 'train --vocab_size=400'])
 def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
     if tokenizer == 'gpt2':
@@ -527,6 +529,7 @@ def test_documents_come_back_whatever_they_hold(tmp_path, tokenizer):
         assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(set(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['words', 'no newline', 'broken bytes'])
 def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
     """Above 4 MB; cut between words, so its tokens are those of the whole, and nowhere within a
@@ -635,7 +638,9 @@ def test_any_number_of_processes_and_any_interruption_give_the_same_bytes(tmp_pa
         return list((tmp_path / 'data/killed').glob('partial-*/state.json'))
 
     for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, None):
-        process = start(tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}')
+        process = start(
+            tmp_path, *command, '--name=killed', f'--num_proc={1 if end else 3}', own=True
+        )
         if states():
             assert 'goes on behind the' in process.stderr.readline()
             time.sleep(0.3)
@@ -710,15 +715,10 @@ runpy.run_path(script, run_name='__main__')
 def crash(cwd, n, script, *args):
     """Run a script until its n-th change of a file's name or wish that it be on the disk, and end
     it there; whether it got so far."""
-    done = subprocess.run(
-        [sys.executable, '-c', CRASH, str(n), os.path.join(ROOT, script), *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode in (0, 137), done.stderr
-    return done.returncode == 137
+    (cwd / 'crash.py').write_text(CRASH)
+    code, _, err = forked(cwd, str(cwd / 'crash.py'), str(n), os.path.join(ROOT, script), *args)
+    assert code in (0, 137), err
+    return code == 137
 
 
 @pytest.mark.slow
@@ -801,6 +801,7 @@ def test_a_merge_killed_at_any_step_ends_the_same(tmp_path):
     assert 'is nowhere' in fails(tmp_path, 'prepare/merge.py', '--name=y')
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
     import resource
 
@@ -852,6 +853,7 @@ def test_a_terminal_shows_progress(tmp_path):
     ), shown[-500:]
 
 
+@pytest.mark.slow
 def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_is_whole(tmp_path):
     command = write_many(tmp_path, 300)
     run(tmp_path, *command, '--name=x', '--shard_tokens=100000')
@@ -871,6 +873,7 @@ def test_other_settings_start_again_and_an_old_dataset_stays_until_the_new_one_i
     assert 50_000 <= read_meta(str(tmp_path / 'data/x'))['splits']['train']['tokens'] < 55_000
 
 
+@pytest.mark.slow
 def test_shards_of_several_machines_are_joined(tmp_path):
     command = write_many(tmp_path, 600)
     run(tmp_path, *command, '--name=whole')
@@ -962,6 +965,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     assert 20e6 < peak < 250e6, f'{peak / 1e6:.0f} MB'
 
 
+@pytest.mark.slow
 def test_wikitext_2_and_gsm8k_as_published(tmp_path):
     shared('tiktoken')
     run(
@@ -1063,6 +1067,7 @@ def test_labels_are_learned_and_val_may_be_files_of_its_own(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_standard_librarys_docstrings_become_a_chat(tmp_path):
     run(tmp_path, 'prepare/stdlib_chat.py', '--tokenizer=bytes')
     talks = texts_of(str(tmp_path / 'data/stdlib_chat'), 'train')

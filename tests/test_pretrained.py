@@ -85,6 +85,7 @@ def make(name, folder, vocab_size=64, **saved):
     return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_logits_and_greedy_text_are_theirs(name, tmp_path):
     theirs = make(name, tmp_path)
@@ -496,6 +497,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
     write_tiny(tmp_path / 'data' / 'tiny')
     make('qwen3', tmp_path / 'base')
@@ -531,6 +533,7 @@ def test_training_begins_with_it_and_the_tokenizer_comes_along(tmp_path):
     assert 'has no tokenizer.json beside it' in fails(tmp_path, 'sample.py', '--init_from=base')
 
 
+@pytest.mark.slow
 def test_by_a_name_on_the_hub(tmp_path):
     make('llama', tmp_path / 'model', vocab_size=259, max_shard_size='20kB')
     spec = byte_tokenizer().spec
@@ -716,6 +719,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, activation', families.SUM_OF_LOGITS)
 @torch.no_grad()
 def test_what_an_edited_model_computes_is_held_against_its_family(kind, activation, monkeypatch):

@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port, kill_tree, metrics, run, write_tiny
+from conftest import ROOT, TINY, free_port, kill_tree, metrics, python, run, write_tiny
 
 from fledge import checkpoint
 
 TRAIN = os.path.join(ROOT, 'train.py')
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+TORCHRUN = ['-m', 'torch.distributed.run']
 # four rows a step in all, and two each where there are two processes
 RUN = [*TINY, '--batch_size=1', '--gradient_accumulation_steps=4', '--dtype=float32']
 RUN += ['--lr_decay_iters=50', '--eval_interval=25', '--sample_interval=25', '--eval_iters=7']
@@ -44,7 +44,7 @@ def torchrun(cwd, n, *flags, env=None, launcher=None, code=0):
     """train.py in n processes, to their end; returns its output and errors as one text."""
     launcher = launcher or [*TORCHRUN, '--standalone', f'--nproc_per_node={n}']
     done = subprocess.run(
-        [*launcher, TRAIN, *flags],
+        [python(), *launcher, TRAIN, *flags],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -197,7 +197,7 @@ def test_a_lost_node_comes_back_and_the_run_is_the_same(tmp_path):
     def start(is_host):  # of loopback's addresses all are everybody's, so that it has to be said
         how = f'is_host={is_host},keep_alive_interval=1,keep_alive_max_attempt=2'
         with open(tmp_path / f'node-{len(nodes)}.log', 'w') as log:
-            command = [*node, f'--rdzv_conf={how}', *script]
+            command = [sys.executable, *node, f'--rdzv_conf={how}', *script]
             options = dict(stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
             nodes.append(subprocess.Popen(command, **options))
 
@@ -225,7 +225,7 @@ def wait_until(condition, seconds=300):
 
 @pytest.mark.slow
 def test_accelerate_launches_what_torchrun_does(room, tmp_path):
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
+    launch = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
     env = dict(HF_HOME=str(tmp_path))  # the user's own answers to `accelerate config` play no part
     flags = [*RUN, '--max_iters=50', '--out_dir=accelerated']
     out = torchrun(room, 2, *flags, launcher=launch, env=env)

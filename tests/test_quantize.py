@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from fledge import quantize
@@ -42,6 +43,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     )
 
 
+@pytest.mark.slow
 def test_perplexity_is_within_half_a_percent():
     torch.manual_seed(0)
     model = GPT(

@@ -30,6 +30,7 @@ class Flaky:
             yield i, ('numbers', i), i + 1
 
 
+@pytest.mark.slow
 def test_a_source_that_is_lost_is_tried_again_from_where_it_was(capsys):
     source = Flaky((3, Lost('gone')), (3, Lost('gone')), (7, Lost('gone')))
     begun = time.monotonic()

@@ -6,10 +6,9 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SHARED, forked, write_tiny
+from conftest import ROOT, SHARED, forked, python, write_tiny
 from test_bench import NANOGPT
 
 SMALL = (
@@ -106,9 +105,7 @@ def test_readmes_commands_run(tmp_path):
         if words[0] in ('pip', 'git') or 'pytest' in words:
             continue
         if words[0] == 'torchrun':
-            words = [sys.executable, '-m', 'torch.distributed.run', *words[1:]]
-        elif words[0] == 'python':
-            words[0] = sys.executable
+            words = ['python', '-m', 'torch.distributed.run', *words[1:]]
         if 'train.py' in words:
             missing = [
                 w for w in words if 'dolma' in w or 'gpt2_' in w
@@ -134,12 +131,11 @@ def test_readmes_commands_run(tmp_path):
             words += ['--eval_iters=5', '--device=cpu']
         if words[1].startswith('prepare/shakespeare'):
             words.append(f'--input={SHARED}/tinyshakespeare/input.txt')
-        if not feed and words[:2] in (
-            [sys.executable, name]
-            for name in ('train.py', 'sample.py', 'evaluate.py', 'export.py', 'draw.py')
-        ):
+        if not feed and words[0] == 'python' and words[1].endswith('.py'):
             code, out, err = forked(tmp_path, str(tmp_path / words[1]), *words[2:])
         else:
+            if words[0] == 'python':
+                words[0] = python()
             given = subprocess.run(feed, shell=True, capture_output=True, text=True).stdout
             done = subprocess.run(
                 words, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=300

@@ -127,6 +127,7 @@ def teach(folder, is_chat):
     tokenizer.save(str(folder / 'tokenizer.json'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('is_chat', [False, True])
 def test_exact_match(is_chat, tmp_path):
     teach(tmp_path / 'out', is_chat)
@@ -162,6 +163,7 @@ def test_models_go_on_side_by_side(stories):
     assert f'---------------\nLily\n[hf] {text}\n[./hf] {text}\n' in out
 
 
+@pytest.mark.slow
 def test_a_long_prompt_and_many_tokens_stay_in_the_context(stories):
     (stories / 'long.txt').write_text('Lily ran. ' * 300)
     [reply] = figures(stories, '--prompts=long.txt', '--max_new_tokens=5')['prompts']['generations']
@@ -177,6 +179,7 @@ def test_a_long_prompt_and_many_tokens_stay_in_the_context(stories):
         assert many['text'].startswith(few['text']) and many['tokens'] > 20
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(stories):
     for name, content in (
         ('empty.txt', b'\n'),

@@ -86,6 +86,7 @@ def test_requirements_txt_is_enough_to_prepare_train_sample_evaluate_and_export(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'package, file, script, args',
     [

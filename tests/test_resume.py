@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 from conftest import TINY, fails, free_port, metrics, run, start, write_tiny
 
 from fledge import checkpoint
@@ -44,6 +45,7 @@ def rows_seen(folder):
     return lines
 
 
+@pytest.mark.slow
 def test_rows_and_tokens_are_counted_whatever_the_batch(workdir):
     config = recording(workdir)
     run(workdir, 'train.py', *PLAIN, config, '--batch_size=8', '--target_tokens=2560')
@@ -66,6 +68,7 @@ def test_rows_and_tokens_are_counted_whatever_the_batch(workdir):
     assert (state['rows'], state['tokens'], state['step']) == (88, 2816, 31)
 
 
+@pytest.mark.slow
 def test_the_rate_goes_on_by_tokens_where_tokens_end_the_run(workdir):
     flags = [*PLAIN, '--warmup_iters=1', '--target_tokens=2560', '--learning_rate=0.01']
     run(workdir, 'train.py', *flags, '--max_minutes=0', '--batch_size=8')
@@ -81,12 +84,14 @@ def test_the_rate_goes_on_by_tokens_where_tokens_end_the_run(workdir):
     assert all(abs(whole[tokens] - parts[tokens]) < 1e-3 for tokens in shared)
 
 
+@pytest.mark.slow
 def test_a_rate_that_rises_again_is_said(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=20')
     out = run(workdir, 'train.py', '--init_from=resume', '--max_iters=200')
     assert 'the learning rate rises again: it was 4.' in out
 
 
+@pytest.mark.slow
 def test_data_that_changed_under_a_run_is_refused(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=4')
     data = workdir / 'data/tiny/train.bin'
@@ -110,6 +115,7 @@ def test_data_that_changed_under_a_run_is_refused(workdir):
     tokenizer.write_text(mine)
 
 
+@pytest.mark.slow
 def test_settings_that_a_run_cannot_go_on_with_are_named(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=4')
     write_tiny(workdir / 'data/more', n_train=3000)
@@ -193,6 +199,7 @@ def test_a_loss_alone_that_is_not_finite_is_skipped(workdir):
     assert {int(entry['step']) for entry in momenta.values()} == {4}
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_once_and_then_stops(workdir):
     flags = [*PLAIN, '--max_iters=20', '--eval_interval=5', '--max_bad_steps=3']
     (workdir / 'own.py').write_text(BROKEN.replace('WHEN', '12 < calls < 16'))
@@ -309,6 +316,7 @@ def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
     RunLog(True, str(workdir / 'out')).draw()
 
 
+@pytest.mark.slow
 def test_the_steps_between_two_lines_are_counted_over_a_resume(workdir):
     (workdir / 'own.py').write_text(STOPPING.replace('WHEN', '-1'))
     (workdir / 'stop.py').write_text(STOPPING.replace('WHEN', '8'))
@@ -321,6 +329,7 @@ def test_the_steps_between_two_lines_are_counted_over_a_resume(workdir):
     assert [(m['step'], m['train_loss']) for m in metrics(workdir / 'parts')] == whole
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_where_the_measure_changes(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=40')
     best = (workdir / 'out/best.pt').read_bytes()
@@ -331,6 +340,7 @@ def test_the_best_weights_are_kept_where_the_measure_changes(workdir):
     assert (workdir / 'out/best.pt').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_time_cuts_is_evaluated_ten_times(workdir):
     flags = ['--max_iters=100000', '--eval_interval=100000', '--log_interval=1000']
     run(workdir, 'train.py', *TINY, '--sample_interval=0', *flags, '--max_minutes=0.05')
@@ -351,6 +361,7 @@ def test_llmcs_shards_are_found(workdir):
     assert 'tokens' in json.loads(run(workdir, 'evaluate.py', '--json').splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_processes_go_on_with_one_run_and_one_dataset(workdir):
     """Two nodes without a shared disk: each process has a folder of its own."""
     run(workdir, 'train.py', *PLAIN, '--max_iters=4')

@@ -74,6 +74,7 @@ def test_a_run_samples_without_its_data(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_does_nothing_is_said(trained):
     run(trained, 'sample.py', '--stop=', '--start=0', '--num_samples=1', '--max_new_tokens=3')
     flags = ['--init_from=out/ckpt.pt', '--out_dir=nowhere', '--temperature=0', '--top_k=3']
@@ -204,6 +205,7 @@ def test_bad_files_of_prompts(trained):
     assert not (trained / 'b.txt').exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(trained, tmp_path):
     assert 'no checkpoint at out/ckpt.pt' in fails(tmp_path, 'sample.py')
     assert "'é' is not in this vocabulary" in fails(trained, 'sample.py', '--start=é')

@@ -181,6 +181,7 @@ def objective(model, batch):
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_the_disk_is_full(workdir):
     flags = [*PLAIN, '--max_iters=20', '--dtype=float32', 'own.py']
     (workdir / 'own.py').write_text(FILLING.replace('FULL', 'False'))
@@ -207,6 +208,7 @@ def test_a_run_goes_on_while_the_disk_is_full(workdir):
     assert [m['train_loss'] for m in metrics(workdir / 'full')] == [m['train_loss'] for m in theirs]
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_a_long_step(workdir):
     (workdir / 'slow.py').write_text("""
 import time
@@ -239,6 +241,7 @@ def objective(model, batch):
     assert [m['train_loss'] for m in ours] == [m['train_loss'] for m in theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_output_that_nobody_reads_ends_no_run(workdir, number):
     """As with `| tee`, which a Ctrl-C ends as well, and sooner."""

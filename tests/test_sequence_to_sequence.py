@@ -164,6 +164,7 @@ def same_run(a, b):
         assert torch.equal(tensor, b['model'][name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_bit_for_bit(few):
     more = ['--dropout=0.1', '--gradient_accumulation_steps=2', '--batch_size=4']
     run(few, 'train.py', CONFIG, *SMALL, *more, '--out_dir=whole')
@@ -188,6 +189,7 @@ def test_settings_that_cannot_be_are_a_line(few):
     assert 'position=' in fails(few, 'train.py', *config, '--position=sine')
 
 
+@pytest.mark.slow
 def test_pairs_are_prepared_as_the_error_says_and_translated(few):
     config = (os.path.join(ROOT, 'config/translate.py'), *SMALL, '--head_dim=8')
     command = fails(few, 'train.py', *config).split('make it with: python ')[1]
@@ -209,6 +211,7 @@ def test_pairs_are_prepared_as_the_error_says_and_translated(few):
     assert out.count('\n-----') == 10
 
 
+@pytest.mark.slow
 def test_a_decoder_alone_learns_the_same_data(few):
     decoder = ['--n_encoder_layer=0', '--out_dir=decoder', '--norm_first=True', '--max_iters=30']
     run(few, 'train.py', CONFIG, *SMALL, *decoder)

@@ -416,6 +416,7 @@ def test_nobody_waits_for_anothers_whole_reply_and_who_hangs_up_leaves(folder):
         assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_queue_is_bounded_in_length_and_in_time(folder):
     flags = ('--max_batch=1', '--max_waiting=1')
     with serving(folder, 'endless', *flags, '--max_wait=0.5') as (_, port):
@@ -440,6 +441,7 @@ def test_a_queue_is_bounded_in_length_and_in_time(folder):
         assert second.getresponse().status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_replies_at_hand(folder, number):
     with serving(folder, 'endless', '--max_batch=1') as (process, port):

@@ -233,6 +233,7 @@ QWEN3 |= dict(bias=False, tie_embeddings=False)
 PAPER = dict(n_encoder_layer=1, position='sinusoidal', norm_first=False, activation='relu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('switches', [GPT2, QWEN3, PAPER], ids=['gpt2', 'qwen3', 'paper'])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

@@ -74,6 +74,7 @@ def test_threads_are_taken_back_where_cores_are_free(monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_number_of_threads_that_was_asked_for_stays(busy_programs):
     process = start('2')
     began = time.monotonic()

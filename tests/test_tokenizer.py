@@ -99,6 +99,7 @@ def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['trained', 'gpt2'])
 def test_both_backends_agree_on_every_character(name, request):
     """Each assigned one between letters, digits, spaces, punctuation and newlines, and doubled."""
@@ -118,6 +119,7 @@ def test_both_backends_agree_on_every_character(name, request):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, ascii(text)
 
 
+@pytest.mark.slow
 def test_runs_that_no_regex_stands(request):
     """A million spaces or newlines, at which tiktoken gives up."""
     for tokenizer in (tokenizer_named('trained', request), byte_tokenizer()):

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, metrics, run, start, write_tiny
+from conftest import ROOT, TINY, fails, metrics, python, run, start, write_tiny
 from tqdm import tqdm
 
 from fledge import checkpoint, cpu
@@ -26,7 +26,7 @@ from fledge.run import RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 def losses(folder):
@@ -121,6 +121,7 @@ def test_a_run_leaves_what_it_should(whole):
     assert saved['dropout'] == 0.2 and saved['seed'] == 1337
 
 
+@pytest.mark.slow
 def test_settings_json_repeats_the_run(whole, tmp_path):
     write_tiny(tmp_path / 'data' / 'tiny')
     run(tmp_path, 'train.py', str(whole / 'out' / 'settings.json'))
@@ -148,6 +149,7 @@ def wait_for(path, text, process, seconds=120):
     raise AssertionError(f'{text!r} never came: {process.communicate()}')
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints_goes_on_as_if_nothing_had_been(whole, workdir):
     process = start(workdir, 'train.py', *LOSSY, slow(workdir), '--max_iters=60')
     wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 37,', process)
@@ -183,6 +185,7 @@ def test_a_signal_saves_and_stops(whole, workdir, number):
     assert_same_run(workdir / 'out', whole / 'out')
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(workdir):
     (workdir / 'disk.py').write_text("""
 import time, torch
@@ -206,6 +209,7 @@ torch.save = _save
     assert not (workdir / 'out' / 'ckpt.pt').exists()
 
 
+@pytest.mark.slow
 def test_a_new_run_keeps_the_one_that_was_there(workdir):
     run(workdir, 'train.py', *TINY, '--max_iters=3')
     first = (workdir / 'out' / 'ckpt.pt').read_bytes()
@@ -220,6 +224,7 @@ def test_a_new_run_keeps_the_one_that_was_there(workdir):
     ]
 
 
+@pytest.mark.slow
 def test_gradients_are_synchronised_once_a_step(workdir):
     """Counted from outside, by a wrapper that counts DDP's all-reduces."""
     (workdir / 'count.py').write_text(f"""
@@ -245,6 +250,7 @@ print("buckets", len(calls))
 """)
     out = subprocess.run(
         [
+            python(),
             *TORCHRUN,
             'count.py',
             os.path.join(ROOT, 'train.py'),
@@ -291,6 +297,7 @@ def test_what_is_counted_goes_on_after_a_resume(workdir):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     flags = [
         *TINY,
@@ -344,6 +351,7 @@ def test_only_a_better_loss_is_saved_when_asked(workdir):
     assert checkpoint.load(str(workdir / 'out' / 'ckpt.pt'))['iter_num'] == 6  # the last weights
 
 
+@pytest.mark.slow
 def test_max_minutes_bounds_the_run(workdir):
     t = time.time()
     run(
@@ -415,6 +423,7 @@ def test_evaluation_is_the_same_whatever_the_batch(whole, workdir):
     assert pick(first) == pick(second)
 
 
+@pytest.mark.slow
 def test_a_rows_length_is_not_the_context_where_positions_are_rope(whole, workdir):
     start_from = [*TINY, f'--init_from={whole}/out/ckpt.pt', '--max_iters=2']
     for length, context in ((8, 16), (24, 24)):
@@ -466,6 +475,7 @@ def test_the_curves_of_a_long_run_stay_small():
     assert not curves['val_loss']
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder(workdir):
     process = start(workdir, 'train.py', *TINY, slow(workdir, 0.3), '--max_iters=60')
     wait_for(workdir / 'out' / 'metrics.jsonl', '"step": 1,', process)
@@ -533,6 +543,7 @@ def test_a_config_file_may_bring_its_own_loss(workdir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags',
     [
@@ -654,9 +665,10 @@ def test_compile_trains_the_same(workdir):
         assert a['train_loss'] == pytest.approx(b['train_loss'], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_failure_to_compile_is_an_error_where_compiling_was_asked_for(workdir):
     env = {'CXX': '/nonexistent/g++', 'TORCHINDUCTOR_CACHE_DIR': str(workdir / 'cache')}
-    process = start(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env=env)
+    process = start(workdir, 'train.py', *TINY, '--max_iters=3', '--compile', env=env, own=True)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and 'nonexistent' in err and 'going on' not in out
 
@@ -690,6 +702,7 @@ def test_a_terminal_gets_a_progress_bar(workdir):
     assert (workdir / 'out' / 'train.log').read_text().count('tok/s') == 20
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_tensorboards_absence(workdir):
     run(workdir, 'train.py', *TINY, '--max_iters=3', '--wandb_log')
     run(workdir, 'train.py', '--init_from=resume', '--max_iters=5')
