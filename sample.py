@@ -93,29 +93,32 @@ try:
     f'{ask}{system}'.encode()
 except UnicodeError:  # the command line may have any bytes
     raise UserError('--ask and --system must be UTF-8 text') from None
-ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
-way = ways[0] if ways else 'start'
-unused = dict(
-    chat={'attention', 'batch_size', 'json', 'length_penalty', 'num_beams', 'num_samples'},
-    prompts={'attention'},
-)
-num_beams = 1 if chat else num_beams
-beside = given & {*ways[1:], *unused.get(way, ())}
-if beside:
-    print(f'without effect beside --{way}: {", ".join(sorted(beside))}', file=sys.stderr)
 if bool(prompts) != bool(output):
     raise UserError('--prompts=FILE and --output=FILE go together')
+ways = [name for name in ('chat', 'prompts', 'ask', 'start') if globals()[name]]
+way, *others = ways or ['start']
+of_samples = {field.name for field in fields(Sampling)} | {'num_samples', 'batch_size', 'json'}
 of_draws = {'top_k', 'top_p', 'min_p', 'seed'}
-why, idle = 'without --num_beams', {'length_penalty'}
+penalties = {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
+idle = {f'beside --{way}': set(others)}  # why settings have no effect: their names
+if chat:
+    num_beams = 1
+    idle['beside --chat'] |= {'attention', 'batch_size', 'json', 'num_beams', 'num_samples'}
+elif prompts:
+    idle['beside --prompts'] |= {'attention'}
+elif attention:
+    idle['beside --attention'] = of_samples
 if num_beams > 1:  # the one best is searched
-    why, idle = f'with num_beams={num_beams}', of_draws | {'temperature', 'num_samples'}
-    idle |= {'repetition_penalty', 'presence_penalty', 'frequency_penalty'}
-elif temperature == 0:
-    why, idle = 'at temperature=0', of_draws | {'length_penalty'}
-if given & idle:
-    print(f'without effect {why}: {", ".join(sorted(given & idle))}', file=sys.stderr)
-if system and not (ask or chat):
-    print('without effect without --ask or --chat: system', file=sys.stderr)
+    idle[f'with num_beams={num_beams}'] = of_draws | penalties | {'temperature', 'num_samples'}
+else:
+    idle['without --num_beams'] = {'length_penalty'}
+    if temperature == 0:
+        idle['at temperature=0'] = of_draws
+if not (ask or chat):
+    idle['without --ask or --chat'] = {'system'}
+for why, names in idle.items():
+    if names & given:
+        print(f'without effect {why}: {", ".join(sorted(names & given))}', file=sys.stderr)
 
 # ---- the model, and how its tokens are drawn
 machine = Machine(device, dtype)
@@ -184,13 +187,12 @@ try:
 except ValueError as e:
     raise UserError(f'{path}: {e}') from None
 counts = [len(reply.ids) for reply in replies]
-seconds = time.monotonic() - began - read_seconds
-speeds = len(prompt) / read_seconds, (sum(counts) - n_first) / max(seconds, 1e-3)
+n_timed, seconds = sum(counts) - n_first, time.monotonic() - began - read_seconds
 if num_beams > 1:  # which are all there at once
-    speeds = len(prompt) / read_seconds, sum(counts) / read_seconds
+    n_timed, seconds = sum(counts), read_seconds
 print(
-    f'prompt: {len(prompt):,} tokens, {speeds[0]:,.0f} tokens/s; '
-    f'generated: {sum(counts):,} tokens, {speeds[1]:,.0f} tokens/s',
+    f'prompt: {len(prompt):,} tokens, {len(prompt) / read_seconds:,.0f} tokens/s; '
+    f'generated: {sum(counts):,} tokens, {n_timed / max(seconds, 1e-3):,.0f} tokens/s',
     file=sys.stderr,
 )
 if json:

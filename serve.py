@@ -7,8 +7,8 @@ FLEDGE_API_KEY=a-secret python serve.py --host=0.0.0.0
 curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
     -d '{"messages": [{"role": "user", "content": "What does os.path.join do?"}]}'
 
-Requests that come together are decoded together: one thread owns the model, and between two tokens
-takes in who waits and lets go who has ended or hung up.
+Requests that come together are decoded together: a thread beside the event loop draws the next
+token of each, and between two tokens who waits is taken in, and who has hung up let go.
 """
 
 import asyncio
@@ -20,13 +20,11 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
-from typing import NamedTuple
 
 from fledge import UserError
 from fledge.configurator import configure, one_of
@@ -70,7 +68,6 @@ from starlette.routing import Route
 one_of(globals(), quantize=('none', 'int8'))
 MOST_BYTES = 4 << 20  # of a body
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fledge', 'page.html')
-LOOPBACK = ['127.0.0.1', 'localhost', '::1']
 
 
 def listen(host, port):
@@ -78,10 +75,11 @@ def listen(host, port):
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == 'posix':  # Windows would let two servers listen at one port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(1024)
-    except (OSError, OverflowError, UnicodeError) as e:
+    except (OSError, UnicodeError) as e:
         why = getattr(e, 'strerror', None) or e
         raise UserError(
             f'cannot listen at {host}:{port}: {why}; --port=0 takes a free one'
@@ -99,6 +97,8 @@ def is_loopback(host):
 
 # ---- before anything takes long: may it listen there
 api_key = api_key or os.environ.get('FLEDGE_API_KEY', '')
+if not re.fullmatch('[!-~]*', api_key):
+    raise UserError('the API key is of ASCII letters, digits and signs: clients send no others')
 if not api_key and not is_loopback(host):
     raise UserError(f'--host={host} lets others in: set --api_key or FLEDGE_API_KEY')
 listening = listen(host, port)
@@ -112,112 +112,105 @@ if model.config.n_encoder_layer:
         f'{path} is an encoder-decoder, for which this API has no place: python sample.py --prompts'
     )
 context = model.config.block_size
-if os.path.isfile(path):  # a run's: the folder's name, and the file's unless it is the latest
+if os.path.isdir(path):
+    model_id = os.path.basename(os.path.abspath(path))
+elif os.path.isfile(path):  # a run's: the folder's name, and the file's unless it is the latest
     folder, name = os.path.split(os.path.abspath(path))
-    model_id = os.path.basename(folder) + ('' if name == 'ckpt.pt' else f'/{name}')
-else:
-    model_id = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
+    model_id = os.path.basename(folder)
+    if name != 'ckpt.pt':
+        model_id += f'/{name}'
+else:  # a name on the hub
+    model_id = path
 names = {field.name for field in fields(Sampling)} & globals().keys()
 defaults = {name: globals()[name] for name in names}
 defaults['ends'] = tuple(huggingface.ends(tokenizer))
 is_chat = is_tuned(model, tokenizer)  # else the page is one to complete a text in
-encoding = ThreadPoolExecutor(1)  # a long text is encoded beside the loop, one at a time
+# beside the event loop a thread owns the model, and another encodes texts, one at a time
+decoding, encoding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
 
-# ---- the thread that decodes
-
-
-class News(NamedTuple):
-    """What is new of a Task."""
-
-    task: 'Task'
-    text: str
-    logprobs: list | None  # of the new tokens, as generation.Reply has them
-    finish_reason: str | None
-    failure: Refusal | None = None
+# ---- the replies that wait, and those that are decoded: only the event loop touches the two lists
 
 
 class Task:
-    """A reply on its way, and where the news of it go."""
+    """A reply on its way, and where what is new of it goes."""
 
     def __init__(self, index, reply, news):
         self.index, self.reply = index, reply
-        self.news = news  # an asyncio.Queue of News
-        self.joined = self.cancelled = False
+        self.news = news  # an asyncio.Queue of what Answers.chunk takes, a dict, or a Refusal
+        self.cancelled = False
         self.n_sent = 0  # tokens whose log probabilities are sent
 
-    def new(self):
-        """What is new of it, or None."""
+    def tell(self):
+        """Put what is new of the reply among the news, if anything is."""
         reply, logprobs = self.reply, None
         text = reply.take()
         if reply.sampling.n_logprobs is not None:
             logprobs = reply.logprobs[self.n_sent :]
             self.n_sent = len(reply.logprobs)
         if text or logprobs or reply.finish_reason:
-            return News(self, text, logprobs, reply.finish_reason)
-        return None
+            about = dict(logprobs=logprobs, finish_reason=reply.finish_reason)
+            self.news.put_nowait(dict(index=self.index, text=text) | about)
 
 
-# Tasks, which go from the one to the other under `changed`; `going` is the decoding thread's
-waiting, going = deque(), []
-changed = threading.Condition()
+waiting, going = deque(), []  # Tasks
+arrived = asyncio.Event()  # a Task has begun to wait
 
 
-def decode(loop):
+async def decode():
     """Decode what waits, for as long as the process lives."""
-    batch = None
+    loop, batch = asyncio.get_running_loop(), None
     while True:
-        with changed:
-            while not waiting and not going:
-                changed.wait()
-            # one at a step, so that those who go on do not wait for many prompts to be read
-            joining = waiting.popleft() if waiting and len(going) < max_batch else None
-            if joining:
-                joining.joined = True
-                going.append(joining)
+        while not waiting and not going:
+            arrived.clear()
+            await arrived.wait()
+        leaving = [task for task in going if task.cancelled]
+        going[:] = [task for task in going if not task.cancelled]
+        # one at a step, so that those who go on do not wait for many prompts to be read
+        joining = waiting.popleft() if waiting and len(going) < max_batch else None
+        if joining:
+            going.append(joining)
         try:
-            batch = batch or Batch(model, max_batch)
-            if joining:
-                batch.add(joining.reply)
-            for task in [task for task in going if task.cancelled]:
-                batch.remove(task.reply)
-                going.remove(task)
-            batch.step()
-            news = [task.new() for task in going]
+            batch = await loop.run_in_executor(decoding, step, batch, joining, leaving)
         except Exception as e:  # a model whose numbers are broken, or a full memory
             print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
             batch = None  # what it holds may be half written
-            why = f'the model failed: {e}'
-            news = [News(task, '', None, None, Refusal(why, status=500)) for task in going]
+            for task in going:
+                task.news.put_nowait(Refusal(f'the model failed: {e}', status=500))
             going.clear()
+        for task in going:
+            task.tell()
         going[:] = [task for task in going if not task.reply.finish_reason]
-        loop.call_soon_threadsafe(deliver, list(filter(None, news)))
 
 
-def deliver(news):
-    for item in news:
-        item.task.news.put_nowait(item)
+def step(batch, joining, leaving):
+    """Draw the next token of each reply of a Batch, which it returns; None: a new one."""
+    batch = batch or Batch(model, max_batch)
+    for task in leaving:
+        batch.remove(task.reply)
+    if joining:
+        batch.add(joining.reply)
+    batch.step()
+    return batch
 
 
 def submit(replies):
     """Let replies wait for their turn; their Tasks, and the queue of their news."""
+    if len(waiting) + len(replies) > max_waiting + max_batch - len(going):
+        raise Refusal(f'{len(waiting)} replies wait already: try later', status=429)
     news = asyncio.Queue()
     tasks = [Task(index, reply, news) for index, reply in enumerate(replies)]
-    with changed:
-        if len(waiting) + len(tasks) > max_waiting + max_batch - len(going):
-            raise Refusal(f'{len(waiting)} replies wait already: try later', status=429)
-        waiting.extend(tasks)
-        changed.notify()
+    waiting.extend(tasks)
+    arrived.set()
     return tasks, news
 
 
-def cancel(tasks):
+async def cancel(tasks):
     """Let go of tasks, which their client does not wait for any more."""
-    with changed:
-        for task in tasks:
-            task.cancelled = True
-            if task in waiting:
-                waiting.remove(task)
+    for task in tasks:
+        task.cancelled = True
+        if task in waiting:
+            waiting.remove(task)
 
 
 # ---- what is asked, and what is answered
@@ -272,7 +265,7 @@ def replies_to(asked, prompts):
             settings = defaults | asked.sampling
             room = context - len(prompt)
             settings['max_new_tokens'] = min(settings['max_new_tokens'], room)
-            if settings.get('seed') is not None:
+            if 'seed' in settings:
                 settings['seed'] += i
             replies.append(Reply(tokenizer, prompt, Sampling(**settings)))
     return replies
@@ -284,84 +277,68 @@ async def generate(request, is_chat):
     loop = asyncio.get_running_loop()
     prompts = await loop.run_in_executor(encoding, encode, asked)
     replies = replies_to(asked, prompts)
-    tasks, news = submit(replies)
     answers = Answers(asked, model_id, tokenizer)
-    hangup = asyncio.ensure_future(hung_up(request))
+    tasks, news = submit(replies)
+    hangup = asyncio.create_task(tell_hangup(request, news))
     try:
-        first = await first_news(tasks, news, hangup)
-        while not asked.stream:
-            if all(reply.finish_reason for reply in replies):
-                return JSONResponse(answers.whole(replies, usage_of(prompts, replies)))
-            await next_news(news, hangup)
+        first = await first_news(tasks, news)
+        while not asked.stream and not all(reply.finish_reason for reply in replies):
+            await next_news(news)
     except BaseException:
-        cancel(tasks)
+        await cancel(tasks)
         raise
     finally:
         hangup.cancel()
-    stream = events(answers, prompts, tasks, news, first)
-    # where the client hangs up before the first event is sent, events() is never begun
-    let_go = BackgroundTask(cancel, tasks)
-    headers = {'Cache-Control': 'no-cache'}
+    if not asked.stream:
+        return JSONResponse(answers.whole(replies, usage_of(prompts, replies)))
     return StreamingResponse(
-        stream, headers=headers, media_type='text/event-stream', background=let_go
+        events(answers, prompts, replies, news, first),
+        headers={'Cache-Control': 'no-cache'},
+        media_type='text/event-stream',
+        background=BackgroundTask(cancel, tasks),  # at its end, or where the client hangs up
     )
 
 
-async def hung_up(request):
-    """Wait until the client hangs up."""
+async def tell_hangup(request, news):
+    """Put a Refusal among the news when the client hangs up."""
     while (await request.receive())['type'] != 'http.disconnect':
         pass
+    news.put_nowait(Refusal('the client has hung up'))
 
 
-async def next_news(news, hangup, timeout=None):
-    """The next of the news; ClientDisconnect where the client hangs up, None after the timeout."""
-    coming = asyncio.ensure_future(news.get())
-    await asyncio.wait({coming, hangup}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    if not coming.done():
-        coming.cancel()
-        if hangup.done():
-            raise ClientDisconnect
-        return None
-    return checked(coming.result())
-
-
-def checked(item):
-    if item.failure:
-        raise item.failure
+async def next_news(news):
+    item = await news.get()
+    if isinstance(item, Refusal):
+        raise item
     return item
 
 
-async def first_news(tasks, news, hangup):
+async def first_news(tasks, news):
     """The first of the news; Refusal where the turn of no task has come within max_wait seconds."""
-    while (item := await next_news(news, hangup, max_wait)) is None:
-        if not any(task.joined for task in tasks):
-            raise Refusal(f'no turn came within {max_wait:g} seconds: try later', status=429)
-    return item
+    with suppress(TimeoutError):
+        return await asyncio.wait_for(next_news(news), max_wait)
+    if all(task in waiting for task in tasks):
+        raise Refusal(f'no turn came within {max_wait:g} seconds: try later', status=429)
+    return await next_news(news)
 
 
-async def events(answers, prompts, tasks, news, item):
+async def events(answers, prompts, replies, news, item):
     """A streamed answer, as server-sent events; item: the first of the news."""
-    begun, n_ended = set(), 0
+    n_going = len(replies)
     try:
         while True:
-            index = item.task.index
-            is_first = index not in begun
-            begun.add(index)
-            yield event(
-                answers.chunk(index, item.text, item.logprobs, item.finish_reason, is_first)
-            )
-            n_ended += bool(item.finish_reason)
-            if n_ended == len(tasks):
+            yield event(answers.chunk(**item))
+            n_going -= item['finish_reason'] is not None
+            if not n_going:
                 break
-            item = checked(await news.get())
-        if answers.request.include_usage:
-            usage = usage_of(prompts, [task.reply for task in tasks])
-            yield event(answers.as_chunk(choices=[], usage=usage))
-        yield 'data: [DONE]\n\n'
+            item = await next_news(news)
     except Refusal as refusal:  # the status is sent already
         yield event(refusal.body)
-    finally:
-        cancel(tasks)
+        return
+    if answers.request.include_usage:
+        usage = usage_of(prompts, replies)
+        yield event(answers.as_chunk(choices=[], usage=usage))
+    yield 'data: [DONE]\n\n'
 
 
 def event(content):
@@ -381,7 +358,7 @@ def admit(request):
             )
         return
     named = re.sub(r':\d+$', '', request.headers.get('host', ''))
-    if named.strip('[]') not in [*LOOPBACK, host]:  # a name that somebody points at this machine
+    if not is_loopback(named.strip('[]')):  # a name that somebody points at this machine
         raise Refusal(f'this server does not answer for the host {named[:100]!r}', status=403)
 
 
@@ -391,8 +368,7 @@ async def page(request):
 
 
 async def health(request):
-    with changed:
-        return JSONResponse(dict(status='ok', decoding=len(going), waiting=len(waiting)))
+    return JSONResponse(dict(status='ok', decoding=len(going), waiting=len(waiting)))
 
 
 async def models(request):
@@ -441,15 +417,15 @@ handlers = {Refusal: refuse, HTTPException: no_route, ClientDisconnect: nobody_h
 
 
 async def serve():
-    thread = threading.Thread(target=decode, args=(asyncio.get_running_loop(),), daemon=True)
-    thread.start()
     app = Starlette(routes=routes, exception_handlers=handlers)
     # h11 bounds what the headers of a request may hold
     options = dict(http='h11', log_level='warning', timeout_keep_alive=30, lifespan='off')
     config = uvicorn.Config(app, **options)
     name = f'[{address[0]}]' if ':' in address[0] else address[0]
     print(f'{model_id} is served at http://{name}:{address[1]}', flush=True)
-    await uvicorn.Server(config).serve(sockets=[listening])
+    async with asyncio.TaskGroup() as group:
+        group.create_task(decode())
+        await uvicorn.Server(config).serve(sockets=[listening])
 
 
 def leave(*_):

@@ -23,7 +23,7 @@ class ChatTemplate(NamedTuple):
     tokens: dict  # of bos_token and eos_token, as far as there are any
 
 
-def read(folder):
+def read(folder: str) -> ChatTemplate | None:
     """The ChatTemplate of a Hugging Face folder, or None. UserError for a broken file."""
     path, config = (os.path.join(folder, name) for name in FILES)
     config = read_json(config) if os.path.exists(config) else {}
@@ -40,7 +40,7 @@ def read(folder):
     return ChatTemplate(text, {key: token for key, token in tokens.items() if token is not None})
 
 
-def special_token(config, key):
+def special_token(config: dict, key: str) -> str | None:
     """The text of a special token in a parsed tokenizer_config.json, or None."""
     token = config.get(key)
     if isinstance(token, dict):
@@ -48,7 +48,7 @@ def special_token(config, key):
     return token if isinstance(token, str) else None
 
 
-def write(folder, template):
+def write(folder: str, template: ChatTemplate | None) -> None:
     """Put a ChatTemplate into folder, as read() finds it; an older one goes if it is None."""
     path = os.path.join(folder, TEMPLATE)
     if template:
@@ -61,7 +61,7 @@ def write(folder, template):
 
 
 @functools.cache
-def compiled(text):
+def compiled(text: str) -> object:
     """The jinja2.Template of a text, with nothing at hand but what jinja2 deems harmless."""
     import jinja2
     from jinja2 import sandbox
@@ -86,7 +86,9 @@ def compiled(text):
     return environment.from_string(text)
 
 
-def render(template, messages, add_generation_prompt=False):
+def render(
+    template: ChatTemplate, messages: list[dict], add_generation_prompt: bool = False
+) -> str:
     """The text of messages by a ChatTemplate. UserError where it fails, in whatever way."""
     fresh = [dict(role=message['role'], content=message['content']) for message in messages]
     options = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)
@@ -99,7 +101,9 @@ def render(template, messages, add_generation_prompt=False):
         raise UserError(f'the chat template fails: {reason}') from None
 
 
-def split_at_messages(template, messages, to_answer=False):
+def split_at_messages(
+    template: ChatTemplate, messages: list[dict], to_answer: bool = False
+) -> list[tuple[str, int | None]]:
     """The text of messages in pieces [(text, number of the message that it is, or None), ...].
 
     to_answer: with what comes before an answer to them. A message may lose the white space around
@@ -125,7 +129,9 @@ def split_at_messages(template, messages, to_answer=False):
     return pieces
 
 
-def lay_out(template, messages, special_pattern):
+def lay_out(
+    template: ChatTemplate, messages: list[dict], special_pattern: re.Pattern
+) -> tuple[list[tuple[str, int | None]], list[tuple[int, int]]]:
     """A conversation as pieces (see split_at_messages), and which parts of its text are learned.
 
     The second is [(start, end), ...] in characters: all that follows the prompt for an answer, up

@@ -2,19 +2,21 @@
 
 import json
 import os
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
 
 from fledge import UserError, read_json, replacing
-from fledge.generation import Batch, Reply
-from fledge.tokenizer import TRIAL
+from fledge.generation import Batch, Reply, Sampling
+from fledge.tokenizer import TRIAL, Tokenizer
+from model import GPT
 
 ROLES = ('system', 'user', 'assistant')
 
 
 @torch.no_grad()
-def is_tuned(model, tokenizer):
+def is_tuned(model: GPT, tokenizer: Tokenizer) -> bool:
     """Whether a model was tuned on conversations in the form that its tokenizer has for them.
 
     A form alone says little: every tokenizer trained here has ChatML's tokens. A model that has
@@ -40,13 +42,13 @@ def is_tuned(model, tokenizer):
 class Conversation:
     """What was said so far, and a model that answers.
 
-    sampling: a generation.Sampling. messages: [{'role': 'user' or 'assistant', 'content': text}].
+    messages: [{'role': 'user' or 'assistant', 'content': text}, ...].
     system: what the model is told before all of them. is_chat: see is_tuned; a model that is not
     goes on with the text of all that was said. reply: the generation.Reply at hand. n_trimmed: how
     many of the oldest messages the prompts leave out, because the context was full.
     """
 
-    def __init__(self, model, tokenizer, sampling, system=''):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, system: str = ''):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.is_chat = is_tuned(model, tokenizer)
         self.system, self.messages = system, []
@@ -54,20 +56,20 @@ class Conversation:
         self.reply, self.n_trimmed = None, 0
         self.n_answers = 0  # each is drawn by a seed of its own
 
-    def with_system(self, messages):
+    def with_system(self, messages: list[dict]) -> list[dict]:
         """messages, behind what the model is told before them if that is anything."""
         if not self.system:
             return messages
         return [dict(role='system', content=self.system), *messages]
 
-    def encode(self, messages):
+    def encode(self, messages: list[dict]) -> list[int]:
         """The ids that the model goes on with to answer messages."""
         messages = self.with_system(messages)
         if self.is_chat:
             return self.tokenizer.encode_chat_prompt(messages)
         return self.tokenizer.encode_prompt(''.join(message['content'] for message in messages))
 
-    def prompt(self, messages):
+    def prompt(self, messages: list[dict]) -> list[int]:
         """encode() of messages, without the oldest ones where they do not fit.
 
         A quarter of the context is left for the reply, or max_new_tokens if those are fewer. Where
@@ -93,7 +95,7 @@ class Conversation:
         self.n_trimmed = start
         return ids
 
-    def say(self, text):
+    def say(self, text: str) -> Generator[str]:
         """Answer a message of the user's: a generator of the pieces of the answer's text.
 
         Both are among the messages when the answer has ended, or the generator is closed before. A
@@ -101,7 +103,7 @@ class Conversation:
         """
         yield from self.answer([*self.messages, dict(role='user', content=text)])
 
-    def retry(self):
+    def retry(self) -> Generator[str]:
         """Answer the last message of the user's again, otherwise; a generator as say() is."""
         asked = list(self.messages)
         while asked and asked[-1]['role'] != 'user':
@@ -110,7 +112,7 @@ class Conversation:
             raise UserError('nothing was said yet')
         yield from self.answer(asked)
 
-    def answer(self, messages):
+    def answer(self, messages: list[dict]) -> Generator[str]:
         prompt = self.prompt(messages)
         room = self.model.config.block_size - len(prompt)
         sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
@@ -132,10 +134,10 @@ class Conversation:
             if reply:
                 self.messages = [*messages, dict(role='assistant', content=reply.text)]
 
-    def reset(self):
+    def reset(self) -> None:
         self.messages, self.n_trimmed = [], 0
 
-    def save(self, path):
+    def save(self, path: str) -> None:
         """Write the conversation to path as JSON, {'messages': [...]}, the system's first."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f'{path} is no file')
@@ -146,7 +148,7 @@ class Conversation:
         except OSError as e:
             raise UserError(f'cannot write {path}: {e.strerror}') from None
 
-    def load(self, path):
+    def load(self, path: str) -> None:
         """Go on with a conversation that save() wrote; UserError for another file."""
         messages = read_json(path).get('messages')
         if not isinstance(messages, list):

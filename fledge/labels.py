@@ -9,11 +9,11 @@ import numpy as np
 
 from fledge import UserError
 from fledge.report import new_axes, save
-from fledge.tokenizer import load_tokenizer
+from fledge.tokenizer import Tokenizer, load_tokenizer
 from fledge.tokens import mask_path, read_bin, split_files
 
 
-def find_labels(paths, tokenizer, folder):
+def find_labels(paths: list[str], tokenizer: Tokenizer, folder: str) -> dict[int, str]:
     """The labels of prepared documents, {token id: word}, in the order of the words.
 
     paths: .bin files, with a .mask.bin beside each. folder: what an error calls them. UserError
@@ -46,7 +46,7 @@ def find_labels(paths, tokenizer, folder):
     return dict(sorted(words.items(), key=lambda item: item[1]))
 
 
-def report_labels(settings):
+def report_labels(settings: dict) -> None:
     """Print the labels of what a script of prepare/ made, or a warning where they are not tokens.
 
     settings: the script's.
@@ -63,8 +63,8 @@ def report_labels(settings):
         print(f'warning: {e}')
 
 
-def label_scores(confusion, words):
-    """What a confusion table says, a dict: label_accuracy, macro_f1, labels, confusion.
+def label_scores(confusion: np.ndarray, words: list[str]) -> dict:
+    """What a confusion table says: label_accuracy, macro_f1, labels, confusion.
 
     confusion: int64 (n, n), how many documents of each label (row) were given each (column).
     words: the n labels. `labels` has the precision, recall and F1 of each, and its documents; a
@@ -91,7 +91,7 @@ def label_scores(confusion, words):
     )
 
 
-def label_tables(result):
+def label_tables(result: dict) -> str:
     """What label_scores() returned, as a person reads it: a line, and two tables."""
     words = list(result['labels'])
     documents = sum(map(sum, result['confusion']))
@@ -113,7 +113,7 @@ def label_tables(result):
     return '\n'.join(lines)
 
 
-def draw_confusion(result, path):
+def draw_confusion(result: dict, path: str) -> None:
     """Draw the confusion table of what label_scores() returned, as a PNG at path, and say so."""
     words, confusion = list(result['labels']), np.array(result['confusion'])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)

@@ -9,9 +9,10 @@ import math
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fledge.configurator import BOUNDS
+from fledge.tokenizer import Tokenizer
 
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant'}
 NUMBERS = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
@@ -38,32 +39,39 @@ NOT_DONE = dict(
 
 
 class Refusal(Exception):
-    """A request that cannot be answered: an HTTP status, and why."""
+    """A request that cannot be answered: an HTTP status, and why.
 
-    def __init__(self, message, param=None, status=400, code=None):
+    param: the field that is wrong. code: OpenAI's word for what is wrong.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ):
         super().__init__(message)
         self.status = status
-        kind = 'rate_limit_error' if status == 429 else 'invalid_request_error'
-        if status >= 500:
+        kind = 'invalid_request_error'
+        if status == 429:
+            kind = 'rate_limit_error'
+        elif status >= 500:
             kind = 'server_error'
         self.body = {'error': dict(message=message, type=kind, param=param, code=code)}
 
 
 @dataclass
 class Request:
-    """What is asked for. prompts: texts or lists of token ids; of a chat there are messages."""
+    """What is asked for."""
 
     is_chat: bool
-    prompts: list = field(default_factory=list)
-    messages: list = field(default_factory=list)
-    sampling: dict = field(default_factory=dict)  # by the names of generation.Sampling
-    n: int = 1  # replies to each prompt
-    stream: bool = False
-    include_usage: bool = False
+    prompts: list[str | list[int]]  # texts or token ids; of a chat none
+    messages: list[dict]  # of a chat: role and content of each
+    sampling: dict  # by the names of generation.Sampling
+    n: int  # replies to each prompt
+    stream: bool
+    include_usage: bool
 
 
-def parse(data):
-    """The JSON object in the bytes of a body, a dict."""
+def parse(data: bytes) -> dict:
+    """The JSON object in a body, without what is null."""
 
     def refuse_constant(name):
         raise ValueError(f'{name} is no number')
@@ -78,7 +86,7 @@ def parse(data):
     return {name: value for name, value in body.items() if value is not None}
 
 
-def read_request(body, is_chat, model_id, most):
+def read_request(body: dict, is_chat: bool, model_id: str, most: int) -> Request:
     """The Request that a parsed body makes; Refusal for what cannot be done.
 
     most: replies that a request may ask for.
@@ -94,25 +102,26 @@ def read_request(body, is_chat, model_id, most):
     if body.get('model', model_id) != model_id:
         words = f'the model {str(body["model"])[:100]!r} does not exist; {model_id!r} is served'
         raise Refusal(words, 'model', 404, 'model_not_found')
-    request = Request(is_chat, sampling=sampling_of(body, is_chat))
-    request.n = whole_number(body, 'n', 1, most) or 1
-    request.stream = bool_of(body, 'stream')
     options = body.get('stream_options', {})
     if not isinstance(options, dict):
         raise Refusal('stream_options is no object', 'stream_options')
-    request.include_usage = bool_of(options, 'include_usage')
-    if is_chat:
-        request.messages = messages_of(body.get('messages'))
-    else:
-        request.prompts = prompts_of(body.get('prompt'))
-        if len(request.prompts) * request.n > most:
-            words = f'{len(request.prompts):,} prompts with n={request.n}: at most {most} replies'
-            raise Refusal(f'{words} are given to a request', 'prompt')
+    request = Request(
+        is_chat,
+        prompts=[] if is_chat else prompts_of(body.get('prompt')),
+        messages=messages_of(body.get('messages')) if is_chat else [],
+        sampling=sampling_of(body, is_chat),
+        n=whole_number(body, 'n', 1, most) or 1,
+        stream=bool_of(body, 'stream'),
+        include_usage=bool_of(options, 'include_usage'),
+    )
+    if len(request.prompts) * request.n > most:
+        words = f'{len(request.prompts):,} prompts with n={request.n}: at most {most} replies'
+        raise Refusal(f'{words} are given to a request', 'prompt')
     return request
 
 
-def sampling_of(body, is_chat):
-    """The settings of generation.Sampling that a body gives, a dict."""
+def sampling_of(body: dict, is_chat: bool) -> dict:
+    """The settings of generation.Sampling that a body gives."""
     found = {}
     for name in NUMBERS:
         if name in body:
@@ -138,7 +147,7 @@ def sampling_of(body, is_chat):
     return found
 
 
-def number(body, name, least, most):
+def number(body: dict, name: str, least: float, most: float) -> float:
     value = body[name]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most or not math.isfinite(value):
@@ -146,8 +155,8 @@ def number(body, name, least, most):
     return value
 
 
-def whole_number(body, name, least, most):
-    """An int, None where it is not given."""
+def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
+    """None where it is not given."""
     if name not in body:
         return None
     value = number(body, name, least, most)
@@ -156,33 +165,33 @@ def whole_number(body, name, least, most):
     return int(value)
 
 
-def bool_of(body, name):
+def bool_of(body: dict, name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
         raise Refusal(f'{name} is true or false', name)
     return value
 
 
-def all_texts(values):
+def all_texts(values: list) -> bool:
     return all(isinstance(value, str) and value for value in values)
 
 
-def prompts_of(prompt):
-    """The prompts of a completion, a list of texts or of lists of token ids."""
+def prompts_of(prompt: object) -> list[str | list[int]]:
+    """The prompts of a completion: texts or token ids."""
     many = [prompt] if is_prompt(prompt) else prompt
     if not isinstance(many, list) or not many or not all(map(is_prompt, many)):
         raise Refusal('prompt is a text, a list of token ids, or a list of either', 'prompt')
     return many
 
 
-def is_prompt(value):
+def is_prompt(value: object) -> bool:
     """Whether it is a text, or a list of numbers that may be token ids."""
     if isinstance(value, str):
         return True
     return isinstance(value, list) and value != [] and all(type(token) is int for token in value)
 
 
-def messages_of(messages):
+def messages_of(messages: object) -> list[dict]:
     """The messages of a chat as the tokenizer takes them: dicts of role and content."""
     if not isinstance(messages, list) or not messages:
         raise Refusal('messages is a list of at least one {role, content}', 'messages')
@@ -211,15 +220,17 @@ def messages_of(messages):
 class Answers:
     """The forms of the answers to a request."""
 
-    def __init__(self, request, model_id, tokenizer):
+    def __init__(self, request: Request, model_id: str, tokenizer: Tokenizer):
         self.request, self.tokenizer = request, tokenizer
         self.object = 'chat.completion' if request.is_chat else 'text_completion'
         prefix = 'chatcmpl-' if request.is_chat else 'cmpl-'
         self.common = dict(id=prefix + uuid.uuid4().hex, object=self.object)
         self.common |= dict(created=int(time.time()), model=model_id)
+        self.begun = set()  # the replies of which a part is streamed
         self.n_told = Counter()  # characters of each reply that come with log probabilities
 
-    def whole(self, replies, usage):
+    def whole(self, replies: list, usage: dict) -> dict:
+        """An answer that is not streamed. replies: generation.Reply, all of them ended."""
         choices = []
         for index, reply in enumerate(replies):
             logprobs = None
@@ -233,24 +244,31 @@ class Answers:
             choices.append(choice)
         return self.common | dict(choices=choices, usage=usage)
 
-    def chunk(self, index, text, logprobs, finish_reason, first):
-        """A part of a streamed answer; logprobs: of its tokens, or None."""
-        logprobs = None if logprobs is None else self.logprobs(index, logprobs)
+    def chunk(
+        self, index: int, text: str, logprobs: list[tuple] | None, finish_reason: str | None
+    ) -> dict:
+        """A part of a streamed answer. logprobs: of its tokens, as generation.Reply has them."""
+        if logprobs is not None:
+            logprobs = self.logprobs(index, logprobs)
         choice = dict(index=index, finish_reason=finish_reason, logprobs=logprobs)
-        if self.request.is_chat:
-            choice['delta'] = dict(role='assistant', content=text) if first else dict(content=text)
-        else:
+        if not self.request.is_chat:
             choice['text'] = text
+        elif index in self.begun:
+            choice['delta'] = dict(content=text)
+        else:
+            choice['delta'] = dict(role='assistant', content=text)
+        self.begun.add(index)
         return self.as_chunk(choices=[choice])
 
-    def as_chunk(self, **fields):
+    def as_chunk(self, **fields) -> dict:
         name = 'chat.completion.chunk' if self.request.is_chat else self.object
         chunk = self.common | dict(object=name) | fields
         if self.request.include_usage:
             chunk.setdefault('usage', None)
         return chunk
 
-    def logprobs(self, index, tokens):
+    def logprobs(self, index: int, tokens: list[tuple]) -> dict:
+        """The form of log probabilities, as generation.Reply has them, of tokens of a reply."""
         if self.request.is_chat:
             content = []
             for token, logprob, likeliest in tokens:
@@ -269,15 +287,15 @@ class Answers:
             text_offset=offsets,
         )
 
-    def text(self, token):
+    def text(self, token: int) -> str:
         return self.tokenizer.token_bytes.get(token, b'').decode('utf-8', 'replace')
 
-    def of_token(self, token, logprob):
+    def of_token(self, token: int, logprob: float) -> dict:
         data = self.tokenizer.token_bytes.get(token, b'')
         return dict(token=self.text(token), logprob=logprob, bytes=list(data))
 
 
-def usage_of(prompts, replies):
+def usage_of(prompts: list[list[int]], replies: list) -> dict:
     n_read = sum(map(len, prompts))
     n_written = sum(len(reply.ids) for reply in replies)
     return dict(prompt_tokens=n_read, completion_tokens=n_written, total_tokens=n_read + n_written)

@@ -6,13 +6,15 @@ import os
 from tqdm import tqdm
 
 from fledge import UserError, read_records, replacing
-from fledge.generation import Reply, generate, reply_to_source
+from fledge.generation import Reply, Sampling, generate, reply_to_source
+from fledge.tokenizer import Tokenizer
+from model import GPT
 
 FORMATS = ('.jsonl', '.json', '.txt')
 
 
-def read_prompts(path):
-    """The prompts of a file, a list: each is a text, or a list of messages (role, content).
+def read_prompts(path: str) -> list[str | list[dict]]:
+    """The prompts of a file: each is a text, or a list of messages (role, content).
 
     A .jsonl has an object a line, with `prompt`, `text` or `messages`; of any other file each line
     is a prompt. Empty lines are none. UserError for a file that cannot be read or holds none.
@@ -31,7 +33,7 @@ def read_prompts(path):
     return prompts
 
 
-def prompt_of(record, where):
+def prompt_of(record: dict, where: str) -> str | list[dict]:
     """The prompt in a record; UserError, which names where that is, for one without."""
     for key in ('prompt', 'text'):
         if isinstance(record.get(key), str) and record[key]:
@@ -42,21 +44,23 @@ def prompt_of(record, where):
     raise UserError(f'{where} has no prompt: a text as `prompt` or `text`, or `messages`')
 
 
-def is_message(message):
+def is_message(message: object) -> bool:
     """Whether it is what the tokenizer takes for one: a dict of a role and a content, texts."""
     if not isinstance(message, dict):
         return False
     return isinstance(message.get('role'), str) and isinstance(message.get('content'), str)
 
 
-def encode(prompt, tokenizer):
+def encode(prompt: str | list[dict], tokenizer: Tokenizer) -> list[int]:
     """The ids of a prompt of read_prompts()."""
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat_prompt(prompt)
 
 
-def new_reply(model, tokenizer, prompt, sampling):
+def new_reply(
+    model: GPT, tokenizer: Tokenizer, prompt: str | list[dict], sampling: Sampling
+) -> Reply:
     """The Reply to a prompt of read_prompts(), a source where the model learned from pairs.
 
     UserError for messages to an encoder-decoder, and for a source that it cannot read.
@@ -75,13 +79,21 @@ def new_reply(model, tokenizer, prompt, sampling):
     return reply_to_source(model, tokenizer, source, sampling)
 
 
-def answer_all(model, tokenizer, prompts, samplings, batch_size, output, settings):
+def answer_all(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str | list[dict]],
+    samplings: list[Sampling],
+    batch_size: int,
+    output: str,
+    settings: dict,
+) -> int:
     """Write what a model says to prompts to a file; returns how many prompts were left to do.
 
-    samplings: a generation.Sampling for each answer to a prompt. output: a name in one of FORMATS.
-    settings: a dict, written beside it. What is done is kept in output + '.part' as it comes, and
-    a second call with the same settings and prompts goes on from there. UserError where output is
-    there already, for a .part of other settings, for a full disk, and for a model that fails.
+    samplings: one for each answer to a prompt. output: a name in one of FORMATS. settings: written
+    beside it. What is done is kept in output + '.part' as it comes, and a second call with the same
+    settings and prompts goes on from there. UserError where output is there already, for a .part of
+    other settings, for a full disk, and for a model that fails.
     """
     if not output.endswith(FORMATS):
         raise UserError(f'output={output!r} ends in none of {", ".join(FORMATS)}')
@@ -96,14 +108,14 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     # of like lengths together; and the longest first, so that none is left to run alone at the end
     by_length = sorted(replies, key=lambda i: -len(replies[i][0].source or replies[i][0].prompt))
     in_order = [reply for i in by_length for reply in replies[i]]
-    prompt_of = {reply: i for i in replies for reply in replies[i]}
+    number_of = {reply: i for i in replies for reply in replies[i]}
     try:
         with open(part, 'a' if done else 'w', encoding='utf-8') as f:
             if not done:
                 f.write(json.dumps(header) + '\n')
             bar = tqdm(total=len(prompts), initial=len(done), unit='prompt', disable=None)
             for ended in generate(model, in_order, batch_size):
-                for i in {prompt_of[reply] for reply in ended}:
+                for i in {number_of[reply] for reply in ended}:
                     if not all(reply.finish_reason for reply in replies[i]):
                         continue
                     done[i] = result(prompts[i], replies[i])
@@ -124,27 +136,27 @@ def answer_all(model, tokenizer, prompts, samplings, batch_size, output, setting
     return len(replies)
 
 
-def read_part(path, header):
+def read_part(path: str, header: dict) -> dict[int, dict]:
     """{number of a prompt: its result} of an unfinished file; UserError if it is of another run."""
     with open(path, encoding='utf-8', errors='replace') as f:
-        lines = f.read().splitlines(keepends=True)
+        lines = f.readlines()
+    whole = [line for line in lines if line.endswith('\n')]
     try:
-        begun, *done = [json.loads(line) for line in lines if line.endswith('\n')] or [header]
-        done, keys = dict(done), result('', []).keys()
-        goes_on = begun == header and all(each.keys() == keys for each in done.values())
-    except (AttributeError, RecursionError, TypeError, ValueError):  # another program's file
-        goes_on = False
-    if not goes_on:
+        records = [json.loads(line) for line in whole]
+        if records and records.pop(0) != header:
+            raise ValueError('its header is another')
+        done = dict(records)
+    except (RecursionError, TypeError, ValueError):  # another program's file, or another run's
         raise UserError(
             f'{path} was begun with other settings or prompts: remove it, or name another --output'
-        )
-    if lines and not lines[-1].endswith('\n'):  # a run ended within a line: it is written anew
+        ) from None
+    if whole != lines:  # a run ended within a line, behind which nothing can be appended
         with replacing(path) as f:
-            f.write(''.join(lines[:-1]))
+            f.writelines(whole)
     return done
 
 
-def result(prompt, replies):
+def result(prompt: str | list[dict], replies: list[Reply]) -> dict:
     return dict(
         prompt=prompt,
         samples=[reply.text for reply in replies],
@@ -153,7 +165,7 @@ def result(prompt, replies):
     )
 
 
-def as_text(results, ending):
+def as_text(results: list[dict], ending: str) -> str:
     """Results as the text of a file with this ending."""
     if ending == '.json':
         return json.dumps(results, ensure_ascii=False, indent=1) + '\n'

@@ -13,17 +13,20 @@ import torch
 
 from fledge import UserError, read_records
 from fledge.conversation import is_tuned
+from fledge.device import Machine
 from fledge.formats.huggingface import ends
 from fledge.generation import Batch, Reply, Sampling, generate
 from fledge.prompts import encode
 from fledge.tasks import score_ends, share_interval
+from fledge.tokenizer import Tokenizer
+from model import GPT
 
 PROMPTS = ['Once upon a time,', 'Solve: (3x + 5 = 11)', 'Write a function add(a, b) {']
 AT_ONCE = 16  # replies
 NUMBER = re.compile(r'(?<![\d.])-?\d[\d,]*(?:\.\d+)?')
 
 
-def read_questions(path):
+def read_questions(path: str) -> list[tuple[str, Decimal]]:
     """[(question, number)] of a JSONL file in gsm8k's form, whose answers end with #### N."""
     questions = []
     for where, record in read_records(path):
@@ -37,8 +40,8 @@ def read_questions(path):
     return questions
 
 
-def final_number(text):
-    """The number behind the first ####, or else the last one, as a Decimal; None: there is none."""
+def final_number(text: str) -> Decimal | None:
+    """The number behind the first ####, or else the last one; None: there is none."""
     _, marked, behind = text.partition('####')
     found = NUMBER.findall(behind if marked else text)
     if not found:
@@ -46,8 +49,10 @@ def final_number(text):
     return Decimal((found[0] if marked else found[-1]).replace(',', ''))
 
 
-def reply_to(model, tokenizer, prompts, sampling):
-    """The replies to prompts, lists of token ids, all of them ended: a list of generation.Reply.
+def reply_to(
+    model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling
+) -> list[Reply]:
+    """The replies to prompts, lists of token ids, all of them ended.
 
     None goes beyond the context: of a prompt as many last tokens are kept as leave room for the
     reply, or half of the context, and then the reply is shorter. UserError for a token that the
@@ -68,14 +73,21 @@ def reply_to(model, tokenizer, prompts, sampling):
     return replies
 
 
-def measure_prompts(model, tokenizer, prompts, sampling, machine, n_tokens):
-    """What a model goes on with behind prompts, and what that is like: a dict.
+def measure_prompts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str | list[dict]],
+    sampling: Sampling,
+    machine: Machine,
+    n_tokens: int,
+) -> dict:
+    """What a model goes on with behind prompts, and what that is like.
 
-    prompts: as of prompts.read_prompts. distinct_1, _2, _3: the share of different ones among all
-    n-grams of words (Li et al. 2016, arXiv:1510.03055). repetition: the mean over the replies of
-    1 - different 4-grams of tokens / all of them (seq-rep-4, Welleck et al. 2019,
+    prompts: as of prompts.read_prompts. n_tokens: how many are read together for the perplexity,
+    which is under the model itself, without temperature. distinct_1, _2, _3: the share of different
+    ones among all n-grams of words (Li et al. 2016, arXiv:1510.03055). repetition: the mean over
+    the replies of 1 - different 4-grams of tokens / all of them (seq-rep-4, Welleck et al. 2019,
     arXiv:1908.04319). mean_length in tokens. ended: the share that did so by themselves.
-    perplexity: under the model itself, without temperature.
     """
     ids = [encode(prompt, tokenizer) for prompt in prompts]
     replies = reply_to(model, tokenizer, ids, replace(sampling, ends=tuple(ends(tokenizer))))
@@ -100,7 +112,7 @@ def measure_prompts(model, tokenizer, prompts, sampling, machine, n_tokens):
     )
 
 
-def distinct_share(sequences, n):
+def distinct_share(sequences: list[list] | list[str], n: int) -> float:
     """The share of different ones among the n-grams of all sequences; 1 where there are none."""
     found = []
     for sequence in sequences:
@@ -108,8 +120,10 @@ def distinct_share(sequences, n):
     return len(set(found)) / len(found) if found else 1.0
 
 
-def measure_answers(model, tokenizer, questions, max_new_tokens):
-    """How often a model's greedy answer has the right number: a dict, with the answers.
+def measure_answers(
+    model: GPT, tokenizer: Tokenizer, questions: list[tuple[str, Decimal]], max_new_tokens: int
+) -> dict:
+    """How often a model's greedy answer has the right number, with the answers.
 
     questions: see read_questions. They are asked in the model's form for conversations, else as
     lm-evaluation-harness asks gsm8k's, without examples.
@@ -121,9 +135,9 @@ def measure_answers(model, tokenizer, questions, max_new_tokens):
             prompts.append(tokenizer.encode_chat_prompt([dict(role='user', content=question)]))
         else:
             prompts.append(tokenizer.encode_prompt(f'Question: {question}\nAnswer:'))
-    stop = () if is_chat else ('Question:',)
-    stops = dict(ends=tuple(ends(tokenizer)), stop=stop)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0, **stops)
+    sampling = Sampling(max_new_tokens, temperature=0, ends=tuple(ends(tokenizer)))
+    if not is_chat:
+        sampling.stop = ('Question:',)
     replies = reply_to(model, tokenizer, prompts, sampling)
     answers, n_right = [], 0
     for (question, number), reply in zip(questions, replies, strict=True):
@@ -139,8 +153,8 @@ def measure_answers(model, tokenizer, questions, max_new_tokens):
     )
 
 
-def measure_speed(model, tokenizer):
-    """How fast a model reads and writes, one reply at a time, the best of three: a dict.
+def measure_speed(model: GPT, tokenizer: Tokenizer) -> dict:
+    """How fast a model reads and writes, one reply at a time, the best of three.
 
     prefill_tokens_per_second of a prompt of prompt_tokens, time_to_first_token (seconds) behind
     it, decode_tokens_per_second of new_tokens more.

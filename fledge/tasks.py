@@ -22,9 +22,12 @@ import numpy as np
 import torch
 
 from fledge import UserError, read_records
+from fledge.device import Machine
 from fledge.evaluation import score_targets
 from fledge.formats.huggingface import special_tokens
+from fledge.tokenizer import Tokenizer
 from fledge.tokens import Batch
+from model import GPT
 
 GROUPS = ('phenomenon', 'group', 'category', 'subject')  # fields that may name a line's group
 
@@ -33,7 +36,7 @@ GROUPS = ('phenomenon', 'group', 'category', 'subject')  # fields that may name 
 class Example:
     where: str  # its file and line
     context: str  # what stands before the answers; '': nothing
-    answers: list  # texts; a single one is right where greedy decoding says it
+    answers: list[str]  # a single one is right where greedy decoding says it
     right: int  # which of them
     group: str  # '': none
 
@@ -41,8 +44,8 @@ class Example:
 # ---- files
 
 
-def read_task(path):
-    """The examples of a JSONL file, a list of Example; UserError for a line that is none."""
+def read_task(path: str) -> list[Example]:
+    """The examples of a JSONL file; UserError for a line that is none."""
     examples = []
     for where, record in read_records(path):
         try:
@@ -67,8 +70,12 @@ def read_task(path):
     return examples
 
 
-def parts_of(record):
-    """The context, the answers and the number of the right one (None: it is none of them)."""
+def parts_of(record: dict) -> tuple:
+    """The context, the answers and the number of the right one (None: it is none of them).
+
+    What the record has in their places, which may be anything; KeyError, TypeError or
+    AttributeError for a record of no known form.
+    """
     if 'good' in record:
         return '', [record['good'], record['bad']], 0
     if 'sentence_good' in record:
@@ -93,7 +100,7 @@ def parts_of(record):
     return ' '.join(before), [last], 0
 
 
-def hellaswag(record):
+def hellaswag(record: dict) -> tuple:
     """parts_of a record of HellaSwag; its own fields are joined and cleaned as the harness does."""
 
     def clean(text):
@@ -108,7 +115,7 @@ def hellaswag(record):
     return context, answers, number_of(record['label'], answers)
 
 
-def number_of(answer, answers, labels=()):
+def number_of(answer: object, answers: list, labels: list | tuple = ()) -> int | None:
     """Which one an answer means: by its label, from 0, by its text or by its letter; else None."""
     labels = [str(label) for label in labels]
     if str(answer) in labels:
@@ -124,7 +131,7 @@ def number_of(answer, answers, labels=()):
 # ---- scores
 
 
-def prefix_token(tokenizer, folder):
+def prefix_token(tokenizer: Tokenizer, folder: str) -> int:
     """The token that stands before what has no context: what begins a text, else what ends one.
 
     folder: where the model came from, whose tokenizer_config.json may name them.
@@ -134,7 +141,9 @@ def prefix_token(tokenizer, folder):
     return tokenizer.special.get(token, 0)
 
 
-def encode_answer(tokenizer, prefix, context, answer):
+def encode_answer(
+    tokenizer: Tokenizer, prefix: int, context: str, answer: str
+) -> tuple[list[int], int]:
     """The ids of a context with an answer behind it, and how many of them are the answer's.
 
     Spaces at the end of the context count to the answer, as its tokens do that begin with one.
@@ -151,7 +160,9 @@ def encode_answer(tokenizer, prefix, context, answer):
 
 
 @torch.no_grad()
-def score_ends(model, machine, rows, n_tokens):
+def score_ends(
+    model: GPT, machine: Machine, rows: list[tuple[list[int], int]], n_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The nats that the ends of rows cost, and whether greedy decoding says them: float64, bool.
 
     rows: [(ids, how many of the last ones are scored)]; no more than the context and a token are
@@ -183,8 +194,15 @@ def score_ends(model, machine, rows, n_tokens):
     return sum(machine.gather(nats)), sum(machine.gather(misses)) == 0
 
 
-def run_task(model, tokenizer, folder, examples, machine, n_tokens):
-    """What a model makes of examples, a dict: measures() of all, and `groups`, {group: the same}.
+def run_task(
+    model: GPT,
+    tokenizer: Tokenizer,
+    folder: str,
+    examples: list[Example],
+    machine: Machine,
+    n_tokens: int,
+) -> dict:
+    """What a model makes of examples: measures() of all, and `groups`, {group: the same}.
 
     folder: where the model came from. n_tokens: that are read together. UserError for an answer
     that is longer than the context.
@@ -219,7 +237,9 @@ def run_task(model, tokenizer, folder, examples, machine, n_tokens):
     return measures(scores) | dict(groups={name: measures(groups[name]) for name in sorted(groups)})
 
 
-def score_example(example, nats, greedy):
+def score_example(
+    example: Example, nats: np.ndarray, greedy: np.ndarray
+) -> tuple[bool, bool, float]:
     """Whether the right answer is chosen, whether it is by nats a character, its bits per byte."""
     right = example.answers[example.right]
     bits_per_byte = nats[example.right] / math.log(2) / len(right.encode())
@@ -230,8 +250,8 @@ def score_example(example, nats, greedy):
     return chosen == example.right, chosen_by_length == example.right, bits_per_byte
 
 
-def measures(scores):
-    """The means of what score_example() returned, with 95% intervals, a dict.
+def measures(scores: list[tuple[bool, bool, float]]) -> dict:
+    """The means of what score_example() returned, with 95% intervals.
 
     accuracy; accuracy_norm, where the answer with the fewest nats a character is chosen (of a
     single answer the same); bits_per_byte of the right answer, without the space in front of it,
@@ -254,7 +274,7 @@ def measures(scores):
     )
 
 
-def share_interval(share, n):
+def share_interval(share: float, n: int) -> list[float]:
     """The 95% interval of a share of n, [low, high] (Wilson 1927): it holds for 0 and 1 as well."""
     z = 1.96
     middle = share + z**2 / (2 * n)

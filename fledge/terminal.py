@@ -6,9 +6,11 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Generator
 from contextlib import suppress
 
 from fledge import UserError
+from fledge.conversation import Conversation
 
 COMMANDS = {
     '/reset': 'forget what was said; the system prompt stays',
@@ -28,8 +30,8 @@ KEYS = (
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
 
-def talk(conversation, name):
-    """Talk with a model, a fledge.conversation.Conversation, until the user ends it.
+def talk(conversation: Conversation, name: str) -> None:
+    """Talk with a model until the user ends it.
 
     In a terminal a message is edited as a line of a shell is, and the messages of earlier sessions
     are kept in the user's state folder; from a pipe each line is a message. Replies go to stdout as
@@ -69,7 +71,7 @@ def talk(conversation, name):
             return
 
 
-def answer(conversation, text):
+def answer(conversation: Conversation, text: str) -> Generator[str] | None:
     """The pieces of the reply to a line of the user's, or None where a command has none."""
     if not text.strip():
         return None
@@ -77,14 +79,14 @@ def answer(conversation, text):
         return conversation.say(text[1:])
     if not text.startswith('/'):
         return conversation.say(text)
-    command, *rest = text.split(maxsplit=1)
-    rest = ''.join(rest).strip()
+    command, *words = text.split(maxsplit=1)
+    rest = ''.join(words).strip()
     if command in ('/save', '/load') and not rest:
         raise UserError(f'{command} needs the name of a file')
     path = os.path.expanduser(rest)
     if command == '/retry':
         return conversation.retry()
-    elif command == '/reset':
+    if command == '/reset':
         conversation.reset()
         note('all that was said is forgotten')
     elif command == '/system' and rest:
@@ -108,9 +110,10 @@ def answer(conversation, text):
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         meant = f'did you mean {near[0]}? ' if near else ''
         raise UserError(f'{command} is no command: {meant}/help lists them')
+    return None
 
 
-def stream(pieces):
+def stream(pieces: Generator[str]) -> None:
     """Print a reply, a generator of texts, as it comes; Ctrl-C closes the generator."""
     stops = []
     # a flag: an exception in the middle of a step would leave a KV cache that is half written
@@ -126,25 +129,25 @@ def stream(pieces):
     print(flush=True)
 
 
-def counts(conversation, seconds):
+def counts(conversation: Conversation, seconds: float) -> str:
     """A line on what the last reply took."""
     n, n_prompt = len(conversation.reply.ids), len(conversation.reply.prompt)
     n_cached = n_prompt - conversation.reply.n_read
     return f'{n} tokens, {n / seconds:.1f} a second; {n_cached} of {n_prompt} before it were cached'
 
 
-def visible(text):
+def visible(text: str) -> str:
     """text with a sign for each control character, but for line ends and tabs."""
     return CONTROL.sub('\ufffd', text)
 
 
-def note(text):
+def note(text: str) -> None:
     """Print what is not the model's: to stderr, dim in a terminal."""
     look = '\x1b[2m{}\x1b[0m' if sys.stderr.isatty() else '{}'
     print(look.format(visible(text)), file=sys.stderr, flush=True)
 
 
-def read_line():
+def read_line() -> str:
     """A message from stdin, a line; EOFError at its end."""
     line = sys.stdin.readline()
     if not line:
@@ -152,7 +155,7 @@ def read_line():
     return line.rstrip('\r\n')
 
 
-def line_editor():
+def line_editor() -> Callable[[], str]:
     """A function that reads a message in the terminal; EOFError for Ctrl-D, KeyboardInterrupt."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.filters import Condition

@@ -87,6 +87,20 @@ def test_what_does_nothing_is_said(trained):
     assert (
         'without effect beside --prompts: attention, start' in process.communicate(timeout=120)[1]
     )
+    for flags, words in (
+        (['--start=0', '--attention=a.png', '--top_p=0.5', '--json'], '--attention: json, top_p'),
+        (['--chat', '--num_beams=2', '--ask=0'], '--chat: ask, num_beams'),
+    ):
+        process = start(trained, 'sample.py', *flags, stdin=subprocess.DEVNULL)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and f'without effect beside {words}\n' in err
+    flags = ['--start=0', '--num_samples=2', '--length_penalty=2', '--system=x']
+    process = start(trained, 'sample.py', *flags, '--num_beams=2', '--max_new_tokens=1', '--seed=3')
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err.startswith(
+        'without effect with num_beams=2: num_samples, seed\n'
+        'without effect without --ask or --chat: system\n'
+    )
 
 
 def greedy(trained, *flags):

@@ -346,6 +346,8 @@ def test_a_key(folder):
 def test_where_it_does_not_listen(folder, port):
     words = fails(folder, 'serve.py', '--host=0.0.0.0', '--port=0')
     assert words == 'error: --host=0.0.0.0 lets others in: set --api_key or FLEDGE_API_KEY\n'
+    words = fails(folder, 'serve.py', '--api_key=a-sécret', '--port=0')
+    assert words.startswith('error: the API key is of ASCII letters, digits and signs')
     words = fails(folder, 'serve.py', f'--port={port}')
     assert f'cannot listen at 127.0.0.1:{port}: Address already in use' in words
     assert 'no checkpoint' in fails(folder, 'serve.py', '--out_dir=nowhere', '--port=0')
