@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fledge import checkpoint, cpu
 from fledge.log import RunLog, curves_of
-from fledge.run import RunState
+from fledge.state import RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
