@@ -36,6 +36,7 @@ from fledge.formats import huggingface
 from fledge.log import RunLog
 from fledge.objectives import loss_and_numbers
 from fledge.plan import dry_run_report, plan_report, why_not_measured
+from fledge.state import RunState
 from fledge.threads import Threads
 from fledge.tokenizer import common_tokenizer, find_tokenizer
 from fledge.tokens import digest, find_data
@@ -227,9 +228,9 @@ data_digest = digest(train_data.paths + val_data.paths)
 tokens_per_step = rows_per_step * block_size
 
 # ---- the state of the run
-state = run.RunState()
+state = RunState()
 if resuming:
-    state = run.RunState.from_checkpoint(start, source)
+    state = RunState.from_checkpoint(start, source)
     state.meet_changes(start, changed, config, data_digest)
     if start.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(start['scaler'])
@@ -460,11 +461,10 @@ def go_back(why):
         optimizers.load_state_dict(opts, good['optimizer'])
         scaler.load_state_dict(good['scaler'])
         skipped_steps = state.skipped_steps
-        state = run.RunState.from_checkpoint(good, path)
+        state = RunState.from_checkpoint(good, path)
         state.meet_changes(good, run.changes_since(good, config), config, data_digest)
         state.skipped_steps, state.went_back = skipped_steps, True
         order_data()
-        recent.restore(state)
         clock.start_interval()
         saved_step = state.step
         with log.disk_may_be_full('metrics.jsonl'):
@@ -479,13 +479,12 @@ def order_data():
 
 def note_step(loss, numbers, is_finite):
     """Count a step: its loss and numbers, or that it is skipped."""
+    clock.n_steps += 1
     if is_finite:
-        state.bad_steps = 0
-        recent.add(loss, numbers)
-        mean_before, deviation = state.note_loss(loss)
-        if loss > mean_before + run.SPIKE_DEVIATIONS * deviation:
+        spike = state.note_step(loss, numbers)
+        if spike:
             seen = train_data.documents_seen(state.rows, rows_per_step)
-            log.spike(state.step, loss, mean_before, deviation, seen, tokenizer)
+            log.spike(state.step, loss, *spike, seen, tokenizer)
         return
     state.bad_steps += 1
     state.skipped_steps += 1
@@ -495,21 +494,23 @@ def note_step(loss, numbers, is_finite):
 
 def log_steps():
     """A line of metrics.jsonl and one of progress: means over the recent steps."""
-    if not recent.losses:  # all were skipped, or have been logged
+    losses = state.recent_losses
+    if not losses:  # all were skipped, or have been logged
         log.metrics(**state.metrics())
         return
-    losses = recent.losses
-    own_numbers = {name: sum(values) / len(values) for name, values in recent.numbers.items()}
+    own_numbers = {}
+    for name, values in state.recent_numbers.items():
+        own_numbers[name] = sum(values) / len(values)
     line = dict(train_loss=sum(losses) / len(losses), lr=state.lr, grad_norm=state.grad_norm)
     line |= own_numbers
-    if recent.n_timed:
-        speed = recent.n_timed * tokens_per_step / clock.interval()
+    if clock.n_steps:
+        speed = clock.n_steps * tokens_per_step / clock.interval()
         line['tokens_per_second'] = speed
         line['mfu'] = speed * flops_per_token(model, block_size) / (peak * machine.world_size)
     line['step_losses'] = [round(each, 5) for each in losses]
     log.metrics(**state.metrics(), **line)
     log.progress(state, max_iters, line, own_numbers)
-    recent.clear()
+    state.recent_losses, state.recent_numbers = [], {}
     clock.start_interval()
 
 
@@ -531,7 +532,6 @@ if state.step > warmup_iters and learning_rate_now(time_share()) > 1.05 * state.
     log.say(f'the learning rate rises again: it was {state.lr:.2e}')
 log.start_bar(state.step, max_iters)
 clock = run.Clock(state.elapsed)
-recent = run.RecentSteps(state)
 order_data()
 is_latest = resuming and os.path.basename(source) == 'ckpt.pt'
 on_disk = state.step if is_latest else None

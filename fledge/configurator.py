@@ -17,6 +17,7 @@ import sys
 import textwrap
 import traceback
 import types
+from collections.abc import Iterator
 from contextlib import suppress
 
 from fledge import UserError, read_json
@@ -82,10 +83,16 @@ for least, most, names in (
 KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text'}
 
 
-def configure(settings, argv=None, saved=None, also=None, others=None):
+def configure(
+    settings: dict,
+    argv: list[str] | None = None,
+    saved: dict | None = None,
+    also: str | None = None,
+    others: list[str] | None = None,
+) -> dict:
     """Override `settings`, a script's globals(), by argv (default: sys.argv[1:]).
 
-    Returns all settings as a dict. saved: settings of a run that goes on; they replace the
+    Returns all settings. saved: settings of a run that goes on; they replace the
     defaults, and argv overrides them. also: another script, whose settings this one takes too.
     others: a list that takes the arguments which are neither flags nor config files; None: they are
     mistakes. Of HOOKS a config file may define the function itself: `settings` then has that, and
@@ -145,19 +152,19 @@ def configure(settings, argv=None, saved=None, also=None, others=None):
     return values
 
 
-def one_of(settings, **known):
+def one_of(settings: dict, **known: tuple) -> None:
     """UserError for a setting, by name, that is none of its known values."""
     for name, values in known.items():
         if settings[name] not in values:
             raise UserError(f'{name}={settings[name]!r} is none of {", ".join(map(str, values))}')
 
 
-def read_settings(path):
+def read_settings(path: str) -> dict:
     """The settings at the top of a script: {name: default}."""
     return {name: default for name, default, _ in assignments(path)}
 
 
-def assignments(path):
+def assignments(path: str) -> Iterator[tuple[str, object, str]]:
     """(name, default, comment) of each setting of a script, read from its own lines.
 
     They end where it calls configure() or defines something: below that, a module that scripts
@@ -177,7 +184,7 @@ def assignments(path):
                 yield node.targets[0].id, ast.literal_eval(node.value), comment
 
 
-def refuse(arg, defaults):
+def refuse(arg: str, defaults: dict) -> None:
     """UserError for an argument that is neither flag nor config file: it says what was meant."""
     name, equals, value = arg.partition('=')
     near = difflib.get_close_matches(name, defaults, n=1)
@@ -192,7 +199,8 @@ def refuse(arg, defaults):
     raise UserError(f'{arg} is no config file (.py, .json); did you mean {meant}?')
 
 
-def check_name(name, defaults, where):
+def check_name(name: str, defaults: dict, where: str) -> None:
+    """UserError for a name that is no setting's; where: it stands, in words."""
     if name not in defaults:
         near = difflib.get_close_matches(name, defaults, n=3) or list(defaults)[:3]
         raise UserError(
@@ -201,12 +209,12 @@ def check_name(name, defaults, where):
         )
 
 
-def takes_bool(name, default):
+def takes_bool(name: str, default: object) -> bool:
     """Whether a setting may be True or False; of a name in BOUNDS 'auto' stands for a number."""
     return isinstance(default, bool) or (default == 'auto' and name not in BOUNDS)
 
 
-def text_behind(name, default, arguments, others):
+def text_behind(name: str, default: object, arguments: list[str], others: list[str] | None) -> str:
     """The text of a flag without =: the next of the arguments, or True where it may stand alone."""
     is_text = isinstance(default, str) and not takes_bool(name, default)
     following = arguments[0] if arguments else '--'
@@ -220,7 +228,7 @@ def text_behind(name, default, arguments, others):
     return arguments.pop(0)
 
 
-def parse(name, text, default):
+def parse(name: str, text: str, default: object) -> object:
     """The value that a flag's text spells, for a setting with this default."""
     is_number = default == 'auto' and name in BOUNDS
     is_bool = takes_bool(name, default) and text in ('True', 'False')
@@ -232,7 +240,7 @@ def parse(name, text, default):
         return text
 
 
-def check(name, value, default, where):
+def check(name: str, value: object, default: object, where: str) -> object:
     """value as the type of default; UserError where it has another type, or is out of BOUNDS.
 
     An int serves as a float, a whole float as an int. Where 'auto' stands a bool does, or a number
@@ -255,7 +263,7 @@ def check(name, value, default, where):
     raise UserError(f'{where} is {kind}, and this setting takes {KINDS[type(default)]}')
 
 
-def in_shell(value):
+def in_shell(value: object) -> str:
     """A value as it is typed in a shell; control characters as bash, zsh and ksh take them."""
     text = str(value)
     if text.isprintable():
@@ -266,7 +274,7 @@ def in_shell(value):
 class Assigned(dict):
     """What a config file assigns, which its own functions see as well."""
 
-    def __init__(self, namespace):
+    def __init__(self, namespace: dict):
         super().__init__()
         self.namespace = namespace
 
@@ -275,7 +283,7 @@ class Assigned(dict):
         self.namespace[name] = value
 
 
-def run_config(path, values):
+def run_config(path: str, values: dict) -> dict:
     """Run a config file, which sees the settings before it; returns what it assigned."""
     try:
         with open(path, encoding='utf-8') as f:
@@ -300,7 +308,7 @@ def run_config(path, values):
     return assigned
 
 
-def print_help(settings, also):
+def print_help(settings: dict, also: str | None) -> None:
     """Print a script's docstring, and every setting with its default and its comment."""
     print((settings.get('__doc__') or '').strip())
     print('\n\nSettings, overridden by config files (.py, .json) and --key=value, left to right:\n')
@@ -312,7 +320,7 @@ def print_help(settings, also):
             shown.add(name)
 
 
-def print_setting(flag, comment):
+def print_setting(flag: str, comment: str) -> None:
     """Print a flag and, beside it, its comment, which goes on below itself on a narrow terminal."""
     columns = shutil.get_terminal_size(fallback=(1000, 0)).columns
     width = max(20, columns - HELP_COLUMN)
@@ -322,7 +330,7 @@ def print_setting(flag, comment):
         print(' ' * HELP_COLUMN + line)
 
 
-def one_line(kind, error, trace):
+def one_line(kind: type, error: BaseException, trace: types.TracebackType | None) -> None:
     """sys.excepthook: a user's mistake is one line and exit code 2.
 
     A mistake in code that someone is hacking keeps Python's own traceback.
@@ -359,7 +367,7 @@ def one_line(kind, error, trace):
     raise SystemExit(2)
 
 
-def missing_package(error):
+def missing_package(error: BaseException) -> tuple[str | None, str | None]:
     """The package that an import wants, and the command that installs it; None, None of others."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None, None

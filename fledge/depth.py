@@ -13,7 +13,7 @@ import torch
 
 from encoder_decoder import make_model
 from fledge import UserError, checkpoint, optimizers, plan
-from fledge.device import matmul_params, peak_flops
+from fledge.device import Machine, matmul_params, peak_flops
 from fledge.documents import open_split
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import find_data
@@ -63,16 +63,17 @@ class Run:
     loss: float  # that the law predicts, in nats a token; infinite in too short a time
 
     @property
-    def step_tokens(self):
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
         return plan.rows_per_step(self.settings) * self.settings['block_size']
 
 
-def settle(settings, given, machine):
+def settle(settings: dict, given: set[str], machine: Machine) -> tuple[dict, list[str]]:
     """Choose those of CHOSEN that were not given, by n_layer, or by max_minutes.
 
-    settings: train.py's, a dict; given: names of those that the user gave. The processes of
-    machine, a device.Machine, measure together and choose the same. Returns the chosen settings,
-    and four lines that say what they are and why. UserError where there is nothing that they could
+    settings: train.py's; given: names of those that the user gave. The processes of machine measure
+    together and choose the same. Returns the chosen settings, and four lines that say what they are
+    and why. UserError where there is nothing that they could
     follow from, or too little time or memory.
     """
     for name in ('n_encoder_layer', 'lora_rank', 'world_size', 'init_from'):
@@ -116,7 +117,7 @@ def settle(settings, given, machine):
     return chosen | dict(one_dial=False), reasons
 
 
-def with_data(settings, machine):
+def with_data(settings: dict, machine: Machine) -> tuple[dict, int, int]:
     """The settings with vocab_size and optimizer as they will be; the tokens of train and val."""
     name, size = settings['dataset'], settings['vocab_size']
     folder = os.path.join('data', name)
@@ -131,12 +132,12 @@ def with_data(settings, machine):
     return settings | dict(vocab_size=size, optimizer=optimizer), train.n_tokens, val.n_tokens
 
 
-def unless_given(settings, given, **values):
+def unless_given(settings: dict, given: set[str], **values) -> dict:
     """Settings with these values, but for those that were given."""
     return settings | {name: value for name, value in values.items() if name not in given}
 
 
-def shape_of(settings, given, depth):
+def shape_of(settings: dict, given: set[str], depth: int) -> dict:
     """The settings with the shape of a model of so many layers."""
     s = unless_given(settings, given, n_layer=depth, head_dim=HEAD_DIM, max_minutes=0.0)
     head_dim = s['head_dim'] or HEAD_DIM
@@ -146,12 +147,12 @@ def shape_of(settings, given, depth):
     return unless_given(s, given, n_kv_head=divisor(s['n_head'], s['n_head'] // HEADS_PER_KEY))
 
 
-def divisor(n, most):
+def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is not above most, at least 1."""
     return max(each for each in range(1, max(1, most) + 1) if n % each == 0)
 
 
-def rows_that_fit(settings, machine):
+def rows_that_fit(settings: dict, machine: Machine) -> int:
     """How many rows the memory holds at once beside the model; 0: not one."""
     n = machine.world_size
     one_row = settings | dict(batch_size=1, gradient_accumulation_steps=n)
@@ -163,7 +164,7 @@ def rows_that_fit(settings, machine):
     return int(min(max(0, fewest), MOST_ROWS))
 
 
-def measure(settings, most_rows, flop, machine):
+def measure(settings: dict, most_rows: int, flop: float, machine: Machine) -> tuple[float, float]:
     """Time a model's steps on random tokens: seconds of a step of no rows, and of a row.
 
     flop: seconds of a FLOP at the machine's peak, than which no noise makes a row faster. The model
@@ -201,7 +202,15 @@ def measure(settings, most_rows, flop, machine):
     return max(0.0, one - row), row
 
 
-def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
+def run_of(
+    shape: dict,
+    given: set[str],
+    most_rows: int,
+    speed: tuple[float, float],
+    seconds: float,
+    data: tuple[int, int],
+    n_processes: int,
+) -> Run:
     """The Run of a shape in so many seconds, or math.inf.
 
     speed: seconds of a step of no rows, and of a row; data: the tokens of train and of val.
@@ -239,7 +248,9 @@ def run_of(shape, given, most_rows, speed, seconds, data, n_processes):
     return Run(s, model.get_num_params(non_embedding=False), tokens, steps, step_seconds, loss)
 
 
-def with_batch(settings, given, tokens, most_rows, n_processes):
+def with_batch(
+    settings: dict, given: set[str], tokens: float, most_rows: int, n_processes: int
+) -> dict:
     """The settings with the rows of a step, in as few micro-batches as fit."""
     rows = (
         TUNED_TOKENS_PER_STEP * (tokens / TUNED_TOKENS) ** BATCH_EXPONENT / settings['block_size']
@@ -254,7 +265,7 @@ def with_batch(settings, given, tokens, most_rows, n_processes):
     return unless_given(s, given, batch_size=batch_size)
 
 
-def with_rates(settings, given, step_tokens, steps):
+def with_rates(settings: dict, given: set[str], step_tokens: int, steps: int) -> dict:
     """The settings with learning rate, warmup and weight decay.
 
     A run of any length decays away the same share of its weights (Wang and Aitchison 2024,
@@ -271,7 +282,7 @@ def with_rates(settings, given, step_tokens, steps):
     return unless_given(s, given, weight_decay=float(f'{decay:.3g}'), warmup_iters=warmup)
 
 
-def predicted_loss(n_params, tokens, n_train):
+def predicted_loss(n_params: int, tokens: float, n_train: int) -> float:
     """The loss by the law, in nats a token; n_train: how many tokens there are."""
     repeats = max(0.0, tokens / n_train - 1)
     if repeats:
@@ -280,7 +291,7 @@ def predicted_loss(n_params, tokens, n_train):
     return E + A / (n_params / 1e6) ** EXPONENT + B / millions**EXPONENT
 
 
-def in_words(best, runs, n_train):
+def in_words(best: Run, runs: list[Run], n_train: int) -> list[str]:
     """Four lines: the model, its tokens, its rates, and why these."""
     s, epochs = best.settings, best.tokens / n_train
     data = f'data/{s["dataset"]} has {n_train:,}'

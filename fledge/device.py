@@ -6,19 +6,26 @@ What a machine does to a model is applied to a plain one from outside, by Machin
 import contextlib
 import ctypes
 import datetime
+import itertools
 import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from fledge import UserError, cpu
+from fledge.tokens import Batch
+from model import GPT
 
 # Dense FLOP/s of 16-bit matmuls with float32 accumulation, from the vendors' data sheets.
 DATA_SHEETS = {
@@ -50,7 +57,12 @@ class Machine:
     """
 
     def __init__(
-        self, device='auto', dtype='auto', backend='auto', parallel='ddp', ddp_timeout=600
+        self,
+        device: str = 'auto',
+        dtype: str = 'auto',
+        backend: str = 'auto',
+        parallel: str = 'ddp',
+        ddp_timeout: float = 600,
     ):
         self.rank = int(os.environ.get('RANK', 0))
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -78,7 +90,7 @@ class Machine:
         if self.world_size > 1:
             self.connect(backend, ddp_timeout)
 
-    def connect(self, backend, ddp_timeout):
+    def connect(self, backend: str, ddp_timeout: float) -> None:
         """Meet the other processes."""
         if self.type == 'cpu':
             set_threads()
@@ -101,7 +113,7 @@ class Machine:
         self.cpu_group = dist.new_group(backend='gloo', timeout=seconds)
         sys.excepthook = self.fail_together  # torch.distributed has put its own there
 
-    def fail_together(self, kind, error, trace):
+    def fail_together(self, kind: type, error: BaseException, trace: TracebackType | None) -> None:
         """sys.excepthook of one of several processes: what ends them all is said once.
 
         A process that fails tells the store, and says why; the others, whose connections break,
@@ -142,13 +154,13 @@ class Machine:
         sys.stderr.flush()
         os._exit(1)  # threads of torch.distributed would hold up a process that returns
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         """The context in which a forward pass computes in dtype."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.type, self.dtype)
 
-    def move(self, batch):
+    def move(self, batch: Batch) -> Batch:
         """A tokens.Batch of numpy arrays as one of tensors on the device."""
         moved = type(batch)()
         for name, array in batch.items():
@@ -158,7 +170,13 @@ class Machine:
             moved[name] = tensor.to(self.device, non_blocking=True)
         return moved
 
-    def wrap(self, model, compile=False, try_out=None, say=print):
+    def wrap(
+        self,
+        model: GPT,
+        compile: bool | str = False,
+        try_out: Callable | None = None,
+        say: Callable = print,
+    ) -> nn.Module:
         """Make a plain model on this device what is fastest here; returns what to call.
 
         compile: True, False or 'auto'; with 'auto' what the compiler cannot do is done without it.
@@ -190,7 +208,7 @@ class Machine:
             network.config = model.config  # which an objective may read
         return network
 
-    def shard(self, model, compiles):
+    def shard(self, model: GPT, compiles: bool) -> GPT:
         """Leave each process a part of every parameter of a model, in place; returns the model.
 
         A block's are gathered while it computes, in dtype. One block at a time goes to the device,
@@ -221,14 +239,14 @@ class Machine:
             register_fsdp_forward_method(model, name)
         return model
 
-    def set_gradient_sync(self, network, is_due):
+    def set_gradient_sync(self, network: nn.Module, is_due: bool) -> None:
         """Whether the next backward pass averages the gradients of all processes."""
         if self.is_sharded:
             network.set_requires_gradient_sync(is_due)
         elif self.world_size > 1:
             network.require_backward_grad_sync = is_due
 
-    def whole(self, state):
+    def whole(self, state: object) -> object:
         """A state dict, or lists and dicts of such, with each sharded tensor whole on the CPU.
 
         All processes call it; the first one has it then, the others have None for such tensors.
@@ -242,11 +260,11 @@ class Machine:
         tensor = state.full_tensor()  # gathered one by one
         return tensor.cpu() if self.main else None
 
-    def hidden(self, model):
+    def hidden(self, model: GPT) -> Callable:
         """model.hidden, compiled where the model that trains is."""
         return self.compiled_hidden or model.hidden
 
-    def share(self, n_rows):
+    def share(self, n_rows: int) -> int:
         """How many of a step's rows are this process's; UserError where they do not divide."""
         if n_rows % self.world_size:
             raise UserError(
@@ -255,41 +273,45 @@ class Machine:
             )
         return n_rows // self.world_size
 
-    def batches(self, rows, batch_size, what=None):
-        """This process's share of a list of rows, by batch_size; what: a bar on a terminal says."""
-        starts = list(range(0, len(rows), batch_size))
+    def batches(
+        self, rows: Sequence, batch_size: int, what: str | None = None
+    ) -> Iterator[Sequence]:
+        """This process's share of rows, in batches of batch_size; what: a bar on a terminal says.
+
+        They are as alike in size as can be.
+        """
+        n_batches = math.ceil(len(rows) / batch_size)
         if self.is_sharded:  # as many batches each, for a forward pass is of all
             if len(rows) < self.world_size:
                 raise UserError(
                     f'parallel=fsdp evaluates a row in each process at least, and {len(rows)} are '
                     f'fewer than {self.world_size}'
                 )
-            n_each = math.ceil(len(starts) / self.world_size)
+            n_each = math.ceil(n_batches / self.world_size)
             n_each = min(n_each, len(rows) // self.world_size)  # a batch may have a row more then
             n_batches = n_each * self.world_size
-            starts = [len(rows) * i // n_batches for i in range(n_batches)]
-        ends = [*starts[1:], len(rows)]
-        mine = list(zip(starts, ends, strict=True))[self.rank :: self.world_size]
+        bounds = [len(rows) * i // n_batches for i in range(n_batches + 1)]
+        mine = list(itertools.pairwise(bounds))[self.rank :: self.world_size]
         hidden = None if self.main else True  # None: unless the output is a terminal
         for start, end in tqdm(mine, what, unit='batch', leave=False, disable=hidden):
             yield rows[start:end]
 
-    def gather(self, value):
-        """The values of all processes, a list: numbers, or dicts of them."""
+    def gather(self, value: object) -> list:
+        """The values of all processes: numbers, or dicts of them."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value, self.cpu_group)
         return values
 
-    def largest(self, numbers):
-        """The largest over all processes of each of some numbers, a list."""
+    def largest(self, numbers: list[float]) -> list[float]:
+        """The largest over all processes of each of some numbers."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self.cpu_group)
         return tensor.tolist()
 
-    def agree(self, what, value):
+    def agree(self, what: str, value: object) -> None:
         """UserError where a process's value is not the first one's; what: it is, in words."""
         first, *others = self.gather(value)
         for rank, other in enumerate(others, 1):
@@ -297,7 +319,7 @@ class Machine:
                 self.leave()  # together, for all of them know
                 raise UserError(f'process {rank} has another {what} than process 0')
 
-    def mean(self, tensor):
+    def mean(self, tensor: torch.Tensor) -> float | list[float]:
         """The mean of a tensor over all processes, as a number, or a list of them."""
         if self.type == 'cuda':
             self.wait_for_all()  # gloo names a process that does not come along, and nccl does not
@@ -305,24 +327,25 @@ class Machine:
             dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
         if self.type == 'cuda':
             torch.cuda.synchronize()
         elif self.type == 'mps':
             torch.mps.synchronize()
 
-    def wait_for_all(self):
+    def wait_for_all(self) -> None:
+        """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier(self.cpu_group)
 
-    def leave(self):
+    def leave(self) -> None:
         """End together: no process hangs up while another still speaks."""
         if self.world_size > 1:
             dist.barrier(self.cpu_group)
             dist.destroy_process_group()
 
-    def end_all(self):
+    def end_all(self) -> None:
         """End this process at once with exit code 0; so do the others when they find it gone."""
         if self.world_size > 1:
             self.store.set('ended', '')
@@ -331,13 +354,13 @@ class Machine:
             time.sleep(2)
         os._exit(0)
 
-    def hardware(self):
+    def hardware(self) -> str:
         """The name of the GPU; else the CPU's, and the kind that torch takes it for."""
         if self.type == 'cuda':
             return torch.cuda.get_device_name(self.device)
         return f'{cpu.model_name() or "CPU"} ({cpu.kind()})'
 
-    def peak_memory(self):
+    def peak_memory(self) -> int:
         """Bytes held at most: of the GPU, or of this process where it can be told, else 0."""
         if self.type == 'cuda':
             return torch.cuda.max_memory_allocated()
@@ -353,7 +376,7 @@ class Machine:
         return getattr(psutil.Process().memory_info(), 'peak_wset', 0)
 
 
-def choose_device(device, index=0):
+def choose_device(device: str, index: int = 0) -> str:
     """'auto' is cuda, else mps, else cpu; 'cuda' is GPU number index. UserError where it fails."""
     if device == 'auto':
         if torch.cuda.is_available():
@@ -371,7 +394,7 @@ def choose_device(device, index=0):
     return device
 
 
-def choose_dtype(dtype, device):
+def choose_dtype(dtype: str, device: str) -> torch.dtype:
     """'auto' is what the hardware multiplies in: bfloat16, float16 (older GPUs), else float32."""
     kind = device.split(':')[0]
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
@@ -388,17 +411,21 @@ def choose_dtype(dtype, device):
     return torch.float32
 
 
-def set_threads():
+def set_threads() -> None:
     """Give each process of torchrun on a node its share of the cores.
 
-    torchrun itself gives them a thread each (OMP_NUM_THREADS=1) where nobody says how many.
+    torchrun itself gives them a thread each (OMP_NUM_THREADS=1) where nobody says how many. The
+    cores are those that a scheduler leaves to it, which may be few of the node's.
     """
     n_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    n_cores = psutil.cpu_count()
+    if hasattr(psutil.Process, 'cpu_affinity'):  # macOS has none
+        n_cores = len(psutil.Process().cpu_affinity())
     if os.environ.get('OMP_NUM_THREADS') in (None, '1'):
-        torch.set_num_threads(max(1, os.cpu_count() // n_here))
+        torch.set_num_threads(max(1, n_cores // n_here))
 
 
-def is_sharded(tensor):
+def is_sharded(tensor: object) -> bool:
     """Whether something is a DTensor, of which this process has a part.
 
     Told by a method of it, for to import its class takes half a second.
@@ -406,7 +433,7 @@ def is_sharded(tensor):
     return hasattr(tensor, 'full_tensor')
 
 
-def sharded_as(tensor, like):
+def sharded_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor as `like` is: where that is sharded, this process's part of it."""
     if not is_sharded(like):
         return tensor
@@ -416,7 +443,7 @@ def sharded_as(tensor, like):
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def keep_memory():
+def keep_memory() -> None:
     """Have glibc keep what it frees, and Linux give it out in pages of 2 MB where it can.
 
     A step on a CPU then asks the system for no page anew: 830 tokens/s of a 70M model in training,
@@ -443,13 +470,13 @@ def keep_memory():
         libc.free(start)
 
 
-def matmul_params(model):
+def matmul_params(model: GPT) -> int:
     """Number of parameters that multiply each token: all but embeddings and vectors."""
     in_blocks = [p for block in model.blocks for p in block.parameters()]
     return model.lm_head.weight.numel() + sum(p.numel() for p in in_blocks if p.dim() == 2)
 
 
-def flops_per_token(model, row_length):
+def flops_per_token(model: GPT, row_length: int) -> int:
     """FLOPs of training on a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
     Of an encoder-decoder, on a token of the target and one of the source.
@@ -462,7 +489,7 @@ def flops_per_token(model, row_length):
     return 6 * matmul_params(model) + attention
 
 
-def peak_flops(device, dtype):
+def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Dense matmul FLOP/s: a data sheet's where the GPU is known, else measured in a moment."""
     if device.startswith('cuda') and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
@@ -481,7 +508,7 @@ def peak_flops(device, dtype):
     return 2 * n**3 / best
 
 
-def read_bandwidth(device):
+def read_bandwidth(device: str) -> float:
     """Bytes a second that a sum over a gigabyte reads, the best of five."""
     x = torch.ones(1 << 28, device=device)  # zeros would be one page of memory, read over and over
     best = math.inf

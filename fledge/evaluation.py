@@ -1,16 +1,21 @@
 """The one evaluation that train.py and evaluate.py call, and the windows that it can slide."""
 
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from fledge import UserError
+from fledge.device import Machine
+from fledge.documents import Documents
 from fledge.formats.huggingface import ends
 from fledge.objectives import loss_and_numbers, next_token
-from fledge.tokens import Batch, check_ids, spread
-from model import place_documents
+from fledge.tokenizer import Tokenizer
+from fledge.tokens import Batch, Tokens, check_ids, spread
+from model import GPT, place_documents
 
 LOGITS = 1 << 25  # that exist at once: with a large vocabulary all of a batch are gigabytes
 BINS = 15  # of calibration
@@ -18,13 +23,19 @@ BINS = 15  # of calibration
 
 @torch.no_grad()
 def evaluate(
-    model, data, machine, batch_size, n_batches, tokenizer, objective=next_token, detailed=False
-):
+    model: GPT,
+    data: 'Tokens | Documents | Windows',
+    machine: Machine,
+    batch_size: int,
+    n_batches: int,
+    tokenizer: Tokenizer | None,
+    objective: Callable = next_token,
+    detailed: bool = False,
+) -> dict:
     """Measure a model on rows spread evenly over a split, the same ones each time.
 
-    data: a tokens.Tokens, documents.Documents or Windows. n_batches: of batch_size rows; 0: the
-    whole split.
-    tokenizer: of the tokens, or None. The processes of machine share the rows.
+    n_batches: of batch_size rows; 0: the whole split. tokenizer: of the tokens. The processes of
+    machine share the rows.
     Returns a dict: loss (nats a token) and tokens, and for next_token perplexity, accuracy,
     bits_per_byte (None where no bytes are known) and bytes, else the objective's own numbers.
     bits_per_byte compares across tokenizers: it is the bits that the tokens of text cost, over the
@@ -39,11 +50,10 @@ def evaluate(
         text_bytes = tokenizer.text_bytes(len(text_bytes))
         added, before_texts = tokenizer.space_in_front, list(tokenizer.before_texts - {None})
     rows = data.evaluation_rows(n_batches * batch_size or None)
-    sums = {}
+    sums = Counter()
     for here in machine.batches(rows, batch_size):
         batch = data.evaluation_batch(here)
         learned = batch['targets'] >= 0
-        n_learned = int(learned.sum())
         with machine.autocast():
             if objective is next_token:
                 sizes = text_bytes[batch['targets']] * learned
@@ -53,24 +63,16 @@ def evaluate(
                 numbers = next_token_sums(model, moved, hidden, detailed)
                 numbers['bytes'] = sizes.sum() - n_texts * added
             else:
-                loss, means = loss_and_numbers(objective, model, machine.move(batch))
-                means = means | {'loss': loss}
-                weight = n_learned  # what a mean over the batch is over
-                if data.pairs:
-                    weight = (int(batch['documents'].max()) + 1) // 2
-                numbers = {name: float(mean) * weight for name, mean in means.items()}
-                numbers['weight'] = weight
-        numbers['tokens'] = n_learned
-        for name, number in numbers.items():
-            sums[name] = sums.get(name, 0) + number
+                numbers = objective_sums(model, batch, machine, objective, data.pairs)
+        sums.update(numbers)  # which adds them up by name
+        sums['tokens'] += int(learned.sum())
     model.train(was_training)
-    totals = {}
+    totals = Counter()
     for theirs in machine.gather(sums):
-        for name, number in theirs.items():
-            totals[name] = totals.get(name, 0) + number
+        totals.update(theirs)
     n_tokens = totals.pop('tokens')
     if objective is not next_token:
-        weight = totals.pop('weight')
+        weight = totals.pop('_weight')
         return {name: total / weight for name, total in totals.items()} | {'tokens': n_tokens}
     loss, n_bytes = totals['nats'] / n_tokens, int(totals['bytes'])
     result = dict(
@@ -84,29 +86,54 @@ def evaluate(
     return result | details(totals, n_tokens) if detailed else result
 
 
+def objective_sums(
+    model: GPT, batch: Batch, machine: Machine, objective: Callable, pairs: bool
+) -> dict[str, float]:
+    """An objective's loss and numbers, each times what their mean over a batch is over.
+
+    That is how many targets are learned in it, or how many pairs it has: `_weight`, which is no
+    name of an objective's own number.
+    """
+    weight = int((batch['targets'] >= 0).sum())
+    if pairs:
+        weight = (int(batch['documents'].max()) + 1) // 2
+    loss, means = loss_and_numbers(objective, model, machine.move(batch))
+    means = means | {'loss': loss}
+    return {name: float(mean) * weight for name, mean in means.items()} | {'_weight': weight}
+
+
 @torch.no_grad()
-def evaluate_labels(model, data, machine, batch_size, n_batches, labels):
+def evaluate_labels(
+    model: GPT,
+    data: Documents,
+    machine: Machine,
+    batch_size: int,
+    n_batches: int,
+    labels: list[int],
+) -> np.ndarray:
     """Which label a model gives to the documents of a split, of which rows as in evaluate.
 
-    data: a documents.Documents. labels: the token ids of the labels, a list. Returns int64 (n, n):
-    how many documents of each label (row) were given each (column).
+    labels: their token ids. Returns int64 (n, n): how many documents of each label (row) were given
+    each (column).
     """
     was_training = model.training
     model.eval()
     confusion = np.zeros((len(labels), len(labels)), np.int64)
-    labels = torch.tensor(labels, device=machine.device)
+    ids = torch.tensor(labels, device=machine.device)
     rows = data.evaluation_rows(n_batches * batch_size or None)
     for here in machine.batches(rows, batch_size):
         batch = machine.move(data.evaluation_batch(here))
         with machine.autocast():
-            own, logits = label_logits(model, batch, labels, machine.hidden(model))
+            own, logits = label_logits(model, batch, ids, machine.hidden(model))
         given = logits.argmax(dim=1)
         np.add.at(confusion, (own.cpu().numpy(), given.cpu().numpy()), 1)
     model.train(was_training)
     return sum(machine.gather(confusion))
 
 
-def label_logits(model, batch, labels, hidden):
+def label_logits(
+    model: GPT, batch: Batch, labels: torch.Tensor, hidden: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of the labels where a document's label is predicted, and which one is its own.
 
     labels: token ids, (n,). hidden: model's, or compiled. Returns own, int64 (documents,), which
@@ -118,7 +145,7 @@ def label_logits(model, batch, labels, hidden):
     return own, model.logits(x)[:, labels]
 
 
-def next_token_sums(model, batch, hidden, detailed=False):
+def next_token_sums(model: GPT, batch: Batch, hidden: Callable, detailed: bool = False) -> dict:
     """Nats of all targets and of those that are text, and how many were the likeliest token.
 
     batch has `is_text` beside its targets. hidden: model's, or compiled. detailed: the sums that
@@ -152,7 +179,9 @@ def next_token_sums(model, batch, hidden, detailed=False):
     )
 
 
-def score_targets(model, batch, hidden, detailed=False):
+def score_targets(
+    model: GPT, batch: Batch, hidden: Callable, detailed: bool = False
+) -> dict[str, torch.Tensor]:
     """How each target of a batch that is learned is predicted: {name: float32 (n_learned,)}.
 
     nats: what it costs. correct: 1 where it was the likeliest token. detailed adds top5, 1 where at
@@ -177,8 +206,8 @@ def score_targets(model, batch, hidden, detailed=False):
     return scores | dict(top5=top5, confidence=confidence) if detailed else scores
 
 
-def details(totals, n_tokens):
-    """What the sums of next_token_sums say beyond the loss, a dict.
+def details(totals: dict, n_tokens: int) -> dict:
+    """What the sums of next_token_sums say beyond the loss.
 
     accuracy_top5: how often the right token was among the five likeliest. calibration_error: by how
     much the likeliest token's probability is off from how often it is right (expected calibration
@@ -204,15 +233,13 @@ class Windows:
     Each has block_size tokens and starts `stride` after the one before; in all but the first the
     last `stride` tokens alone are predicted, so that each is predicted once and from much of the
     context. That is how transformers' documentation computes perplexity ("Perplexity of
-    fixed-length models"). data: a tokens.Tokens.
+    fixed-length models").
     """
 
-    pairs = False
-
-    def __init__(self, data, stride):
+    def __init__(self, data: Tokens, stride: int):
         self.data, self.stride = data, stride
 
-    def evaluation_rows(self, limit=None):
+    def evaluation_rows(self, limit: int | None = None) -> list[tuple[int, int, int]]:
         """(shard, start, first token to predict) of `limit` windows spread evenly, or of all."""
         windows = []
         for shard, ids in enumerate(self.data.shards):
@@ -223,7 +250,7 @@ class Windows:
                 predicted = start + self.data.block_size
         return spread(windows, limit)
 
-    def evaluation_batch(self, windows):
+    def evaluation_batch(self, windows: Sequence[tuple[int, int, int]]) -> Batch:
         """Some of evaluation_rows as a Batch of rows of block_size - 1."""
         inputs = np.zeros((len(windows), self.data.block_size - 1), np.int64)
         targets = np.full(inputs.shape, -1, np.int64)
@@ -236,8 +263,18 @@ class Windows:
         return Batch(inputs=inputs, targets=targets)
 
 
-def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_penalty, seed):
-    """So many continuations of a text or, where that is given, of what a user asks, as texts.
+def samples(
+    model: GPT,
+    tokenizer: Tokenizer,
+    machine: Machine,
+    count: int,
+    start: str,
+    ask: str,
+    n_tokens: int,
+    repetition_penalty: float,
+    seed: int,
+) -> list[str]:
+    """So many continuations of a text or, where that is given, of what a user asks.
 
     Of an encoder-decoder, the text with the targets that follow it.
     """
@@ -267,7 +304,7 @@ def samples(model, tokenizer, machine, count, start, ask, n_tokens, repetition_p
     return [tokenizer.decode(row) for row in rows]
 
 
-def in_words(result):
+def in_words(result: dict) -> str:
     """An evaluation as a person reads it."""
     words = [f'loss {result["loss"]:.4f}']
     if 'bytes' in result:  # it is of next_token

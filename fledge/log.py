@@ -6,6 +6,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 import filelock
 import numpy as np
@@ -13,6 +15,8 @@ import numpy as np
 from fledge import UserError, chat_template, lock_folder, release_folder, replacing, saving
 from fledge.configurator import in_shell
 from fledge.report import new_axes
+from fledge.state import RunState
+from fledge.tokenizer import Tokenizer
 
 RUN_FILES = ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'train.log', 'settings.json', 'loss.png']
 RUN_FILES += ['spikes.jsonl', 'tokenizer.json', *chat_template.FILES]
@@ -30,7 +34,7 @@ ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_ti
 PLOT_POINTS = 2000  # of a curve at most; a longer one is thinned out
 
 
-def speak(text, file):
+def speak(text: str, file: TextIO) -> None:
     """Print; an output that is full, or that nobody reads any more, ends no run."""
     try:
         print(text, file=file, flush=True)
@@ -41,13 +45,13 @@ def speak(text, file):
 
 
 class RunLog:
-    """The one voice of a run. Silent in all processes but the first; no files where out_dir is
-    None.
+    """The one voice of a run: its lines, its files, and what wandb and tensorboard are told.
 
-    wandb and tensorboard get the metrics as well, where they are asked for.
+    speaks: whether it says anything, as the first of several processes does. out_dir: of the files;
+    None: there are none. wandb and tensorboard get the metrics as well, where they are asked for.
     """
 
-    def __init__(self, speaks, out_dir=None):
+    def __init__(self, speaks: bool, out_dir: str | None = None):
         self.speaks = speaks
         self.out_dir = out_dir if speaks else None
         self.bar = None
@@ -56,10 +60,11 @@ class RunLog:
         self.pending = {}  # what a full disk has not taken yet, by the name of its file
         self.failed = set()  # names of files that could not be written
 
-    def path(self, name):
+    def path(self, name: str) -> str:
+        """Where a file of the run is."""
         return os.path.join(self.out_dir, name)
 
-    def open(self, settings, state, resuming, data_digest=''):
+    def open(self, settings: dict, state: RunState, resuming: bool, data_digest: str = '') -> None:
         """Open the run's files.
 
         A run that was in out_dir already is moved to out_dir/previous-N, unless it is resumed: then
@@ -89,7 +94,7 @@ class RunLog:
         self.is_open, self.data_digest = True, data_digest
         self.connect(settings, state)
 
-    def rewind(self, step):
+    def rewind(self, step: int) -> None:
         """Drop what is in metrics.jsonl from a step on: it happens again."""
         if not self.out_dir:
             return
@@ -100,7 +105,7 @@ class RunLog:
         with replacing(path) as f:
             f.writelines(json.dumps(line) + '\n' for line in lines)
 
-    def append(self, name, line):
+    def append(self, name: str, line: str) -> None:
         """Add a line to a file; where the disk is full, it and later ones wait for their turn."""
         waiting = self.pending.get(name, '') + line + '\n'
         self.pending[name] = waiting
@@ -115,7 +120,7 @@ class RunLog:
             self.pending[name] = ''
 
     @contextlib.contextmanager
-    def disk_may_be_full(self, name):
+    def disk_may_be_full(self, name: str) -> Iterator[None]:
         """Go on, and say so once, where a file cannot be written that the run can do without."""
         try:
             yield
@@ -127,7 +132,8 @@ class RunLog:
         else:
             self.failed.discard(name)
 
-    def keep_previous(self):
+    def keep_previous(self) -> None:
+        """Move the files of a run that was in out_dir to out_dir/previous-N."""
         if not saving.files(self.out_dir):
             return
         folders = (self.path(f'previous-{n}') for n in itertools.count(1))
@@ -138,7 +144,8 @@ class RunLog:
                 os.replace(self.path(name), os.path.join(folder, name))
         print(f'the run that was in {self.out_dir} is now in {folder}')
 
-    def connect(self, settings, state):
+    def connect(self, settings: dict, state: RunState) -> None:
+        """Have wandb and tensorboard take the metrics, where the settings ask for them."""
         if settings['wandb_log']:
             import wandb
 
@@ -158,26 +165,27 @@ class RunLog:
 
             self.sinks.append(write)
 
-    def start_bar(self, step, max_iters):
+    def start_bar(self, step: int, max_iters: int) -> None:
         """On a terminal, a progress bar with the time left; elsewhere plain lines serve."""
         if self.speaks and sys.stdout.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=max_iters, initial=step, unit='step', dynamic_ncols=True)
 
-    def advance(self, state, max_iters):
+    def advance(self, state: RunState, max_iters: int) -> None:
         """Move the bar on by a step; its end is where the run is expected to end."""
         if self.bar is not None:
             if state.progress > 0:
                 self.bar.total = min(max_iters, round(state.step / state.progress))
             self.bar.update(state.step - self.bar.n)  # back, where the run has gone back
 
-    def close_bar(self):
+    def close_bar(self) -> None:
+        """End the bar; what is said from here on are plain lines."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """A line to the terminal and train.log."""
         if not self.speaks:
             return
@@ -188,14 +196,22 @@ class RunLog:
         if self.is_open:
             self.append('train.log', text)
 
-    def samples(self, step, texts):
-        """samples_step_*.txt."""
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Write samples_step_*.txt."""
         if self.out_dir:
             name = f'samples_step_{step:06d}.txt'
             with self.disk_may_be_full(name), replacing(self.path(name)) as f:
                 f.write('\n---------------\n'.join(texts) + '\n')
 
-    def spike(self, step, loss, mean_before, deviation, documents, tokenizer):
+    def spike(
+        self,
+        step: int,
+        loss: float,
+        mean_before: float,
+        deviation: float,
+        documents: list[tuple],
+        tokenizer: Tokenizer | None,
+    ) -> None:
         """Say that a step's loss is far above those before it, and what the step saw.
 
         documents: [(path, position, ids), ...] of the data. The beginning of each goes to
@@ -212,8 +228,8 @@ class RunLog:
         numbers = dict(step=step, loss=loss, mean=mean_before, deviation=deviation)
         self.append('spikes.jsonl', json.dumps(numbers | dict(documents=seen)))
 
-    def metrics(self, **values):
-        """A line of metrics.jsonl: KEYS, null where one has no value, and what else is given."""
+    def metrics(self, **values) -> None:
+        """Write a line of metrics.jsonl: KEYS, null where one has no value, and what is given."""
         if not self.out_dir:
             return
         line = dict.fromkeys(KEYS) | values
@@ -226,8 +242,8 @@ class RunLog:
         for sink in self.sinks:
             sink(line['step'], known)
 
-    def progress(self, state, max_iters, line, own_numbers):
-        """A line of progress, of a training step's metrics and the objective's own numbers."""
+    def progress(self, state: RunState, max_iters: int, line: dict, own_numbers: dict) -> None:
+        """Say a line of progress, of a training step's metrics and the objective's own numbers."""
         text = f'loss {line["train_loss"]:.4f} | lr {line["lr"]:.2e}'
         text += f' | norm {line["grad_norm"]:.2f}'
         if 'mfu' in line:
@@ -240,7 +256,7 @@ class RunLog:
             self.bar.set_postfix_str(val + text)
             self.append('train.log', f'step {state.step}/{max_iters} | {text}')
 
-    def list_run(self, settings, defaults, state):
+    def list_run(self, settings: dict, defaults: dict, state: RunState) -> None:
         """Add a run that has ended to runs.tsv, beside its folder; where that fails, warn."""
         if not self.out_dir:
             return
@@ -265,18 +281,18 @@ class RunLog:
             self.append(path, line)
             release_folder(lock)
 
-    def draw(self):
-        """loss.png: the losses against tokens, and against minutes."""
+    def draw(self) -> None:
+        """Draw loss.png: the losses against tokens, and against minutes."""
         if not self.out_dir:
             return
         with self.disk_may_be_full('loss.png'):
-            figure = draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
+            figure = _draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
             figure.suptitle(self.out_dir)
             with replacing(self.path('loss.png'), 'wb') as f:
                 figure.savefig(f, format='png', dpi=120, bbox_inches='tight')
 
 
-def draw_curves(curves):
+def _draw_curves(curves):
     """The Figure of what curves_of() returns."""
     both = new_axes((13, 5), ncols=2, sharey=True)
     looks = dict(
@@ -297,7 +313,7 @@ def draw_curves(curves):
     return both[0].figure
 
 
-def curves_of(lines):
+def curves_of(lines: Iterable[dict]) -> dict[str, list]:
     """The curves of loss.png, {name: [(tokens, minutes, loss), ...]}, from lines of metrics.jsonl.
 
     Each has PLOT_POINTS at most. step_loss is of each step, train_loss of the steps since the line
@@ -322,8 +338,8 @@ def curves_of(lines):
     return curves
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl, dicts; a line that a crash left broken is passed over."""
+def read_metrics(path: str) -> list[dict]:
+    """The lines of a metrics.jsonl; a line that a crash left broken is passed over."""
     lines = []
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:

@@ -7,23 +7,28 @@ settings as they were where its file was named: flags behind the file do not rea
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from fledge import UserError
+from fledge.device import Machine
+from fledge.documents import Documents
 from fledge.log import KEYS
+from fledge.tokens import Batch, Tokens
+from model import GPT
 
 TAKEN = {'bytes', 'skipped_steps', 'step_losses', *KEYS}  # names of the log's own numbers
 
 
-def next_token(model, batch):
+def next_token(model: GPT, batch: Batch) -> torch.Tensor:
     """Mean cross entropy of the targets, in nats a token; no logits are kept."""
     return model(batch['inputs'], batch['targets'], return_logits=False, **batch.context())[1]
 
 
-def dpo(model, batch, beta):
+def dpo(model: GPT, batch: Batch, beta: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), in nats a pair.
 
     batch: pairs of documents, a chosen one and its rejected, with `reference`: what sums_of_logs
@@ -36,7 +41,7 @@ def dpo(model, batch, beta):
     return -F.logsigmoid(margins).mean(), numbers
 
 
-def sums_of_logs(model, batch):
+def sums_of_logs(model: GPT, batch: Batch) -> torch.Tensor:
     """The log-probability (nats) of what is learned in each document of a batch, float32 (n,)."""
     documents = batch['documents']
     at_once = dict(return_logits=False, documents=documents, reduction='none')
@@ -47,8 +52,14 @@ def sums_of_logs(model, batch):
 
 
 @torch.no_grad()
-def add_reference(model, data, machine, batch_size, saved=None):
-    """Give the batches of data, a documents.Documents, what sums_of_logs is of the model now.
+def add_reference(
+    model: GPT,
+    data: Documents,
+    machine: Machine,
+    batch_size: int,
+    saved: torch.Tensor | None = None,
+) -> None:
+    """Give the batches of data what sums_of_logs is of the model now.
 
     So that no second model is needed: it is computed once, before training, and saved: the
     same array at an earlier time, which then is taken. The processes of machine share the work.
@@ -72,7 +83,7 @@ def add_reference(model, data, machine, batch_size, saved=None):
     data.of_documents['reference'] = sum(machine.gather(reference))
 
 
-def references(splits):
+def references(splits: tuple[Tokens | Documents, ...]) -> list[torch.Tensor] | None:
     """The reference of each of some splits in pairs, for a checkpoint; None of other splits."""
     if not splits[0].pairs:
         return None
@@ -83,7 +94,7 @@ def references(splits):
 OBJECTIVES = {'next_token': (next_token, False), 'dpo': (dpo, True)}
 
 
-def choose(objective, dpo_beta):
+def choose(objective: str | Callable, dpo_beta: float) -> Callable:
     """The function that a setting names, one of OBJECTIVES, or a config file's own, as it is."""
     if callable(objective):
         return objective
@@ -97,7 +108,7 @@ def choose(objective, dpo_beta):
     return functools.partial(function, beta=dpo_beta) if of_pairs else function
 
 
-def check_data(objective, data, folder):
+def check_data(objective: str, data: Tokens | Documents, folder: str) -> None:
     """UserError where preferences meet an objective that is not theirs, or the other way round.
 
     objective: the setting; of a config file's own nothing is known.
@@ -115,7 +126,7 @@ def check_data(objective, data, folder):
         )
 
 
-def loss_and_numbers(objective, model, batch):
+def loss_and_numbers(objective: Callable, model: GPT, batch: Batch) -> tuple[torch.Tensor, dict]:
     """What an objective returns, as (loss, numbers) where it returned the loss alone."""
     result = objective(model, batch)
     loss, numbers = result if isinstance(result, tuple) else (result, {})

@@ -5,10 +5,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fledge import UserError
 from fledge.device import is_sharded, sharded_as
+from model import GPT
 
 # The learning rate where none is given, by optimizer (all that make_optimizers makes) and by what
 # learns.
@@ -24,7 +26,7 @@ RATES = {
 SCHEDULES = ('linear', 'cosine', 'wsd', 'noam')
 
 
-def orthogonalize(x, dtype):
+def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest (semi-)orthogonal matrices, roughly, of matrices x (n, rows, columns).
 
     Five Newton-Schulz iterations in dtype (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
@@ -44,7 +46,7 @@ def orthogonalize(x, dtype):
     return wide if is_wide else wide.mT
 
 
-def iterate_on_gram(wide):
+def iterate_on_gram(wide: Tensor) -> Tensor:
     """The same of much wider matrices, in half the time: all is done on the small square ones.
 
     Each iteration multiplies by a polynomial of the gram matrix, and these commute. In 16 bits it
@@ -61,7 +63,7 @@ def iterate_on_gram(wide):
     return product @ wide
 
 
-def orthogonalize_together(x, dtype, n_rows, in_parts):
+def orthogonalize_together(x: Tensor, dtype: torch.dtype, n_rows: int, in_parts: bool) -> Tensor:
     """orthogonalize by several processes, each of which has as many of the matrices to do.
 
     x: (n, rows, columns), the same in all processes, or in_parts: of sharded matrices of n_rows
@@ -90,7 +92,7 @@ def orthogonalize_together(x, dtype, n_rows, in_parts):
     return exchanged.view(-1, height, n_columns)[:n, :own_rows]
 
 
-def own_part(tensor):
+def own_part(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process has, in the same memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
@@ -107,12 +109,15 @@ class Muon(torch.optim.Optimizer):
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
     MOMENTUM = 0.95  # of the gradients, and of the squares of lengths
 
-    def __init__(self, parameters, lr, weight_decay, dtype):
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
+    ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        """Update all parameters that have a gradient."""
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         for group in self.param_groups:
             by_shape = {}
@@ -124,8 +129,8 @@ class Muon(torch.optim.Optimizer):
                 for first in range(0, len(parameters), n):
                     self.update(parameters[first : first + n], group)
 
-    def update(self, parameters, group):
-        """The update of some matrices of one shape."""
+    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Update some matrices of one shape."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
@@ -142,7 +147,7 @@ class Muon(torch.optim.Optimizer):
         scale = max(1, rows / columns) ** 0.5
         torch._foreach_add_(weights, directions.unbind(), alpha=-group['lr'] * scale)
 
-    def evened_out(self, directions, parameters):
+    def evened_out(self, directions: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """directions (n, own rows, columns) with each row, or column, brought to one length."""
         rows, columns = parameters[0].shape
         squares = directions.square()
@@ -163,12 +168,12 @@ class Muon(torch.optim.Optimizer):
         return directions * (usual / torch.stack(means).clamp(min=1e-10)).sqrt()
 
 
-def trained_by(start):
+def trained_by(start: dict) -> str:
     """The optimizer that made the weights of a loaded checkpoint, before any fine-tuning."""
     return start.get('trained_by') or start['config'].get('optimizer', 'adamw')
 
 
-def choose(settings, start):
+def choose(settings: dict, start: dict | None) -> tuple[str, float, str]:
     """Settle what the settings leave open ('auto'), in place: the optimizer and learning_rate.
 
     start: the checkpoint that training begins from, or None. Muon serves the models that it trained
@@ -193,8 +198,15 @@ def choose(settings, start):
     return optimizer, rate, why
 
 
-def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch.bfloat16):
-    """The optimizers of a model, a list: [AdamW], [AdamW, Muon], or [Muon] where all is Muon's.
+def make_optimizers(
+    model: GPT,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: [AdamW], [AdamW, Muon], or [Muon] where all is Muon's.
 
     adamw: matrices and embeddings decay, vectors do not (nanoGPT's two groups, in its order: its
     state loads). muon: the blocks' matrices go to Muon, orthogonalized in dtype; embeddings, head
@@ -223,7 +235,7 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, dtype=torch
     return [adamw, muon]
 
 
-def learning_rate_at(settings, step, position, end):
+def learning_rate_at(settings: dict, step: int, position: float, end: float) -> float:
     """The learning rate of a step, counted from 0, by train.py's settings.
 
     It rises linearly to learning_rate at warmup_iters, and then falls to min_lr as position, which
@@ -247,32 +259,35 @@ def learning_rate_at(settings, step, position, end):
     return lowest + share * (highest - lowest)
 
 
-def set_learning_rate(optimizers, learning_rate):
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Give every parameter group its learning rate for the next step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = learning_rate * group.get('lr_scale', 1.0)
 
 
-def gradient_norm(model):
+def gradient_norm(model: nn.Module) -> Tensor:
     """The norm of all gradients of a model, a scalar tensor, the same in all processes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
-def state_bytes(optimizers):
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
     """Bytes of the state that optimizers hold after a step."""
     entries = [entry for opt in optimizers for entry in opt.state.values()]
     return sum(t.nbytes for entry in entries for t in entry.values() if torch.is_tensor(t))
 
 
-def state_dict(optimizers):
+def state_dict(optimizers: list[torch.optim.Optimizer]) -> dict | list[dict]:
     """What a checkpoint keeps: one optimizer's state alone, as nanoGPT's does, or a list of two."""
     states = [o.state_dict() for o in optimizers]
     return states[0] if len(states) == 1 else states
 
 
-def load_state_dict(optimizers, saved):
+def load_state_dict(
+    optimizers: list[torch.optim.Optimizer], saved: dict | list[dict] | None
+) -> None:
     """Restore momenta and step counts; rates, betas and decay stay as the settings say."""
     if saved is None:
         print('the checkpoint has no optimizer state: momenta begin at zero', file=sys.stderr)

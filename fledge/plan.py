@@ -7,16 +7,17 @@ meta device), so that it can be made on any machine. What two real steps take he
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 
 from encoder_decoder import make_model
 from fledge import UserError, checkpoint, optimizers
-from fledge.device import DATA_SHEETS
+from fledge.device import DATA_SHEETS, Machine
 from fledge.tokenizer import load_tokenizer
 from fledge.tokens import find_data
-from model import ACTIVATIONS
+from model import ACTIVATIONS, GPT, GPTConfig
 
 UTILISATION = 0.4  # assumed share of a data sheet's FLOP/s: well-tuned runs have 0.3 to 0.5
 # Of each: its memory in GB, and bytes a second to its neighbours in one machine, in one direction
@@ -33,8 +34,8 @@ OVERHEAD = 1e9  # bytes that CUDA, its libraries and torch's allocator take besi
 PARTS = ('weights', 'gradients', 'optimizer', 'copies', 'activations', 'logits')
 
 
-def plan_report(settings):
-    """The plan for world_size GPUs as text, two tables in Markdown; settings: train.py's, a dict.
+def plan_report(settings: dict) -> str:
+    """The plan for world_size GPUs, two tables in Markdown; settings: train.py's.
 
     All of it is computed. UserError for a run that is none of a new model's, by steps or tokens.
     """
@@ -85,7 +86,7 @@ def plan_report(settings):
     return '\n'.join(lines)
 
 
-def smallest_gpu(n_bytes):
+def smallest_gpu(n_bytes: float) -> str:
     """The memory of the smallest GPU that holds a training process of n_bytes, in words."""
     for gb in MEMORY_SIZES:
         if n_bytes + OVERHEAD <= gb * 1e9:
@@ -93,13 +94,13 @@ def smallest_gpu(n_bytes):
     return 'none'
 
 
-def markdown(rows):
+def markdown(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a Markdown table; the first of rows, tuples of texts, is its head."""
     lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
     return [lines[0], '|---' * len(rows[0]) + '|', *lines[1:]]
 
 
-def shape_of_model(settings):
+def shape_of_model(settings: dict) -> GPT:
     """The new model of train.py's settings, whose tensors have shapes and no memory."""
     tokenizer = None
     if not settings['vocab_size']:
@@ -108,11 +109,12 @@ def shape_of_model(settings):
         return make_model(checkpoint.config_of(settings, tokenizer))
 
 
-def rows_per_step(settings):
+def rows_per_step(settings: dict) -> int:
+    """How many rows a step has, over all processes."""
     return settings['gradient_accumulation_steps'] * settings['batch_size']
 
 
-def rows_of(settings, n_gpus):
+def rows_of(settings: dict, n_gpus: int) -> tuple[int, int]:
     """How many rows of a step each GPU has, and how many at once; UserError: they do not divide."""
     rows = rows_per_step(settings)
     if rows % n_gpus:
@@ -123,8 +125,8 @@ def rows_of(settings, n_gpus):
     return rows // n_gpus, min(settings['batch_size'], rows // n_gpus)
 
 
-def memory(model, settings, n_gpus=1, parallel=''):
-    """Bytes on each GPU by part, a dict with PARTS as keys; the matrix products are in 16 bits.
+def memory(model: GPT, settings: dict, n_gpus: int = 1, parallel: str = '') -> dict[str, float]:
+    """Bytes on each GPU by part, with PARTS as keys; the matrix products are in 16 bits.
 
     model may be on the meta device. parallel: 'DDP', 'FSDP' (Zhao et al. 2023, arXiv:2304.11277),
     or '' for one GPU.
@@ -162,7 +164,7 @@ def memory(model, settings, n_gpus=1, parallel=''):
     return dict(zip(PARTS, values, strict=True))
 
 
-def bytes_of_block(config):
+def bytes_of_block(config: GPTConfig) -> int:
     """Bytes that a token leaves in a block of model.py for the backward pass.
 
     On a GPU under autocast: the residual stream is in float32, what a matrix product reads or
@@ -182,7 +184,9 @@ def bytes_of_block(config):
     return norms + qkv + attended + mlp + dropout
 
 
-def hours_6nd(n_params, n_tokens, gpu, utilisation=UTILISATION):
+def hours_6nd(
+    n_params: float, n_tokens: float, gpu: str, utilisation: float = UTILISATION
+) -> float:
     """Hours that one GPU, a name in DATA_SHEETS, takes to train n_params on n_tokens.
 
     6 FLOPs a parameter and token (Kaplan et al. 2020, arXiv:2001.08361); attention's own are left
@@ -191,7 +195,7 @@ def hours_6nd(n_params, n_tokens, gpu, utilisation=UTILISATION):
     return 6 * n_params * n_tokens / (DATA_SHEETS[gpu] * utilisation) / 3600
 
 
-def bytes_sent(n_params, settings, n_gpus, parallel):
+def bytes_sent(n_params: int, settings: dict, n_gpus: int, parallel: str) -> float:
     """Bytes that each GPU sends in a step, in a ring of n_gpus."""
     rows, batch_size = rows_of(settings, n_gpus)
     others = (n_gpus - 1) / n_gpus  # each sends all but its own share
@@ -201,15 +205,17 @@ def bytes_sent(n_params, settings, n_gpus, parallel):
     return others * 2 * 4 * n_params  # sums of float32 gradients, then the sums to all
 
 
-def time_and_price(seconds, n_steps, tokens_per_step, n_gpus, price_per_hour):
-    """Tokens a second, hours, days and price of a run by the seconds of a step: four texts."""
+def time_and_price(
+    seconds: float, n_steps: int, tokens_per_step: int, n_gpus: int, price_per_hour: float
+) -> tuple[str, str, str, str]:
+    """Tokens a second, hours, days and price of a run by the seconds of a step."""
     hours = seconds * n_steps / 3600
     speed = tokens_per_step / seconds
     price = hours * n_gpus * price_per_hour
     return f'{speed:,.0f}', f'{hours:.1f}', f'{hours / 24:.2f}', f'{price:,.2f}'
 
 
-def why_not_measured(settings, machine):
+def why_not_measured(settings: dict, machine: Machine) -> str:
     """Why no real step of the settings can be taken here, in words; '' where one can."""
     try:
         find_data(settings['dataset'], settings['vocab_size'], make_default=False)
@@ -222,14 +228,22 @@ def why_not_measured(settings, machine):
     return ''
 
 
-def memory_of(machine):
+def memory_of(machine: Machine) -> int:
     """Bytes of memory of the GPU, or of the computer for each of its processes."""
     if machine.type == 'cuda':
         return torch.cuda.get_device_properties(machine.device).total_memory
     return psutil.virtual_memory().total // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
-def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts, machine):
+def dry_run_report(
+    train_step: Callable,
+    model: GPT,
+    settings: dict,
+    tokens_per_step: int,
+    max_iters: int,
+    opts: list[torch.optim.Optimizer],
+    machine: Machine,
+) -> str:
     """What a run will take here, told from two real steps, and on world_size such machines."""
     for step in (0, 1):  # the first one warms up
         began = time.perf_counter()
@@ -265,7 +279,7 @@ def dry_run_report(train_step, model, settings, tokens_per_step, max_iters, opts
     return '\n'.join(lines)
 
 
-def link_of(machine):
+def link_of(machine: Machine) -> tuple[str, float]:
     """What this machine is called, and bytes a second from it to another of its kind."""
     name = torch.cuda.get_device_name(machine.device) if machine.type == 'cuda' else machine.device
     for known, (_, link) in GPUS.items():

@@ -1,184 +1,53 @@
-"""A training run: its state, its clock, its signals, and what may be asked of it."""
+"""A training run: its clock, its signals, its seeds, and what may be asked of it."""
 
 import contextlib
-import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 
 from fledge import UserError, depth, optimizers, read_json, saving
 from fledge.configurator import one_of
 from fledge.log import ASIDE, speak
 from model import GPTConfig
 
-# a loss is a spike if it is so many standard deviations above the mean of so many before it
-SPIKE_DEVIATIONS, SPIKE_WINDOW = 6, 100
 # what a run cannot go on without, besides the shape of its model
 FIXED = ['dataset', 'optimizer', 'lora_rank', 'lora_alpha', 'lora_targets']
 SAVE_AFTER = 0.2  # seconds from a signal; a step that takes longer is given up
 
 
-@dataclass
-class RunState:
-    """What a run goes on with, besides its weights and optimizers. Saved and restored whole."""
-
-    step: int = 0  # steps done
-    rows: int = 0  # of the data seen, and where in its order the next step goes on
-    tokens: int = 0  # seen, of whatever data; a logged step's are those before it
-    lr: float = 0.0  # learning rate of the last step
-    grad_norm: float = 0.0  # of the last step
-    progress: float = 0.0  # of the run, 0 to 1, in steps or in time, whichever is further
-    elapsed: float = 0.0  # seconds, evaluations included
-    longest_evaluation: float = 0.0  # seconds; the last one has to fit into max_minutes as well
-    evaluated_step: int = -1  # of the last evaluation
-    evaluated_at: float = 0.0  # share of max_minutes at that time
-    evaluation: dict | None = None  # its numbers (see evaluation.evaluate)
-    best_val_loss: float = math.inf
-    best_step: int = -1  # of that loss
-    evaluations_since_best: int = 0
-    recent_losses: list = field(default_factory=list)  # of the steps since the last logged line
-    recent_numbers: dict = field(default_factory=dict)  # of the objective, by name: as many
-    window: list = field(default_factory=list)  # the last losses, which tell a spike
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-    bad_steps: int = 0  # of these, the last ones in a row
-    went_back: bool = False  # to a checkpoint once, and its data is in another order since
-    wandb_id: str = ''  # of the run there
-
-    def metrics(self):
-        """What metrics.jsonl has of a step by itself; its evaluation and skipped steps, if any."""
-        line = dict(step=self.step, tokens=self.tokens, elapsed=self.elapsed)
-        if self.skipped_steps:
-            line['skipped_steps'] = self.skipped_steps
-        if self.evaluated_step == self.step:
-            numbers = dict(self.evaluation)
-            if 'bytes' in numbers:  # it is of next_token
-                numbers = dict(loss=numbers['loss'], bpb=numbers['bits_per_byte'])
-            numbers.pop('tokens', None)
-            line |= {f'val_{name}': number for name, number in numbers.items()}
-        return line
-
-    def in_checkpoint(self):
-        """The entries of a checkpoint; two of them are nanoGPT's."""
-        nanogpts = dict(iter_num=self.step, best_val_loss=self.best_val_loss)
-        return nanogpts | {'run': asdict(self)}
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint, path):
-        """The state in a loaded checkpoint, ours or nanoGPT's; UserError where it is of no run."""
-        if 'iter_num' not in checkpoint or 'best_val_loss' not in checkpoint:
-            raise UserError(
-                f'{path} is no checkpoint of a run: start from it with '
-                f'--init_from={shlex.quote(path)} and another --out_dir'
-            )
-        saved = checkpoint.get('run', {})  # nanoGPT's has none
-        state = cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
-        state.step = checkpoint['iter_num']
-        state.best_val_loss = float(checkpoint['best_val_loss'])
-        return state
-
-    def meet_changes(self, checkpoint, changed, settings, data_digest):
-        """Go on from a checkpoint under settings, of which `changed` has the values before.
-
-        UserError where its data is not what it was, or its own objective is missing.
-        """
-        objective = checkpoint['config'].get('objective', 'next_token')
-        if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
-            s = settings | checkpoint['config']
-            self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
-            self.tokens = self.rows * s['block_size']
-        if checkpoint.get('data', data_digest) != data_digest:
-            raise UserError(
-                f'data/{settings["dataset"]} is not what this run was trained on any more: put it '
-                'back, or begin another run from its weights (--init_from=FILE, another --out_dir)'
-            )
-        if objective == 'own.py' and settings['objective'] == 'next_token':
-            raise UserError(
-                'this run has an objective of its own: name the config file that defines it again'
-            )
-        if 'block_size' in changed:  # about as much of the data stays behind
-            self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
-        evaluates = {'block_size', 'eval_iters', 'dpo_beta', 'quantize_base'}
-        evaluates |= {'batch_size'} if settings['eval_iters'] else set()
-        if changed.keys() & evaluates or objective != settings['objective']:
-            # evaluations come out differently now, and do not compare with those before
-            self.evaluated_step, self.best_step, self.best_val_loss = -1, -1, math.inf
-            self.evaluations_since_best = 0
-
-    def note_evaluation(self, evaluation, seconds):
-        """Keep an evaluation of the present step; returns whether it is the best so far."""
-        self.evaluated_step, self.evaluation = self.step, evaluation
-        self.longest_evaluation = max(self.longest_evaluation, seconds)
-        is_best = evaluation['loss'] < self.best_val_loss
-        if is_best:
-            self.best_step = self.step
-        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
-        self.best_val_loss = min(self.best_val_loss, evaluation['loss'])
-        return is_best
-
-    def note_loss(self, loss):
-        """Keep the loss of a step; returns the mean and the standard deviation of those before it.
-
-        Before there are SPIKE_WINDOW of them, infinity: no loss is a spike.
-        """
-        before = self.window
-        self.window = [*before, loss][-SPIKE_WINDOW:]
-        if len(before) < SPIKE_WINDOW:
-            return math.inf, 0.0
-        return statistics.fmean(before), statistics.pstdev(before)
-
-
 class Clock:
     """The time of a run, and how much of it was not training: evaluations, samples and so on."""
 
-    def __init__(self, elapsed):
+    def __init__(self, elapsed: float):
         self.began = time.monotonic() - elapsed
         self.aside = 0.0  # seconds that were not training
         self.start_interval()
 
-    def elapsed(self):
+    def elapsed(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""
         return time.monotonic() - self.began
 
     @contextlib.contextmanager
-    def not_training(self):
+    def not_training(self) -> Iterator[None]:
+        """Count the time of a `with` block as none of training."""
         began = self.elapsed()
         yield
         self.aside += self.elapsed() - began
 
-    def start_interval(self):
+    def start_interval(self) -> None:
+        """Begin to count training's time, and its steps, anew."""
         self.interval_start, self.interval_aside = self.elapsed(), self.aside
+        self.n_steps = 0  # since then; train.py counts them
 
-    def interval(self):
+    def interval(self) -> float:
         """Seconds of training since start_interval()."""
         return self.elapsed() - self.interval_start - (self.aside - self.interval_aside)
-
-
-class RecentSteps:
-    """The steps since the last line of progress; their losses and numbers are the state's own."""
-
-    def __init__(self, state):
-        self.restore(state)
-
-    def restore(self, state):
-        """Begin with what a state has of the steps before a resume."""
-        self.losses, self.numbers, self.n_timed = state.recent_losses, state.recent_numbers, 0
-
-    def clear(self):
-        self.losses.clear()
-        self.numbers.clear()
-        self.n_timed = 0
-
-    def add(self, loss, numbers):
-        self.losses.append(loss)
-        self.n_timed += 1
-        for name, number in numbers.items():
-            self.numbers.setdefault(name, []).append(number)
 
 
 class StopSignals:
@@ -189,7 +58,7 @@ class StopSignals:
     is given.
     """
 
-    def __init__(self, speaks, save_now=None):
+    def __init__(self, speaks: bool, save_now: Callable | None = None):
         self.speaks, self.save_now, self.asked_at = speaks, save_now, None
         # held where the loop changes the state of the run or saves it, and by save_now()
         self.lock = threading.Lock()
@@ -203,27 +72,30 @@ class StopSignals:
             self.can_pause = True
 
     @contextlib.contextmanager
-    def changing(self):
+    def changing(self) -> Iterator[None]:
         """While the state of the run changes: save_now() comes before it or after it."""
         with self.lock:
             self.is_whole = False
             yield
             self.is_whole = True  # which it is not where an error ends the change
 
-    def pause_loop(self):
+    def pause_loop(self) -> None:
         """Hold the loop where it is, in the middle of a step, so that saving has the processor."""
         self.is_paused = True
         if self.can_pause:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
-    def wait_while_paused(self, number, frame):
+    def wait_while_paused(self, number: int, frame: object) -> None:
+        """The handler of SIGUSR1, in the thread of the loop."""
         while self.is_paused:
             time.sleep(0.01)
 
-    def asked(self):
+    def asked(self) -> bool:
+        """Whether a signal has come."""
         return self.asked_at is not None
 
-    def hear(self, number, frame):
+    def hear(self, number: int, frame: object) -> None:
+        """The handler of SIGINT and SIGTERM."""
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
@@ -239,7 +111,7 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def each_seed(settings, given):
+def each_seed(settings: dict, given: set[str]) -> int:
     """Run this command once for each of its seeds, one after another, each in out_dir/seed_N.
 
     The same command again goes on where it was. A signal reaches the run that is going, and the
@@ -278,7 +150,7 @@ def each_seed(settings, given):
     return 0
 
 
-def check_seeds(settings, given, folders):
+def check_seeds(settings: dict, given: set[str], folders: Iterable[str]) -> None:
     """UserError where each_seed() cannot make its runs in these folders."""
     single = [f'--{name}' for name in ('dry_run', 'eval_only') if settings[name]]
     if settings['init_from'] == 'resume':
@@ -304,19 +176,19 @@ def check_seeds(settings, given, folders):
                 )
 
 
-def settings_of(checkpoint):
+def settings_of(checkpoint: dict) -> dict:
     """The settings of the run of a loaded checkpoint, but for those that are of each start."""
     of_a_start = ('init_from', 'auto_resume', 'out_dir', 'eval_only', 'dry_run')
     return {name: v for name, v in checkpoint['config'].items() if name not in of_a_start}
 
 
-def changes_since(checkpoint, settings):
+def changes_since(checkpoint: dict, settings: dict) -> dict:
     """{setting: its value in a loaded checkpoint} of those that are others now."""
     before = settings_of(checkpoint)
     return {name: v for name, v in before.items() if settings.get(name, v) != v}
 
 
-def check_resume(path, start, changed, settings):
+def check_resume(path: str, start: dict, changed: dict, settings: dict) -> None:
     """UserError for settings that the run of a loaded checkpoint cannot go on with, naming each.
 
     changed: those that differ from the run's own, whose values it has.
@@ -343,7 +215,7 @@ def check_resume(path, start, changed, settings):
         )
 
 
-def check_settings(settings):
+def check_settings(settings: dict) -> None:
     """UserError for a setting of train.py that no run can have."""
     one_of(settings, lr_schedule=optimizers.SCHEDULES)
     one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
@@ -367,7 +239,7 @@ def check_settings(settings):
         )
 
 
-def without_effect(settings, given):
+def without_effect(settings: dict, given: set[str]) -> list[str]:
     """Those of the given settings that others make idle, in words."""
     s = settings
     has_end = s['decay_lr'] and s['lr_schedule'] != 'noam'

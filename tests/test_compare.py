@@ -17,7 +17,7 @@ from test_train import slow, wait_for
 from fledge import comparison
 from fledge.configurator import read_settings
 from fledge.log import RunLog, read_metrics
-from fledge.run import RunState
+from fledge.state import RunState
 
 SETTINGS = dict(dataset='tiny', _data='d1', learning_rate=0.01, eval_iters=0, batch_size=4)
 SETTINGS |= dict(block_size=16, objective='next_token', seed=1337)
@@ -306,7 +306,7 @@ MANY = """
 import os, sys
 from fledge.configurator import read_settings
 from fledge.log import RunLog
-from fledge.run import RunState
+from fledge.state import RunState
 folder, name, other = sys.argv[1:]
 defaults = read_settings('train.py')
 state = RunState(step=1, tokens=9, evaluated_step=1, evaluation=dict(loss=1.0))

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, python, run
 
 from fledge import UserError, cpu
-from fledge.device import Machine, choose_device, choose_dtype
+from fledge.device import Machine, choose_device, choose_dtype, set_threads
 
 AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
 AVX2['FBGEMM_ENABLE_INSTRUCTIONS'] = 'AVX2'
@@ -57,6 +57,19 @@ def test_a_process_alone():
     machine = Machine('cpu', 'float32')
     assert machine.main and machine.share(12) == 12 and machine.gather(3) == [3]
     assert machine.mean(torch.tensor(2.0)) == 2.0 and machine.peak_memory() > 1e7
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='this system binds no process')
+def test_processes_share_the_cores_that_a_scheduler_left_them(monkeypatch):
+    cores, chosen = os.sched_getaffinity(0), []
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # as torchrun sets it
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        set_threads()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert chosen == [1]
 
 
 HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fledge import checkpoint, cpu
 from fledge.log import RunLog, curves_of
-from fledge.run import RunState
+from fledge.state import RunState
 from fledge.tokens import write_bin
 
 LOSSY = [*TINY, '--dropout=0.2', '--lr_decay_iters=60']  # dropout and sampling on
@@ -518,15 +518,19 @@ max_iters = 4
 def objective(model, batch):
     logits, loss = model(batch['inputs'], batch['targets'])
     hits = (logits.argmax(dim=-1) == batch['targets']).float()
-    return loss, {'largest_logit': logits.max(), 'accuracy': hits.mean(), 'loss': 100 * loss}
+    own = {'largest_logit': logits.max(), 'accuracy': hits.mean(), 'loss': 100 * loss}
+    return loss, own | {'weight': 3.0}
 """)
     out = run(workdir, 'train.py', *TINY, 'two.py')
     lines = metrics(workdir / 'out')
     assert all(m['largest_logit'] > 0 for m in lines[:-1])
+    assert lines[0]['val_weight'] == lines[0]['weight'] == 3
     assert lines[0]['val_largest_logit'] > 0 and lines[0]['val_bpb'] is None
     assert 0 <= lines[0]['val_accuracy'] <= 1 and 3 < lines[0]['val_loss'] < 5
     evaluation = re.search('step 0: (.*)', out)[1]
-    assert re.fullmatch(r'val loss 4\.\d+, largest_logit 0\.\d+, accuracy 0\.\d+', evaluation)
+    assert re.fullmatch(
+        r'val loss 4\.\d+, largest_logit 0\.\d+, accuracy 0\.\d+, weight 3', evaluation
+    )
     assert '| largest_logit 0.' in out
 
 
