@@ -81,11 +81,16 @@ if prompts not in ('auto', True, False):
 questions = read_questions(answers) if answers else []
 measures_split = labels or bool(given & {'dataset', 'split'})
 measures_split = measures_split or not (examples or texts or questions or speed)
-idle = given & {'eval_iters', 'stride'}
-if idle and not measures_split:
-    print(
-        f'without effect without --dataset or --split: {", ".join(sorted(idle))}', file=sys.stderr
-    )
+idle = {}  # why settings have no effect: their names
+if not measures_split:
+    idle['--dataset or --split'] = {'eval_iters', 'stride'}
+if not texts:
+    idle['--prompts'] = {'temperature', 'seed'}
+if not texts and not questions:
+    idle['--prompts or --answers'] = {'max_new_tokens'}
+for why, names in idle.items():
+    if names & given:
+        print(f'without effect without {why}: {", ".join(sorted(names & given))}', file=sys.stderr)
 sources = []
 for source in init_from.split(','):
     folders = out_dir.split(',') if source == 'resume' else [out_dir]
@@ -193,9 +198,9 @@ for source, folder in sources:
         result.setdefault('tasks', {})[name] = measured
 
     # ---- what it says, and how fast
-    idle = given & {'num_beams', 'length_penalty'}
-    if idle and not targets:
-        names = ', '.join(sorted(idle))
+    of_beams = given & {'num_beams', 'length_penalty'}
+    if of_beams and not targets:
+        names = ', '.join(sorted(of_beams))
         print(f'without effect without sources and targets: {names}', file=sys.stderr)
     if targets or texts or questions or speed:
         model.to(machine.dtype)

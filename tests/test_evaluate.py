@@ -431,6 +431,23 @@ def test_a_stride_that_cannot_be(trained):
     )
 
 
+def test_what_does_nothing_is_said(trained):
+    def said(*flags):
+        process = start(trained, 'evaluate.py', '--device=cpu', *flags)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0
+        return [line for line in err.splitlines() if line.startswith('without effect')]
+
+    assert said('--eval_iters=1', '--seed=3', '--max_new_tokens=5', '--num_beams=2') == [
+        'without effect without --prompts: seed',
+        'without effect without --prompts or --answers: max_new_tokens',
+        'without effect without sources and targets: num_beams',
+    ]
+    (trained / 'prompts.txt').write_text('012')
+    flags = ('--prompts=prompts.txt', '--seed=3', '--max_new_tokens=5', '--stride=2')
+    assert said(*flags) == ['without effect without --dataset or --split: stride']
+
+
 @pytest.mark.slow
 def test_processes_share_the_split_and_the_tasks(stories):
     folder, _ = stories
