@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from fledge import UserError
+from fledge.device import Machine
 from fledge.plan import memory_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -18,7 +19,7 @@ SECONDS = 570  # for all parts together
 MOST_SECONDS = 240  # for one of them
 
 
-def parts_of(machine, nanogpt):
+def parts_of(machine: Machine, nanogpt: str) -> dict[str, list[str] | None]:
     """{title: arguments of bench.py}, the parts on a Machine; nanogpt: a checkout's folder, or ''.
 
     Those of the model's tests are None.
@@ -47,7 +48,7 @@ def parts_of(machine, nanogpt):
     }
 
 
-def run_process(command, seconds, **options):
+def run_process(command: list[str], seconds: float, **options) -> tuple[int, str, str]:
     """Run a command for at most so many seconds; returns its exit code, stdout and stderr.
 
     options: see subprocess.Popen. UserError where that is too short.
@@ -67,7 +68,7 @@ def run_process(command, seconds, **options):
     return process.returncode, out, err
 
 
-def run_tests(machine, seconds):
+def run_tests(machine: Machine, seconds: float) -> dict:
     """Run test_model.py on a Machine; returns what pytest counts, as its last line says."""
     command = [sys.executable, '-m', 'pytest', 'test_model.py']
     env = os.environ | dict(FLEDGE_TEST_DEVICE=machine.device)
@@ -77,7 +78,7 @@ def run_tests(machine, seconds):
     return dict(tests=last_line(out).strip('= '))
 
 
-def run_bench(arguments, seconds):
+def run_bench(arguments: list[str], seconds: float) -> dict:
     """Run bench.py; returns its JSON object. UserError says why there is none."""
     command = [sys.executable, os.path.join(ROOT, 'bench.py'), *arguments, '--json']
     code, out, err = run_process(command, seconds)
@@ -86,11 +87,11 @@ def run_bench(arguments, seconds):
     return json.loads(last_line(out))
 
 
-def last_line(text):
+def last_line(text: str) -> str:
     return (text.strip().splitlines() or ['it ended without a word'])[-1]
 
 
-def cells(result):
+def cells(result: dict) -> tuple[str, str]:
     """Two cells of the table: what a part measured of ours, and of those beside it."""
     if 'failed' in result:
         return 'failed: ' + result['failed'].replace('|', '/'), ''
@@ -114,7 +115,7 @@ def cells(result):
     return ours, '; '.join(beside)
 
 
-def run_all(machine, nanogpt, flags):
+def run_all(machine: Machine, nanogpt: str, flags: list[str]) -> dict:
     """Measure all parts and print them as they come, then as a table; returns a dict of all.
 
     flags: of bench.py, for each part, such as --device=cpu. A part that fails says so, and the

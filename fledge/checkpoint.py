@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 
 import torch
@@ -16,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from encoder_decoder import make_model
 from fledge import UserError, adapters, quantize, replacing
-from fledge.tokenizer import GPT2_SIZE, is_gpt2_size, padded_vocab_size
-from model import ACTIVATIONS, GPTConfig
+from fledge.tokenizer import GPT2_SIZE, Tokenizer, is_gpt2_size, padded_vocab_size
+from model import ACTIVATIONS, GPT, GPTConfig
 
 LARGEST_TABLE = 2**27  # numbers in a table of positions: a million of 128
 SMALL_MODEL = 10**6  # weights; a small one is made, and the tensor that does not fit it is named
@@ -27,7 +28,7 @@ class NotFinite(UserError):
     """Weights that are infinite or no numbers, which are worth no file."""
 
 
-def save(path, checkpoint, older=None):
+def save(path: str, checkpoint: dict, older: str | None = None) -> None:
     """Write a dict of tensors and plain values; the old file stays until the new one is whole.
 
     older: the name that the old file takes then. UserError for a full disk; NotFinite.
@@ -51,14 +52,14 @@ def save(path, checkpoint, older=None):
         raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
 
 
-def check_finite(checkpoint, path):
+def check_finite(checkpoint: dict, path: str) -> None:
     """NotFinite where a checkpoint has such weights."""
     for name, tensor in checkpoint['model'].items():
         if not tensor.isfinite().all():
             raise NotFinite(f'{name} has weights that are not finite: {path} is not written')
 
 
-def load(path):
+def load(path: str) -> dict:
     """The checkpoint at path, ours or nanoGPT's, as a dict.
 
     Raises UserError where it is missing, broken, or carries code.
@@ -95,7 +96,7 @@ def load(path):
     return checkpoint | {'model': tensors}
 
 
-def check_sums(path):
+def check_sums(path: str) -> None:
     """UserError unless each record of a torch.save file has the CRC-32 that was written with it.
 
     torch.load reads them without a look at it. 900 MB take 0.3 s. Those that were saved under
@@ -129,7 +130,7 @@ def check_sums(path):
         )
 
 
-def check(checkpoint, path):
+def check(checkpoint: object, path: str) -> None:
     """UserError unless checkpoint is one; config may be missing, and is then empty."""
     parts = checkpoint if isinstance(checkpoint, dict) else {}
     if not isinstance(parts.get('model'), dict) or not isinstance(parts.get('model_args'), dict):
@@ -147,7 +148,7 @@ def check(checkpoint, path):
             raise UserError(f'{path} is broken: it holds less of {name[:100]!r} than its shape')
 
 
-def load_model(checkpoint, path, dropout=None):
+def load_model(checkpoint: dict, path: str, dropout: float | None = None) -> GPT:
     """The GPT of a loaded checkpoint, on the CPU, its adapters merged.
 
     dropout overrides the saved one. path names the checkpoint in a UserError.
@@ -183,7 +184,7 @@ def load_model(checkpoint, path, dropout=None):
     return model
 
 
-def check_size(config, sizes):
+def check_size(config: GPTConfig, sizes: Sequence[int]) -> None:
     """ValueError where tensors of these sizes are far from enough for a GPTConfig's model.
 
     It is asked before memory is taken for a model that a broken file describes.
@@ -208,7 +209,7 @@ class NoInitialization(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def empty_model(config):
+def empty_model(config: GPTConfig) -> GPT:
     """A GPT whose matrices are not filled in: shapes, and a place to assign tensors to.
 
     It takes 0.02 s. The meta device would do the same, but imports torch's compiler for it: 1.1 s.
@@ -217,7 +218,7 @@ def empty_model(config):
         return make_model(config)
 
 
-def model_args(config):
+def model_args(config: GPTConfig) -> dict:
     """A GPTConfig as a dict: nanoGPT's seven fields, and those that depart from a GPT-2 of these.
 
     So nanoGPT reads the checkpoint of a GPT-2.
@@ -230,7 +231,7 @@ def model_args(config):
     return {k: v for k, v in asdict(config).items() if k not in gpt2 or v != gpt2[k]}
 
 
-def config_of(settings, tokenizer):
+def config_of(settings: dict, tokenizer: Tokenizer | None) -> GPTConfig:
     """The GPTConfig of a new model by a script's settings; tokenizer: of its data, or None."""
     values = {
         field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings
@@ -244,7 +245,9 @@ def config_of(settings, tokenizer):
         raise UserError(str(e)) from None
 
 
-def model_to_train(checkpoint, path, settings, given, say):
+def model_to_train(
+    checkpoint: dict, path: str, settings: dict, given: set[str], say: Callable[[str], None]
+) -> GPT:
     """The model of a loaded checkpoint, for rows of block_size tokens.
 
     Its shape is its own: settings are brought in line with it, and those of `given` that ask for
@@ -266,7 +269,7 @@ def model_to_train(checkpoint, path, settings, given, say):
     return model
 
 
-def fit_rows(checkpoint, block_size, path):
+def fit_rows(checkpoint: dict, block_size: int, path: str) -> None:
     """Let the model of a loaded checkpoint train in rows of block_size tokens.
 
     RoPE and sinusoids have no last position: the context stays, or grows. Learned positions beyond
@@ -286,7 +289,12 @@ def fit_rows(checkpoint, block_size, path):
         args['block_size'] = block_size
 
 
-def fit_tokenizer(checkpoint, theirs, tokenizer, say):
+def fit_tokenizer(
+    checkpoint: dict,
+    theirs: Tokenizer | None,
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+) -> int:
     """Make room in a loaded checkpoint for tokens that its own tokenizer lacks and the data's has.
 
     theirs: its own, tokenizer: the data's; None where unknown. say() tells of new ones. Returns how
@@ -306,7 +314,7 @@ def fit_tokenizer(checkpoint, theirs, tokenizer, say):
     return vocab_size - n_known
 
 
-def grow_vocabulary(checkpoint, n_known, vocab_size):
+def grow_vocabulary(checkpoint: dict, n_known: int, vocab_size: int) -> None:
     """Give the tokens n_known .. vocab_size - 1 of a loaded checkpoint rows to learn, in place.
 
     They are special tokens that its model never saw, or padding: each begins as the mean of the

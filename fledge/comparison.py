@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +30,12 @@ class Run:
     skipped_steps: int  # whose loss or gradient was not finite
     has_ended: bool
 
-    def curve(self, axis, measure):
+    def curve(self, axis: str, measure: str) -> tuple[list[float], list[float]]:
         """Two lists: the places of the evaluations, and the losses there."""
         known = [line for line in self.evaluations if is_number(line[measure])]
         return [line[axis] for line in known], [line[measure] for line in known]
 
-    def loss_at(self, axis, place, measure):
+    def loss_at(self, axis: str, place: float, measure: str) -> float:
         """On the straight line between the evaluations before and after the place."""
         return float(np.interp(place, *self.curve(axis, measure)))
 
@@ -46,24 +47,24 @@ class Group:
     name: str
     runs: list
 
-    def losses_at(self, axis, place, measure):
+    def losses_at(self, axis: str, place: float, measure: str) -> list[float]:
         return [run.loss_at(axis, place, measure) for run in self.runs]
 
-    def was_evaluated_at(self, axis, place, measure):
+    def was_evaluated_at(self, axis: str, place: float, measure: str) -> bool:
         return all(place in run.curve(axis, measure)[0] for run in self.runs)
 
 
-def in_words(axis, place):
+def in_words(axis: str, place: float) -> str:
     if axis == 'step':
         return f'step {place:,.0f}'
     return f'{place:.2f} minutes' if axis == 'minutes' else f'{place:,.0f} tokens'
 
 
-def is_number(value):
+def is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def find_runs(folders):
+def find_runs(folders: Iterable[str]) -> list[Run]:
     """The runs in folders, each of which is a run's own or holds some; UserError for others."""
     paths = []
     for folder in folders:
@@ -80,7 +81,7 @@ def find_runs(folders):
     return [read_run(path) for path in dict.fromkeys(paths)]
 
 
-def read_run(folder):
+def read_run(folder: str) -> Run:
     """The Run in a folder; UserError where it has not come to an evaluation after a step."""
     path = os.path.join(folder, 'metrics.jsonl')
     settings = read_json(os.path.join(folder, 'settings.json'), 'object of settings')
@@ -100,7 +101,7 @@ def read_run(folder):
     return Run(folder, settings, evaluations, skipped_steps, has_ended(folder))
 
 
-def has_ended(folder):
+def has_ended(folder: str) -> bool:
     """Whether a run came to its end, as the last line of its train.log says."""
     path = os.path.join(folder, 'train.log')
     if not os.path.exists(path):
@@ -110,7 +111,7 @@ def has_ended(folder):
     return bool(lines) and lines[-1].startswith('done at step')
 
 
-def group_runs(runs):
+def group_runs(runs: list[Run]) -> list[Group]:
     """The Groups of runs: of those in the same folder, of the same settings but the seed.
 
     Two with the same seed differ in something else, such as the code, and are groups of their own.
@@ -134,7 +135,7 @@ def group_runs(runs):
     return groups
 
 
-def differences(groups):
+def differences(groups: list[Group]) -> dict[str, list]:
     """{setting: [its value in each group]} of the settings that matter and are not all alike."""
     names = dict.fromkeys(name for group in groups for name in group.runs[0].settings)
     found = {}
@@ -145,7 +146,7 @@ def differences(groups):
     return found
 
 
-def common_place(runs, axis, measure):
+def common_place(runs: list[Run], axis: str, measure: str) -> float:
     """How far all runs came along an axis; UserError where one begins behind another's end."""
     curves = [run.curve(axis, measure)[0] for run in runs]
     end, begin = min(curve[-1] for curve in curves), max(curve[0] for curve in curves)
@@ -154,7 +155,7 @@ def common_place(runs, axis, measure):
     return end
 
 
-def likest_axis(runs, measure):
+def likest_axis(runs: list[Run], measure: str) -> str:
     """The axis along which the runs are most nearly of the same length; the first of equal ones."""
 
     def spread(axis):
@@ -164,7 +165,7 @@ def likest_axis(runs, measure):
     return min(AXES, key=spread)
 
 
-def measure_of(groups):
+def measure_of(groups: list[Group]) -> str:
     """What the groups are compared by: val_loss, or val_bpb where their data or tokenizers differ.
 
     UserError where those differ and not all have bits per byte.
@@ -182,7 +183,7 @@ def measure_of(groups):
     return 'val_bpb'
 
 
-def why_not_comparable(groups):
+def why_not_comparable(groups: list[Group]) -> str:
     """Why no verdict on the groups' losses can be given, '' where one can."""
     settings = [group.runs[0].settings for group in groups]
     if len({s.get('objective', 'next_token') for s in settings}) > 1:
@@ -196,7 +197,7 @@ def why_not_comparable(groups):
     return ''
 
 
-def t_quantile(share, freedom):
+def t_quantile(share: float, freedom: float) -> float:
     """The value below which is a share of Student's t distribution, to three digits.
 
     freedom: its degrees of freedom. Of t = sqrt(freedom) tan(angle) the density of the angle is
@@ -208,7 +209,9 @@ def t_quantile(share, freedom):
     return math.sqrt(freedom) * math.tan(np.interp(share, below / density.sum(), angles))
 
 
-def difference(before, after, n_comparisons=1):
+def difference(
+    before: list[float], after: list[float], n_comparisons: int = 1
+) -> tuple[float, tuple[float, float] | None]:
     """By how much the mean of `after` is above that of `before`, and its 95% interval or None.
 
     The interval is Welch's (Biometrika 34, 1947): it takes any two numbers of seeds and lets the
@@ -231,7 +234,9 @@ def difference(before, after, n_comparisons=1):
     return mean_difference, (mean_difference - half, mean_difference + half)
 
 
-def verdict(first, other, axis, place, measure, n_comparisons):
+def verdict(
+    first: Group, other: Group, axis: str, place: float, measure: str, n_comparisons: int
+) -> dict:
     """Whether one group is better than another at a place, a dict; `text` says it in one line.
 
     difference is other - first, in UNITS of the measure; interval and more_than_chance are None
@@ -264,7 +269,7 @@ def verdict(first, other, axis, place, measure, n_comparisons):
     )
 
 
-def notes_on(groups, axis, place, measure):
+def notes_on(groups: list[Group], axis: str, place: float, measure: str) -> list[str]:
     """What a reader of the comparison has to know besides, lines of text."""
     notes = []
     runs = [run for group in groups for run in group.runs]
@@ -286,7 +291,7 @@ def notes_on(groups, axis, place, measure):
     return notes
 
 
-def draw(groups, measure, path):
+def draw(groups: list[Group], measure: str, path: str) -> None:
     """Draw the losses by tokens and by minutes, and by how much the first group's differ, as a PNG.
 
     Seeds are thin lines, their mean is a thick one. What lies above the losses at a quarter of the
@@ -313,7 +318,7 @@ def draw(groups, measure, path):
     save(by_tokens.figure, path)
 
 
-def draw_group(axes, group, axis, measure, color):
+def draw_group(axes: object, group: Group, axis: str, measure: str, color: str) -> None:
     curves = [run.curve(axis, measure) for run in group.runs]
     end = min(places[-1] for places, _ in curves)
     places = sorted({place for places, _ in curves for place in places if place <= end})
@@ -324,7 +329,15 @@ def draw_group(axes, group, axis, measure, color):
     axes.set(xlabel=axis)
 
 
-def draw_difference(axes, first, other, end, measure, color, n_comparisons):
+def draw_difference(
+    axes: object,
+    first: Group,
+    other: Group,
+    end: float,
+    measure: str,
+    color: str,
+    n_comparisons: int,
+) -> None:
     """From a quarter of the common length on, at the evaluations of a run of the other group."""
     places = [p for p in other.runs[0].curve('tokens', measure)[0] if 0.25 * end <= p <= end]
     found = []
@@ -337,7 +350,7 @@ def draw_difference(axes, first, other, end, measure, color, n_comparisons):
         axes.fill_between(places, lows, highs, color=color, alpha=0.12)
 
 
-def read_runs_tsv():
+def read_runs_tsv() -> list[dict]:
     """The lines of the runs.tsv here and in the folders here, dicts, the best of each data first.
 
     UserError where there is none.

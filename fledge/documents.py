@@ -9,6 +9,7 @@ order. Which rows a step sees is a pure function of (data, seed, step), as there
 
 import bisect
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +30,14 @@ from fledge.tokens import (
 TOKENS_AT_ONCE = 1 << 23  # that loading looks at together
 
 
-def open_split(folder, split, block_size, vocab_size, seed=None, with_sources=False):
+def open_split(
+    folder: str,
+    split: str,
+    block_size: int,
+    vocab_size: int,
+    seed: int | None = None,
+    with_sources: bool = False,
+) -> 'Tokens | Documents':
     """One split of a prepared dataset: Documents where it has masks, else Tokens.
 
     with_sources: for an encoder, see Documents. UserError where train has masks and this split has
@@ -74,7 +82,15 @@ class Documents:
     of_documents: {name: float32 (n_documents,)}; each batch carries the values of its documents.
     """
 
-    def __init__(self, folder, split, block_size, vocab_size, seed=None, with_sources=False):
+    def __init__(
+        self,
+        folder: str,
+        split: str,
+        block_size: int,
+        vocab_size: int,
+        seed: int | None = None,
+        with_sources: bool = False,
+    ):
         self.paths = split_files(folder, split)
         if not self.paths:
             raise UserError(f'{folder} has no {split}.bin')
@@ -242,18 +258,18 @@ class Documents:
         self.n_documents, self.n_learned = len(self.lengths), int(self.learned.sum())
         self.used = int(self.lengths.sum()) / self.n_tokens
 
-    def rows(self, first, count):
+    def rows(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1 of training's endless order, a Batch.
 
         Each epoch sees every row once, in a fresh permutation.
         """
         return self.evaluation_batch(self._training_rows(first, count))
 
-    def weight(self, first, count):
+    def weight(self, first: int, count: int) -> int:
         """What a mean over these rows of training is over: their learned targets, or pairs."""
         return int(self.weight_per_row[self._training_rows(first, count)].sum())
 
-    def documents_seen(self, first, count):
+    def documents_seen(self, first: int, count: int) -> list[tuple[str, int, np.ndarray]]:
         """[(path, position, ids)] of the documents in rows of training: where each is, and what."""
         seen = []
         for number in self.documents_of(self._training_rows(first, count)).tolist():
@@ -270,11 +286,11 @@ class Documents:
         rows, _ = training_rows(self.seed, self.n_rows, first, count)
         return rows
 
-    def evaluation_rows(self, limit=None):
+    def evaluation_rows(self, limit: int | None = None) -> list[int]:
         """The numbers of `limit` rows spread evenly, or of all."""
         return spread(range(self.n_rows), limit)
 
-    def documents_of(self, rows):
+    def documents_of(self, rows: Sequence[int]) -> np.ndarray:
         """The numbers of the documents in these rows, int64, in the order of their batch.
 
         They count from 0 in the order of the data; of a pair the chosen one is even.
@@ -282,7 +298,7 @@ class Documents:
         parts = [self.packed[self.first_packed[i] : self.first_packed[i + 1]] for i in rows]
         return np.concatenate(parts)
 
-    def evaluation_batch(self, rows):
+    def evaluation_batch(self, rows: Sequence[int]) -> Batch:
         """Some of evaluation_rows as a Batch, with `documents`, int64 (rows, block_size).
 
         These number the documents of the batch 0, 1, 2, ... through all of its rows. What is left
@@ -323,7 +339,7 @@ class Documents:
         rows[held] = values
         return rows
 
-    def source_and_target(self, number):
+    def source_and_target(self, number: int) -> tuple[list[int], list[int]]:
         """The token ids of a document's source and of its target, lists; for with_sources."""
         start, first = self.source_starts[number], self.starts[number] + 1
         source = self._read(self.shards, np.arange(start, first))
@@ -339,7 +355,7 @@ class Documents:
             out[here] = files[number][places[here] - self.first_token[number]]
         return out
 
-    def summary(self):
+    def summary(self) -> str:
         """What is in the rows, and what is not, in one line for the log."""
         kind, count = 'documents', self.n_documents
         if self.pairs:
@@ -361,7 +377,7 @@ class Documents:
         return f'{line}; {", ".join(notes)}' if notes else line
 
 
-def pack(lengths, room):
+def pack(lengths: np.ndarray, room: int) -> tuple[np.ndarray, int]:
     """The row of each of these lengths, int64, where a row has so much room; and how many rows.
 
     Best-fit decreasing: longest first, each into the fullest row that it fits in; for language

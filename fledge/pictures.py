@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 from torch.nn import functional as F
@@ -10,6 +11,8 @@ from fledge import UserError
 from fledge.objectives import next_token
 from fledge.optimizers import SCHEDULES, learning_rate_at
 from fledge.report import new_axes, save
+from fledge.tokens import Batch
+from model import GPT
 
 MOST_POSITIONS = 256  # in a picture, so that each is a line of its own
 # by config.position: what is drawn, its columns, its numbers
@@ -25,7 +28,7 @@ OTHER_MATRICES = {
 }
 
 
-def position_table(model):
+def position_table(model: GPT) -> np.ndarray:
     """What a GPT tells positions by, (positions, columns) float32, of the first MOST_POSITIONS.
 
     The learned vectors, the sinusoids, or RoPE's cosines, one for each pair of dimensions.
@@ -40,7 +43,7 @@ def position_table(model):
     return table[:MOST_POSITIONS].cpu()
 
 
-def likeness(table, position):
+def likeness(table: np.ndarray, position: str) -> np.ndarray:
     """How alike two positions of a position_table are: 1 where they are the same.
 
     learned: (positions, positions), the cosine of the angle between their vectors. Else it depends
@@ -54,7 +57,7 @@ def likeness(table, position):
     return table @ table[0] / (table[0] @ table[0])
 
 
-def draw_positions(model, path):
+def draw_positions(model: GPT, path: str) -> None:
     """Draw what a GPT tells positions by, and how alike they are, as a PNG at path."""
     config = model.config
     is_learned = config.position == 'learned'
@@ -87,7 +90,7 @@ def draw_positions(model, path):
     save(figure, path)
 
 
-def schedule_of(checkpoint, path):
+def schedule_of(checkpoint: dict, path: str) -> tuple[dict, int]:
     """The settings of a loaded checkpoint's learning rate, and the step at which its schedule ends.
 
     Where time cuts a run short, that is where the run is expected to end. UserError, which names
@@ -104,7 +107,7 @@ def schedule_of(checkpoint, path):
     return settings, settings['lr_decay_iters'] or planned
 
 
-def draw_schedule(settings, end, used, path):
+def draw_schedule(settings: dict, end: int, used: list[tuple[int, float]], path: str) -> None:
     """Draw the learning rate by step, and what other schedules would make of it, as a PNG at path.
 
     settings, end: see schedule_of. used: [(step, learning rate)] of the steps that the run logged.
@@ -130,7 +133,7 @@ def draw_schedule(settings, end, used, path):
     save(axes.figure, path)
 
 
-def gradient_norms(model, batch):
+def gradient_norms(model: GPT, batch: Batch) -> tuple[float, dict[str, float]]:
     """The loss of a batch (nats a token), and the norm of its gradient in each matrix of a model.
 
     batch: a tokens.Batch of tensors. The norms are a dict by the name of the layer.
@@ -145,7 +148,9 @@ def gradient_norms(model, batch):
     return loss.item(), norms
 
 
-def gradient_table(norms, tied):
+def gradient_table(
+    norms: dict[str, float], tied: bool
+) -> tuple[list[str], list[str], list[list[float]], dict[str, float]]:
     """The norms of gradient_norms as a table: layers, kinds, rows, others.
 
     layers, kinds: the labels of its rows and columns. rows: lists of norms, NaN where a layer has
@@ -171,7 +176,7 @@ def gradient_table(norms, tied):
     return layers, kinds, rows, others
 
 
-def draw_gradients(norms, tied, title, path):
+def draw_gradients(norms: dict[str, float], tied: bool, title: str, path: str) -> None:
     """Draw the norms of gradient_norms as a PNG at path; tied: see gradient_table."""
     from matplotlib.colors import LogNorm
 
@@ -194,7 +199,9 @@ def draw_gradients(norms, tied, title, path):
     save(figure, path)
 
 
-def draw_numbers(axes, values, rows, columns, scale):
+def draw_numbers(
+    axes: object, values: list[list[float]], rows: list[str], columns: list[str], scale: Callable
+) -> object:
     """A heat map with the number in each cell, which stays empty where that is NaN."""
     image = axes.imshow(values, norm=scale, cmap='viridis', aspect='auto')
     for i in range(len(rows)):

@@ -4,6 +4,7 @@ import glob
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,7 @@ from fledge.checkpoint import NotFinite, load, save
 RETRY_SECONDS = 30  # until what could not be written is tried again
 
 
-def older_files(out_dir):
+def older_files(out_dir: str) -> list[tuple[int, str]]:
     """[(step, path)] of a run's checkpoints before the latest, the newest first."""
     found = []
     for path in glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_step_*.pt')):
@@ -23,7 +24,7 @@ def older_files(out_dir):
     return sorted(found, reverse=True)
 
 
-def files(out_dir):
+def files(out_dir: str) -> list[str]:
     """The paths of a run's checkpoints, the newest first; [] where there are none."""
     paths = [os.path.join(out_dir, 'ckpt.pt')]
     paths += [path for _, path in older_files(out_dir)]
@@ -31,7 +32,9 @@ def files(out_dir):
     return [path for path in paths if os.path.exists(path)]
 
 
-def newest(out_dir, say, before_bad_steps=False):
+def newest(
+    out_dir: str, say: Callable[[str], None], before_bad_steps: bool = False
+) -> tuple[str, dict]:
     """The newest whole checkpoint of a run, as (path, what load gives).
 
     before_bad_steps: of those alone whose last step was finite. say() tells of each that is
@@ -56,7 +59,7 @@ def newest(out_dir, say, before_bad_steps=False):
     raise UserError(f'no checkpoint of {out_dir} is whole: {"; ".join(problems)}')
 
 
-def snapshot(value, copies=None):
+def snapshot(value: object, copies: dict | None = None) -> object:
     """A copy, on the CPU, of what a checkpoint is to hold; a tensor that is in it twice stays one.
 
     copies: {what identifies a tensor: its copy} of those met before.
@@ -82,14 +85,14 @@ class Saver:
     whole, which the next save renames to ckpt_step_*.pt; None: what is there is replaced.
     """
 
-    def __init__(self, out_dir, keep, on_disk):
+    def __init__(self, out_dir: str, keep: int, on_disk: int | None):
         self.out_dir, self.keep, self.on_disk = out_dir, keep, on_disk
         self.latest = self.best = None  # snapshots that are not on the disk yet
         self.thread = None
         self.error, self.failed_at = '', 0.0
         self.told = False  # whether the error has been said
 
-    def save(self, checkpoint, is_best, copy=True):
+    def save(self, checkpoint: dict, is_best: bool, copy: bool = True) -> None:
         """Begin to write a dict of tensors and plain values, of which a copy is taken now.
 
         copy=False: none is, for nothing in it will change.
@@ -100,21 +103,21 @@ class Saver:
             self.best = self.latest
         self.start()
 
-    def drop(self):
+    def drop(self) -> None:
         """Forget what is not on the disk yet."""
         self.wait()
         self.latest, self.best, self.error = None, None, ''
 
-    def start(self):
+    def start(self) -> None:
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
 
-    def wait(self):
+    def wait(self) -> None:
         """Until what is being written is written, or has failed."""
         if self.thread:
             self.thread.join()
 
-    def write(self):
+    def write(self) -> None:
         try:
             # the best first: a run that is killed between the two goes on from the checkpoint
             # before, comes to the same weights again, and again finds that they are the best
@@ -133,10 +136,10 @@ class Saver:
             self.note(f'{type(e).__name__}: {e}')
             raise
 
-    def note(self, error):
+    def note(self, error: object) -> None:
         self.error, self.failed_at, self.told = str(error), time.monotonic(), False
 
-    def write_latest(self):
+    def write_latest(self) -> None:
         path, older = os.path.join(self.out_dir, 'ckpt.pt'), None
         step = self.latest['iter_num']
         if self.on_disk not in (None, step) and os.path.exists(path):
@@ -149,7 +152,7 @@ class Saver:
             if path not in before[: self.keep - 1]:
                 os.remove(path)
 
-    def tend(self, say):
+    def tend(self, say: Callable[[str], None]) -> None:
         """Say what could not be written, and try it again after a while: a call for each step."""
         if not self.error or self.thread.is_alive():
             return
@@ -159,7 +162,7 @@ class Saver:
         if time.monotonic() - self.failed_at > RETRY_SECONDS:
             self.start()
 
-    def finish(self):
+    def finish(self) -> None:
         """Until all is written; UserError where that cannot be done."""
         self.wait()
         if self.error and (self.latest or self.best):

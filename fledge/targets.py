@@ -1,15 +1,21 @@
 """How well a model gives the targets of sources: exact match, chrF and BLEU."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
-from fledge.generation import Reply, generate, reply_to_source
+from fledge.documents import Documents
+from fledge.generation import Reply, Sampling, generate, reply_to_source
 from fledge.tasks import share_interval
+from fledge.tokenizer import Tokenizer
+from model import GPT
 
 AT_ONCE = 32  # rows: replies, or beams
 
 
-def measure_targets(model, tokenizer, data, numbers, sampling):
+def measure_targets(
+    model: GPT, tokenizer: Tokenizer, data: Documents, numbers: Iterable[int], sampling: Sampling
+) -> dict:
     """What a model says to sources, against their targets: a dict.
 
     data: a documents.Documents with_sources. numbers: of the documents that are asked. exact_match:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from fledge import UserError
 from fledge.device import Machine
@@ -30,7 +32,7 @@ EVAL_INTERVAL = 125  # steps of nanoGPT between two points of its curve
 POINTS = 15  # of ours
 
 
-def load_nanogpt(path, sizes, device):
+def load_nanogpt(path: str, sizes: dict, device: str) -> nn.Module:
     """A new GPT of nanoGPT's own model.py; UserError where path is no checkout of it.
 
     sizes: the fields of its GPTConfig, a dict.
@@ -46,12 +48,14 @@ def load_nanogpt(path, sizes, device):
         raise UserError(f'compare={path} is no nanoGPT checkout ({e})') from None
 
 
-def nanogpts_machine(device, dtype):
+def nanogpts_machine(device: str, dtype: str) -> Machine:
     """A Machine that computes in nanoGPT's precision: on a CPU it has float32 alone."""
     return Machine(device, 'float32' if device == 'cpu' else dtype)
 
 
-def nanogpts_step(model, network, machine, settings):
+def nanogpts_step(
+    model: nn.Module, network: nn.Module, machine: Machine, settings: dict
+) -> Callable:
     """A step as nanoGPT's train.py takes it: step(x, y, learning_rate).
 
     network: the model, or compiled. settings: a dict with those of ADAMW.
@@ -75,7 +79,9 @@ def nanogpts_step(model, network, machine, settings):
     return step
 
 
-def nanogpts_curve(path, dataset, vocab_size, device, dtype, compiles, seed):
+def nanogpts_curve(
+    path: str, dataset: str, vocab_size: int, device: str, dtype: str, compiles: bool, seed: int
+) -> list[tuple[float, float]]:
     """Train nanoGPT as its README does on a CPU, with its random rows of train.
 
     compiles: by torch.compile, whose time is not counted, as it is not in train.py. Returns its
@@ -115,7 +121,7 @@ def nanogpts_curve(path, dataset, vocab_size, device, dtype, compiles, seed):
     return curve
 
 
-def our_curve(train, settings):
+def our_curve(train: str, settings: dict) -> list[tuple[float, float]]:
     """Run train.py, whose path is train, with all of its settings; returns its curve.
 
     As nanogpts_curve's: its seconds are those of training alone. UserError where the run fails.
@@ -134,7 +140,7 @@ def our_curve(train, settings):
     return curve_of(lines, rows_per_step * settings['block_size'])
 
 
-def curve_of(lines, tokens_per_step):
+def curve_of(lines: list[dict], tokens_per_step: int) -> list[tuple[float, float]]:
     """The curve of a run of train.py, told from the lines of its metrics.jsonl."""
     tokens, seconds = [0], [0.0]
     for line in lines:
@@ -149,7 +155,7 @@ def curve_of(lines, tokens_per_step):
     return curve
 
 
-def seconds_to(loss, curve):
+def seconds_to(loss: float, curve: list[tuple[float, float]]) -> float:
     """When a curve first comes to a loss, on the straight lines between its points, or infinity."""
     for (earlier, higher), (later, lower) in itertools.pairwise(curve):
         if lower <= loss:
@@ -157,7 +163,13 @@ def seconds_to(loss, curve):
     return math.inf
 
 
-def draw(curves, loss, labels, title, path):
+def draw(
+    curves: dict[str, list[list[tuple[float, float]]]],
+    loss: float,
+    labels: dict[str, str],
+    title: str,
+    path: str,
+) -> None:
     """Draw val losses over seconds as a PNG at path.
 
     curves: {name: [curve, ...]}, the runs of each. loss: the one to reach. labels: {name: text}.

@@ -15,6 +15,7 @@ import pickle
 import pickletools
 import re
 import shlex
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -63,7 +64,7 @@ GPT2_SIZE, GPT2_PADDED_SIZE = 50257, 50304  # hardware likes a multiple of 64
 
 
 @functools.cache
-def byte_to_unicode():
+def byte_to_unicode() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte, as tokenizer.json spells byte-level tokens.
 
     Source: openai/gpt-2, encoder.py.
@@ -87,7 +88,7 @@ class Tokenizer:
 
     separator = ''
 
-    def __init__(self, spec, template=None):
+    def __init__(self, spec: dict, template: chat_template.ChatTemplate | None = None):
         self.template = template if template and template.text not in OWN_TEMPLATES else None
         # these two would cut a document, or fill it up
         self.spec = spec = spec | dict(truncation=None, padding=None)
@@ -135,7 +136,7 @@ class Tokenizer:
             self.token_bytes = self._bytes_by_tokenizers(added)
 
     @functools.cached_property
-    def space_in_front(self):
+    def space_in_front(self) -> int:
         """How many bytes a tokenizer itself puts in front of a text (SentencePiece a space, 1)."""
         if not self.hf:
             return 0
@@ -147,12 +148,12 @@ class Tokenizer:
         return len(alone) - 1 if alone.endswith(b' a') else 0
 
     @functools.cached_property
-    def before_texts(self):
+    def before_texts(self) -> set[int]:
         """The ids of the special tokens behind which a text begins, and so has that space."""
         found = {self.end_of_text, *self.begin}
         return found | {self.special[IM_START]} if self.puts_space_behind(IM_START) else found
 
-    def puts_space_behind(self, token):
+    def puts_space_behind(self, token: str) -> bool:
         """Whether that space is also put in front of a text that stands behind a special token."""
         if not self.space_in_front or token not in self.special:
             return False
@@ -160,7 +161,7 @@ class Tokenizer:
         return behind == [self.special[token], *self.encode('a')]
 
     @functools.cached_property
-    def special_pattern(self):
+    def special_pattern(self) -> re.Pattern:
         """Finds special tokens in a text, the longest where several begin; split() keeps them."""
         longest_first = sorted(self.special, key=len, reverse=True)
         any_of_them = '|'.join(map(re.escape, longest_first))
@@ -184,7 +185,7 @@ class Tokenizer:
                 found[i] = bytes([byte])
         return found
 
-    def encode(self, text, allow_special=False):
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of text, a list. Special tokens spelled out are text unless allow_special."""
         if allow_special and self.special and not self.hf:
             ids = []
@@ -211,7 +212,7 @@ class Tokenizer:
         except Exception as e:  # a character that has no token, where none stands for the unknown
             raise UserError(f'this tokenizer cannot read {text[:20]!r}: {str(e)[:200]}') from None
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         """encode(text) as an array of uint32, which spares a corpus its lists."""
         if not self.bpe:
             return np.array(self.encode(text), np.uint32)
@@ -225,7 +226,7 @@ class Tokenizer:
             slow.encode_special_tokens = True
             return np.array(slow.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text that a model is to go on with; special tokens spelled out are such.
 
         It begins as a document does. <|endoftext|> in front of it is any tokenizer's end of text,
@@ -237,7 +238,7 @@ class Tokenizer:
         ids = self._after_begin(self.encode(text, allow_special=True))
         return start + ids or [self.end_of_text or 0]
 
-    def encode_source(self, text):
+    def encode_source(self, text: str) -> list[int]:
         """The ids of a source with the separator behind it, as prepared data has them.
 
         Spaces around it are left out, and special tokens spelled out are text.
@@ -250,7 +251,7 @@ class Tokenizer:
         """ids with the begin in front; a text or a template may have it spelled out already."""
         return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         """ids of a conversation and, for each, whether it is learned: uint32 and uint8.
 
         messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. The form is
@@ -267,7 +268,7 @@ class Tokenizer:
         learned = [0] * (len(whole) - len(ids)) + learned
         return np.array(whole, np.uint32), np.array(learned, np.uint8)
 
-    def encode_chat_prompt(self, messages):
+    def encode_chat_prompt(self, messages: list[dict]) -> list[int]:
         """The ids that a model goes on with to answer messages (see encode_chat).
 
         Special tokens spelled out in what they say are text. UserError where the model has no form
@@ -286,7 +287,7 @@ class Tokenizer:
         return self._after_begin(ids)
 
     @property
-    def has_chat_form(self):
+    def has_chat_form(self) -> bool:
         """Whether conversations have a form: a chat template, or ChatML's tokens."""
         return bool(self.template) or {IM_START, IM_END} <= self.special.keys()
 
@@ -338,7 +339,7 @@ class Tokenizer:
         return ids, learned
 
     @functools.cached_property
-    def turn_end(self):
+    def turn_end(self) -> int | None:
         """The id that ends an answer by the chat template; None without one, or if it fails."""
         try:
             ids, learned = self.encode_chat(TRIAL) if self.template else ([], [])
@@ -347,7 +348,7 @@ class Tokenizer:
         answers = [int(i) for i, is_learned in zip(ids, learned, strict=True) if is_learned]
         return answers[-1] if answers else None
 
-    def for_chats(self):
+    def for_chats(self) -> 'tuple[Tokenizer, str]':
         """This tokenizer with what conversations need, and why they are in ChatML all the same.
 
         The second is '' where they are in the chat template's form, or there is no template.
@@ -371,7 +372,7 @@ class Tokenizer:
         ends_turns = self.end_of_text in ids
         return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
 
-    def encode_behind(self, before, text):
+    def encode_behind(self, before: str, text: str) -> tuple[list[int], list[int]]:
         """The ids of text where it stands behind `before`, and where in text each of them ends.
 
         Nothing is put in front of it then, as SentencePiece puts a space. No token may join the
@@ -386,13 +387,13 @@ class Tokenizer:
             ends = list(itertools.accumulate(len(self.token_bytes[i]) for i in ids))
         return ids[skipped:], [end - len(before) for end in ends[skipped:]]
 
-    def encode_inside(self, text):
+    def encode_inside(self, text: str) -> tuple[list[int], list[int]]:
         """encode_behind for text that stands behind anything: no space is put in front of it."""
         if not self.space_in_front:
             return self.encode_behind('', text)
         return self.encode_behind('a' if text.startswith('\n') else '\n', text)
 
-    def with_special(self, tokens=(END_OF_TEXT, IM_START, IM_END)):
+    def with_special(self, tokens: Iterable[str] = (END_OF_TEXT, IM_START, IM_END)) -> 'Tokenizer':
         """This tokenizer, with those special tokens that it lacks added after its last id."""
         missing = [t for t in tokens if t not in self.special]
         if self.end_of_text is not None:  # by whatever name
@@ -407,20 +408,20 @@ class Tokenizer:
         added = self.spec.get('added_tokens') or []
         return self.changed(added_tokens=added + _added(missing, self.vocab_size))
 
-    def changed(self, **entries):
+    def changed(self, **entries) -> 'Tokenizer':
         """This tokenizer, with other entries of its tokenizer.json."""
         return Tokenizer(self.spec | entries, self.template)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
         return self.decode_behind([], ids)
 
-    def decode_behind(self, prompt, ids):
+    def decode_behind(self, prompt: list[int], ids: list[int]) -> str:
         """The text that ids add to the text of prompt, ids as well."""
         stream = TextStream(self, prompt)
         return ''.join(map(stream.add, map(int, ids))) + stream.end()
 
-    def text_bytes(self, vocab_size):
+    def text_bytes(self, vocab_size: int) -> np.ndarray:
         """How many bytes of text each id stands for, int64 (vocab_size,); special ones for none."""
         sizes, special = np.zeros(vocab_size, np.int64), set(self.special.values())
         for i, token in self.token_bytes.items():
@@ -428,28 +429,28 @@ class Tokenizer:
                 sizes[i] = len(token)
         return sizes
 
-    def agrees_with(self, other):
+    def agrees_with(self, other: 'Tokenizer') -> bool:
         """Whether each id that both have is the same text, and data in one serves the other."""
         theirs = other.token_bytes
         return all(theirs.get(i, token) == token for i, token in self.token_bytes.items())
 
-    def without_begin(self):
+    def without_begin(self) -> 'Tokenizer':
         """This tokenizer, with nothing in front of a document."""
         return self.changed(post_processor=None) if self.begin else self
 
-    def as_trained(self, checkpoint):
+    def as_trained(self, checkpoint: dict) -> 'Tokenizer':
         """This tokenizer as the model of a checkpoint knows it: before, documents had no begin."""
         begin = checkpoint.get('begin', 'iter_num' not in checkpoint)
         tokenizer = self if begin else self.without_begin()
         tokenizer.separator = checkpoint.get('separator', '')
         return tokenizer
 
-    def digest(self):
+    def digest(self) -> str:
         """A text that two tokenizers share if they are the same in all that they do."""
         content = json.dumps(self.spec, sort_keys=True).encode()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
-    def save(self, path):
+    def save(self, path: str) -> None:
         """Write tokenizer.json at path, whole or not at all, and the chat template beside it."""
         with replacing(path) as f:
             json.dump(self.spec, f, ensure_ascii=False)
@@ -463,12 +464,12 @@ class TextStream:
     of token loses the space in front of it.
     """
 
-    def __init__(self, tokenizer, prompt=()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
         self.at_start = not len(prompt) or prompt[-1] in tokenizer.special.values()
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
 
-    def add(self, token):
+    def add(self, token: int) -> str:
         """The text that is sure to follow once this token id has come; it may be ''."""
         piece = self.tokenizer.token_bytes.get(token, b'\xff')
         # part of a character, which would be lost if it were decoded alone
@@ -478,7 +479,7 @@ class TextStream:
         self.at_start = False
         return self.decoder.decode(piece)
 
-    def end(self):
+    def end(self) -> str:
         """The rest of the text: U+FFFD where it breaks off within a character."""
         return self.decoder.decode(b'', final=True)
 
@@ -505,7 +506,7 @@ def _bytes_of(vocab):
     return found
 
 
-def merges_of(model):
+def merges_of(model: dict) -> list:
     """The merges of a tokenizer.json's model, each a pair; older files have a pair as one text."""
     return [m.split(' ') if isinstance(m, str) else m for m in model.get('merges', [])]
 
@@ -585,7 +586,7 @@ def _bpe_spec(vocab, merges, special, pattern):
     return _spec(model, special, steps, BYTE_LEVEL)
 
 
-def train_bpe(texts, vocab_size, split='qwen2'):
+def train_bpe(texts: Iterable[str], vocab_size: int, split: str = 'qwen2') -> Tokenizer:
     """Byte-level BPE of an iterable of texts; vocab_size counts 256 bytes and 3 special tokens."""
     import tokenizers
 
@@ -612,20 +613,20 @@ def train_bpe(texts, vocab_size, split='qwen2'):
     return Tokenizer(_bpe_spec(model['vocab'], model['merges'], special, split))
 
 
-def byte_tokenizer():
+def byte_tokenizer() -> Tokenizer:
     """One token a byte."""
     vocab = {c: b for b, c in sorted(byte_to_unicode().items())}
     return Tokenizer(_bpe_spec(vocab, [], [END_OF_TEXT, IM_START, IM_END], 'qwen2'))
 
 
-def char_tokenizer(characters, special=()):
+def char_tokenizer(characters: Iterable[str], special: Sequence[str] = ()) -> Tokenizer:
     """One token a character, ids in the order given. nanoGPT's has no special tokens."""
     vocab = {c: i for i, c in enumerate(characters)}
     model = dict(type='WordLevel', vocab=vocab, unk_token='')
     return Tokenizer(_spec(model, special, _split(r'[\s\S]'), dict(type='Fuse')))
 
 
-def gpt2_tokenizer():
+def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's vocabulary, from tiktoken's cache or its address: 256 bytes, then a token a merge."""
     from tiktoken.load import read_file_cached
 
@@ -661,7 +662,7 @@ def _read_meta_pkl(path):
     return char_tokenizer([meta['itos'][i] for i in range(meta['vocab_size'])])
 
 
-def load_tokenizer(source):
+def load_tokenizer(source: str) -> Tokenizer:
     """A tokenizer by name (gpt2, bytes), from a tokenizer.json, a folder or the Hugging Face hub.
 
     A folder holds tokenizer.json, a chat template beside it perhaps, or nanoGPT's meta.pkl; on the
@@ -698,7 +699,7 @@ def load_tokenizer(source):
         raise UserError(f'{path} is not a readable tokenizer: {why}') from None
 
 
-def find_tokenizer(*folders, vocab_size=0):
+def find_tokenizer(*folders, vocab_size: int = 0) -> Tokenizer | None:
     """The tokenizer of the first folder that holds one, or None.
 
     With the vocab_size of a model, GPT-2's where no folder holds one and vocab_size is GPT-2's:
@@ -711,19 +712,21 @@ def find_tokenizer(*folders, vocab_size=0):
     return gpt2_tokenizer() if is_gpt2_size(vocab_size) else None
 
 
-def is_gpt2_size(vocab_size):
+def is_gpt2_size(vocab_size: int) -> bool:
     """Whether a vocabulary of this size is taken for GPT-2's where nothing says what it is."""
     return vocab_size in (GPT2_SIZE, GPT2_PADDED_SIZE)
 
 
-def padded_vocab_size(tokenizer):
+def padded_vocab_size(tokenizer: Tokenizer | None) -> int:
     """The vocab_size of a new model: the tokenizer's; of GPT-2's, or None, the padded one."""
     if tokenizer is None or tokenizer.vocab_size == GPT2_SIZE:
         return GPT2_PADDED_SIZE
     return tokenizer.vocab_size
 
 
-def common_tokenizer(data_dir, theirs, weights, say=print):
+def common_tokenizer(
+    data_dir: str, theirs: Tokenizer | None, weights: str, say: Callable[[str], None] = print
+) -> Tokenizer | None:
     """The tokenizer of data and of the weights that are trained or measured on it, or None.
 
     It begins a document as the data does: older data has nothing there, whatever the tokenizer.

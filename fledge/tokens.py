@@ -13,6 +13,8 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,14 +30,14 @@ NO_DATASETS = ('text', 'chat', 'preferences', 'classify', 'translate', 'hub', 'l
 CHECKED_AT_ONCE = 50_000_000  # tokens that are checked against the vocabulary in no time
 
 
-def format_of(vocab_size):
+def format_of(vocab_size: int) -> tuple[tuple[int, int], np.dtype]:
     """(magic, version) and token type of a .bin for a vocabulary of this size."""
     return next(
         (key, dtype) for key, dtype in FORMATS.items() if vocab_size <= 2 ** (8 * dtype.itemsize)
     )
 
 
-def write_header(file, vocab_size, count):
+def write_header(file: BinaryIO, vocab_size: int, count: int) -> None:
     """Write the header of a .bin of so many tokens at the beginning of an open file."""
     header = np.zeros(256, '<i4')
     header[:2] = format_of(vocab_size)[0]
@@ -44,14 +46,14 @@ def write_header(file, vocab_size, count):
     file.write(header.tobytes())
 
 
-def write_bin(path, ids, vocab_size):
+def write_bin(path: str, ids: np.ndarray, vocab_size: int) -> None:
     """Write ids, an array of int, as one .bin, which takes its name when it is whole."""
     with replacing(path, 'wb') as f:
         write_header(f, vocab_size, len(ids))
         f.write(np.asarray(ids).astype(format_of(vocab_size)[1]).tobytes())
 
 
-def read_bin(path, headerless=False):
+def read_bin(path: str, headerless: bool = False) -> np.ndarray:
     """The tokens of one .bin, a read-only memory map; headerless allows nanoGPT's bare uint16."""
     try:
         size = os.path.getsize(path)
@@ -82,7 +84,7 @@ def read_bin(path, headerless=False):
     return np.memmap(path, dtype, mode='r', offset=HEADER_BYTES, shape=(count,))
 
 
-def split_files(folder, split):
+def split_files(folder: str, split: str) -> list[str]:
     """folder/split.bin, or its shards folder/split_000000.bin, ...; [] where there are none.
 
     llm.c and what came of it put a name in front: fineweb_train_000001.bin.
@@ -95,19 +97,19 @@ def split_files(folder, split):
     return []
 
 
-def mask_path(path):
+def mask_path(path: str) -> str:
     """Where the mask of the tokens at path lies, if there is one: a uint8 each, 1 where learned."""
     return path.removesuffix('.bin') + '.mask.bin'
 
 
-def spread(items, limit):
+def spread(items: Sequence, limit: int | None) -> list:
     """`limit` of a sequence, evenly over it and always the same ones; all of it for None."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def digest(paths):
+def digest(paths: list[str]) -> str:
     """A text that changes with the .bin files at paths and their masks: by sizes and samples."""
     paths = [p for path in paths for p in (path, mask_path(path)) if os.path.exists(p)]
     pieces = 1 + 256 // len(paths)  # of a file, spread over it: terabytes are not read
@@ -122,12 +124,14 @@ def digest(paths):
     return hasher.hexdigest()
 
 
-def has_masks(folder):
+def has_masks(folder: str) -> bool:
     """Whether the tokens in folder are not all to be learned."""
     return bool(glob.glob(os.path.join(glob.escape(folder), 'train*.mask.bin')))
 
 
-def find_data(dataset, vocab_size, make_default, with_sources=False):
+def find_data(
+    dataset: str, vocab_size: int, make_default: bool, with_sources: bool = False
+) -> None:
     """UserError where data/dataset has nothing to train on; it names the command that makes it.
 
     make_default: what needs no network (OFFLINE) is made on the spot instead. with_sources: it is
@@ -164,7 +168,7 @@ class Batch(dict):
     For an encoder `source` has token ids, -1 for padding, and `source_documents` their documents.
     """
 
-    def context(self):
+    def context(self) -> dict:
         """What a model is told besides the inputs: keyword arguments of GPT.forward."""
         names = ('documents', 'source', 'source_documents')
         return {name: self[name] for name in names if name in self}
@@ -173,7 +177,7 @@ class Batch(dict):
         return iter((self['inputs'], self['targets']))
 
 
-def check_ids(ids, vocab_size, path, start):
+def check_ids(ids: np.ndarray, vocab_size: int, path: str, start: int) -> None:
     """UserError where some of ids, which are in the file at path from position `start` on, are
     beyond a vocabulary of this size."""
     if ids.max() >= vocab_size:
@@ -185,13 +189,13 @@ def check_ids(ids, vocab_size, path, start):
 
 
 @functools.lru_cache(maxsize=1)
-def epoch_order(seed, epoch, n_rows):
+def epoch_order(seed: int, epoch: int, n_rows: int) -> tuple[np.ndarray, int]:
     """A permutation of n_rows for an epoch, and a random number for where their grid begins."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(n_rows), int(rng.integers(1 << 62))
 
 
-def training_rows(seed, n_rows, first, count):
+def training_rows(seed: int, n_rows: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows first .. first + count - 1 of training's endless order: int64 (count,).
 
     Each epoch takes all n_rows once. The second array has the random number of each one's epoch.
@@ -214,7 +218,9 @@ class Tokens:
 
     pairs = False  # as those of documents.Documents may be
 
-    def __init__(self, folder, split, block_size, vocab_size, seed=None):
+    def __init__(
+        self, folder: str, split: str, block_size: int, vocab_size: int, seed: int | None = None
+    ):
         self.paths = split_files(folder, split)
         if not self.paths:
             raise UserError(f'{folder} has no {split}.bin')
@@ -244,7 +250,7 @@ class Tokens:
         check_ids(ids, self.vocab_size, self.paths[shard], start)
         return ids.astype(np.int64)
 
-    def rows(self, first, count):
+    def rows(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1 of training's endless order, a Batch.
 
         Each epoch sees every row once, in a fresh permutation; the grid that the rows are cut on
@@ -260,7 +266,7 @@ class Tokens:
                 self._read(shard, start, self.block_size + 1)  # names the place
         return Batch(inputs=out[:, :-1], targets=out[:, 1:])
 
-    def documents_seen(self, first, count):
+    def documents_seen(self, first: int, count: int) -> list[tuple[str, int, np.ndarray]]:
         """[(path, position, ids)] of rows of training: where in the data they are, and what."""
         shards, starts = self._places(first, count)
         seen = []
@@ -268,11 +274,11 @@ class Tokens:
             seen.append((self.paths[shard], start, self._read(shard, start, self.block_size)))
         return seen
 
-    def weight(self, first, count):
+    def weight(self, first: int, count: int) -> int:
         """What a mean over these rows of training is over: their targets, all of them learned."""
         return count * self.block_size
 
-    def summary(self):
+    def summary(self) -> str:
         """What is in the rows, in one line for the log; of a stream there is nothing to say."""
         return ''
 
@@ -283,14 +289,14 @@ class Tokens:
         in_shard = rows - self.first_row[shards]
         return shards, in_shard * self.block_size + shifts % (self.slack[shards] + 1)
 
-    def evaluation_rows(self, limit=None):
+    def evaluation_rows(self, limit: int | None = None) -> list[tuple[int, int]]:
         """Where evaluation reads: (shard, start) of `limit` rows spread evenly, or of all."""
         starts = []
         for shard, ids in enumerate(self.shards):
             starts += [(shard, start) for start in range(0, len(ids) - 1, self.block_size)]
         return spread(starts, limit)
 
-    def evaluation_batch(self, rows):
+    def evaluation_batch(self, rows: Sequence[tuple[int, int]]) -> Batch:
         """Some of evaluation_rows as a Batch; the last row of a shard may be short."""
         inputs = np.zeros((len(rows), self.block_size), np.int64)
         targets = np.full((len(rows), self.block_size), -1, np.int64)

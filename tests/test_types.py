@@ -17,7 +17,7 @@ FILES = [
 def public_functions(body):
     """The functions and methods, as (node, whether it is a method), with no underscore in front."""
     for node in body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and is_public(node.name):
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
             yield from ((method, True) for method in methods if is_public(method.name))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_public(node.name):

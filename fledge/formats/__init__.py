@@ -5,7 +5,7 @@ import shutil
 from fledge import UserError
 
 
-def save_tensors(tensors, path, beside):
+def save_tensors(tensors: dict, path: str, beside: str) -> None:
     """Write {name: tensor} as the .safetensors at path; whoever may read the file beside may it."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -7,12 +7,13 @@ ggml's docs/gguf.md.
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from fledge import UserError, checkpoint
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 REQUIRED = object()  # of a setting: config.json has to have it
 
@@ -173,7 +174,7 @@ TYPES = {setting.name: setting.type for setting in fields(GPTConfig)}
 TYPES |= dict(rope_scaling=object, rope_type=str, qkv_bias=bool)
 
 
-def names_of(kind, name):
+def names_of(kind: str, name: str) -> list[tuple[str, str]]:
     """The names (Hugging Face's, GGUF's) of the tensors that lie in our tensor `name`, in order."""
     module, _, suffix = name.rpartition('.')
     layer = re.search(r'\.h\.(\d+)\.', name)
@@ -187,14 +188,14 @@ def names_of(kind, name):
     return found
 
 
-def rows_of(c, count, rows):
+def rows_of(c: GPTConfig, count: int, rows: int) -> list[int]:
     """How many rows each of `count` tensors has that lie in one of ours with `rows` rows."""
     if count == 3:
         return [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
     return [rows // count] * count
 
 
-def parts_of(model, kind):
+def parts_of(model: GPT, kind: str) -> Iterator[tuple[str, str, str, torch.Tensor]]:
     """(our name, Hugging Face's, GGUF's, tensor as our layers have it) of a model, one at a time.
 
     What is tied to another tensor is left out.
@@ -214,7 +215,7 @@ def parts_of(model, kind):
             yield f'{module}.bias', theirs, gguf, tensor.new_zeros(len(tensor))
 
 
-def read_config(config, where, block_size=0):
+def read_config(config: dict, where: str, block_size: int = 0) -> dict:
     """The GPTConfig of a parsed config.json, as a dict of arguments.
 
     block_size: fewer positions than it has, or with RoPE more. Raises UserError, which names
@@ -252,7 +253,7 @@ def read_config(config, where, block_size=0):
     return args | dict(block_size=block_size or n_positions)
 
 
-def refuse_foreign(config, family, where):
+def refuse_foreign(config: dict, family: Family, where: str) -> None:
     """UserError for what a config.json asks for and GPT cannot do."""
     for name, value in family.only.items():
         if config.get(name, value) != value:
@@ -272,7 +273,7 @@ def refuse_foreign(config, family, where):
             raise UserError(f'{where}: use_sliding_window=True is not supported')
 
 
-def read_rope(config, where):
+def read_rope(config: dict, where: str) -> dict:
     """rope_theta and rope_scaling, in either spelling; of both, transformers takes the older."""
     rope = dict(config.get('rope_scaling') or config.get('rope_parameters') or {})
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -297,7 +298,7 @@ def read_rope(config, where):
     )
 
 
-def check(name, value, where):
+def check(name: str, value: object, where: str) -> None:
     """UserError where a field of GPTConfig, or else a number of RoPE's, cannot be value."""
     wanted = TYPES.get(name, float)
     if wanted is int:
@@ -312,7 +313,7 @@ def check(name, value, where):
         )
 
 
-def belongs(c, family):
+def belongs(c: GPTConfig, family: Family) -> bool:
     """Whether a config.json of the family can say all of a GPTConfig c."""
     said = {ours: getattr(c, ours) for ours, *_ in family.settings} | family.fixed
     heads_fill_width = c.n_head * c.head_dim == c.n_embd
@@ -325,7 +326,7 @@ def belongs(c, family):
     return GPTConfig(**said) == replace(c, dropout=0.0)
 
 
-def config_of(c):
+def config_of(c: GPTConfig) -> dict:
     """The config.json, a dict, of the first family that a GPTConfig fits; UserError for none."""
     kind = next((kind for kind, family in FAMILIES.items() if belongs(c, family)), None)
     if kind is None:
@@ -344,7 +345,7 @@ def config_of(c):
     return config | family.only | dict.fromkeys(family.dropout, c.dropout)
 
 
-def tiny_model(kind, activation):
+def tiny_model(kind: str, activation: str) -> GPT:
     """A model of a family whose weights, in [-1.5, 1.5], are given by whole numbers alone."""
     family = FAMILIES[kind]
     sizes = dict(block_size=1024, vocab_size=16, n_layer=4, n_head=4, n_embd=16, n_inner=48)
@@ -360,7 +361,7 @@ def tiny_model(kind, activation):
 
 
 @torch.no_grad()
-def edited(kind, activation):
+def edited(kind: str, activation: str) -> str:
     """What to say where model.py was edited and computes no more what a family's models do, or ''.
 
     An attention window of 1,023 tokens is seen, of more it is not.

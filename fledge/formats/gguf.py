@@ -5,6 +5,7 @@ loader looks for in a file.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 
 from fledge import UserError
 from fledge.formats import families
-from fledge.tokenizer import IM_END, PATTERNS, merges_of
-from model import rope_frequencies
+from fledge.tokenizer import IM_END, PATTERNS, Tokenizer, merges_of
+from model import GPT, GPTConfig, rope_frequencies
 
 TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}  # ours: GGUF's
 # What llama.cpp calls a pattern that splits text.
@@ -25,11 +26,11 @@ SPLITS = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 
 
-def refused(what):
+def refused(what: str) -> UserError:
     return UserError(f'llama.cpp {what}; --format=hf can hold it')
 
 
-def split_name(spec):
+def split_name(spec: dict) -> str:
     """llama.cpp's name for how a byte-level tokenizer.json splits text; UserError for none."""
     pre, normalizer = spec.get('pre_tokenizer') or {}, spec.get('normalizer') or {}
     # llama.cpp leaves out NFC, for Qwen as well
@@ -51,7 +52,7 @@ def split_name(spec):
     )
 
 
-def begins_with_a_space(spec):
+def begins_with_a_space(spec: dict) -> bool:
     """Whether a SentencePiece tokenizer.json puts a space in front of a text; UserError if more."""
     normalizer, pre = spec.get('normalizer') or {}, spec.get('pre_tokenizer') or {}
     steps = normalizer.get('normalizers', [normalizer]) + pre.get('pretokenizers', [pre])
@@ -63,7 +64,7 @@ def begins_with_a_space(spec):
     return 'Prepend' in kinds or any(scheme != 'never' for scheme in schemes)
 
 
-def add_sentencepiece(writer, tokenizer, tokens):
+def add_sentencepiece(writer: object, tokenizer: Tokenizer, tokens: list[str]) -> None:
     """What llama.cpp goes by in SentencePiece's BPE: what is merged first has the highest score."""
     model = tokenizer.spec['model']
     made = [model['vocab'][''.join(merge)] for merge in merges_of(model)]
@@ -80,7 +81,9 @@ def add_sentencepiece(writer, tokenizer, tokens):
             tokens[i] = token, UNKNOWN
 
 
-def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
+def add_tokenizer(
+    writer: object, tokenizer: Tokenizer, vocab_size: int, chat_template: str | None
+) -> None:
     """The tokenizer's part of the metadata, padded to the vocab_size of the model's embedding.
 
     Raises UserError for what llama.cpp does not do: characters, WordPiece, splits it does not know.
@@ -122,7 +125,7 @@ def add_tokenizer(writer, tokenizer, vocab_size, chat_template):
         writer.add_chat_template(chat_template)
 
 
-def add_settings(writer, c, kind):
+def add_settings(writer: object, c: GPTConfig, kind: str) -> None:
     """The model's part of the metadata, by its family's table; UserError for what is not read."""
     import gguf
 
@@ -147,7 +150,7 @@ def add_settings(writer, c, kind):
         writer.add_rope_scaling_factor(scaling['factor'])
 
 
-def type_of(name, tensor, dtype):
+def type_of(name: str, tensor: torch.Tensor, dtype: str) -> int:
     """GGUF's type of a tensor, by our name, in a file of dtype (see TYPES).
 
     Vectors and learned positions stay float32; q8_0 goes in blocks of 32, and float16 is the rest.
@@ -161,7 +164,7 @@ def type_of(name, tensor, dtype):
 
 
 @torch.no_grad()
-def round_weights(model, dtype):
+def round_weights(model: GPT, dtype: str) -> None:
     """Give model the weights, in place, and the GELU that llama.cpp will compute with."""
     import gguf
 
@@ -176,7 +179,7 @@ def round_weights(model, dtype):
             block.mlp.activation = 'gelu_tanh'
 
 
-def tensors(model, kind, dtype):
+def tensors(model: GPT, kind: str, dtype: str) -> Iterator[tuple[str, int, np.ndarray]]:
     """(GGUF's name, type, float32 array) of what a file of dtype holds of a GPT, one at a time."""
     import gguf
 
@@ -192,7 +195,14 @@ def tensors(model, kind, dtype):
         yield 'rope_freqs.weight', gguf.GGMLQuantizationType.F32, factors.numpy()
 
 
-def write(path, model, tokenizer, dtype, name, chat_template=None):
+def write(
+    path: str,
+    model: GPT,
+    tokenizer: Tokenizer,
+    dtype: str,
+    name: str,
+    chat_template: str | None = None,
+) -> None:
     """Write path: model's weights in dtype (see type_of), its tokenizer, the chat template.
 
     name is for people. Raises UserError for a model or a tokenizer that llama.cpp has no name for.
@@ -220,7 +230,7 @@ def write(path, model, tokenizer, dtype, name, chat_template=None):
     writer.close()
 
 
-def largest_error(path, model, dtype):
+def largest_error(path: str, model: GPT, dtype: str) -> float:
     """How far a weight in the file at path is from what write was to put there.
 
     Infinite where the file lacks a tensor, has one too many, or one of another type or shape.

@@ -7,18 +7,18 @@ import sys
 from fledge import UserError
 
 
-def may_be_source(source):
+def may_be_source(source: object) -> bool:
     """Whether a value that a file gives may be a path, or a name on the hub, to look for."""
     return isinstance(source, str) and source.isprintable() and 0 < len(source) < 1000
 
 
-def is_name(source):
+def is_name(source: str) -> bool:
     """Whether source may be a name on the hub: NAME or OWNER/NAME, if no folder OWNER is here."""
     owner = os.path.dirname(source)
     return bool(re.fullmatch(r'[\w.-]+(/[\w.-]+)?', source)) and not os.path.isdir(owner)
 
 
-def download(name, patterns):
+def download(name: str, patterns: list[str]) -> str:
     """The folder that holds the files of the hub's model `name` (OWNER/NAME) that match patterns.
 
     Raises UserError where they cannot be had.

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -24,9 +25,10 @@ from fledge.tokenizer import (
     OWN_TEMPLATES,
     PATTERNS,
     TRIAL,
+    Tokenizer,
     find_tokenizer,
 )
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 WANTED = ['*config.json', 'model*.safetensors*', peft.WEIGHTS]
 WANTED += ['tokenizer.json', 'merges.txt', 'chat_*.jinja']
@@ -61,7 +63,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 # ---- in
 
 
-def open_weights(folder):
+def open_weights(folder: str) -> dict:
     """{name of a tensor: the open file that holds it} of a folder's .safetensors."""
     import safetensors
 
@@ -86,7 +88,7 @@ def open_weights(folder):
     return file_of
 
 
-def read_tensor(file_of, name, where):
+def read_tensor(file_of: dict, name: str, where: str) -> torch.Tensor:
     """One tensor of any floating-point type; GPT-2's own files name it without the first part."""
     found = name if name in file_of else name.partition('.')[2]
     if found not in file_of:
@@ -104,7 +106,7 @@ def read_tensor(file_of, name, where):
     return tensor
 
 
-def our_tensors(file_of, kind, args, where):
+def our_tensors(file_of: dict, kind: str, args: dict, where: str) -> dict[str, torch.Tensor]:
     """The state_dict, float32, of the GPT that args describe, out of files of a model_type kind.
 
     Raises UserError, which names `where`, for what is missing, misshaped or unknown.
@@ -148,7 +150,7 @@ def our_tensors(file_of, kind, args, where):
     return state
 
 
-def load(source, block_size=0):
+def load(source: str, block_size: int = 0) -> dict:
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
@@ -187,7 +189,7 @@ def load(source, block_size=0):
     return dict(model=state, model_args=args, config={}, folder=folder)
 
 
-def load_base(source, folder, block_size=0):
+def load_base(source: str, folder: str, block_size: int = 0) -> dict:
     """What the adapter in folder was trained on, by the source that it names: as load gives it.
 
     A relative path counts from here, or else from the folder that the adapter's folder is in.
@@ -207,7 +209,7 @@ def load_base(source, folder, block_size=0):
     return base
 
 
-def with_base(loaded, path):
+def with_base(loaded: dict, path: str) -> dict:
     """The checkpoint at path; one of adapters has its base's tensors beside its own (see load).
 
     UserError where the base is not what it was trained on.
@@ -237,7 +239,7 @@ def with_base(loaded, path):
     return loaded | dict(model=base['model'] | loaded['model'])
 
 
-def load_peft(folder, block_size):
+def load_peft(folder: str, block_size: int) -> dict:
     """The adapter of peft's in folder, on its base, as a checkpoint (see load)."""
     saved = peft.read_config(folder)
     source = saved['base_model_name_or_path']
@@ -258,7 +260,9 @@ def load_peft(folder, block_size):
     )
 
 
-def load_with_tokenizer(init_from, out_dir, dataset=''):
+def load_with_tokenizer(
+    init_from: str, out_dir: str, dataset: str = ''
+) -> tuple[dict, str, Tokenizer]:
     """What scripts that use a model begin with: a checkpoint (see load), its path, its tokenizer.
 
     init_from: resume (out_dir's ckpt.pt), or a source as of load. The tokenizer lies beside the
@@ -294,7 +298,7 @@ def load_with_tokenizer(init_from, out_dir, dataset=''):
 # ---- out
 
 
-def ends(tokenizer):
+def ends(tokenizer: Tokenizer) -> list[int]:
     """The ids at which generation stops: a text's end, a turn's, and the beginning of another text.
 
     (Llama's models of stories, for example, were trained on texts that only begin.)
@@ -305,13 +309,13 @@ def ends(tokenizer):
     return [i for i in found if i is not None]
 
 
-def read_if_there(source, name):
+def read_if_there(source: str, name: str) -> dict:
     """The JSON object in the folder source, which may be '', or {}."""
     path = os.path.join(source, name)
     return read_json(path) if source and os.path.exists(path) else {}
 
 
-def chat_template(tokenizer):
+def chat_template(tokenizer: Tokenizer) -> str | None:
     """The text of the tokenizer's template, else ChatML's if its tokens are there, or None."""
     if tokenizer.template:
         return tokenizer.template.text
@@ -320,7 +324,7 @@ def chat_template(tokenizer):
     return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
 
 
-def check_template(template, tokenizer):
+def check_template(template: str | None, tokenizer: Tokenizer) -> None:
     """UserError where our chat template, rendered, gives other tokens than encode_chat.
 
     One of another's making is left alone: it would be code to run.
@@ -336,7 +340,7 @@ def check_template(template, tokenizer):
         )
 
 
-def special_tokens(tokenizer, source):
+def special_tokens(tokenizer: Tokenizer, source: str) -> tuple[dict, dict]:
     """What begins, ends and pads a text: ids for config.json, texts for tokenizer_config.json.
 
     What the model's source says goes before: Qwen's instructed models end with a turn, for example.
@@ -360,13 +364,15 @@ def special_tokens(tokenizer, source):
     return ids, {key: text for key, text in texts.items() if text is not None}
 
 
-def their_tensors(model, kind):
+def their_tensors(model: GPT, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of all that files of a model_type kind hold of a GPT, one at a time."""
     for ours, theirs, _, tensor in families.parts_of(model, kind):
         yield theirs, tensor.t() if ours.endswith(families.FAMILIES[kind].transposed) else tensor
 
 
-def write(folder, model, tokenizer, dtype, card, source=''):
+def write(
+    folder: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype, card: str, source: str = ''
+) -> None:
     """Write into folder what transformers loads: weights in a torch dtype, and all beside them.
 
     card: the text of its README.md. source: the folder that the model came from, whose special
@@ -414,7 +420,9 @@ def write(folder, model, tokenizer, dtype, card, source=''):
     save_tensors(tensors, f'{folder}/model.safetensors', f'{folder}/config.json')
 
 
-def read(folder, ids, text, tokenizer):
+def read(
+    folder: str, ids: torch.Tensor, text: str, tokenizer: Tokenizer
+) -> tuple[torch.Tensor, str]:
     """Load a written folder: logits (1, T, vocab_size) float32 of ids (1, T), and by what.
 
     Raises UserError where text, or a conversation, becomes other tokens there than by tokenizer.
@@ -449,7 +457,7 @@ def read(folder, ids, text, tokenizer):
     return logits, by
 
 
-def card(name, model, state, meta, began):
+def card(name: str, model: GPT, state: dict, meta: dict, began: str) -> str:
     """The model card: what is known of the model and of its training, and no more.
 
     state: a checkpoint, with the facts of its run where it has them; meta: of its data; began: what

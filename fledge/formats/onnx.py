@@ -2,9 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+
+from model import GPT
 
 
 class Graph(nn.Module):
@@ -15,11 +19,11 @@ class Graph(nn.Module):
     values with the new ones behind it.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: GPT):
         super().__init__()
         self.model = model
 
-    def forward(self, idx, past=()):
+    def forward(self, idx: Tensor, past: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         cache = AppendedCache(past) if past else None
         logits = self.model.logits(self.model.hidden(idx, cache))
         return (logits, *cache.present) if past else (logits,)
@@ -28,26 +32,26 @@ class Graph(nn.Module):
 class AppendedCache:
     """What model.KVCache is to a GPT, for a graph, in which nothing is written in place."""
 
-    def __init__(self, past):
+    def __init__(self, past: Sequence[Tensor]):
         self.past, self.present = past, []
 
-    def place(self, T):
+    def place(self, T: int) -> tuple[Tensor, Tensor]:
         n_past = self.past[0].shape[2]
         keys = torch.arange(n_past + T)
         positions = keys[None, n_past:]
         return positions, keys <= positions[:, None, :, None]
 
-    def write(self, layer, k, v, positions):
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         k = torch.cat((self.past[2 * layer], k), dim=2)
         v = torch.cat((self.past[2 * layer + 1], v), dim=2)
         self.present += [k, v]
         return k, v
 
-    def advance(self, T, lengths):
+    def advance(self, T: int, lengths: Tensor | None) -> None:
         pass
 
 
-def write(path, model, kv_cache):
+def write(path: str, model: GPT, kv_cache: bool) -> None:
     """Write path (and, for weights beyond a protobuf's 2 GB, path.data).
 
     input_ids int64 (batch, length) in, logits out. kv_cache: past_key_values.0.key, ... in and
@@ -82,7 +86,7 @@ def write(path, model, kv_cache):
         program.save(path, external_data=n_bytes > 1.9e9)
 
 
-def run(path, ids, kv_cache):
+def run(path: str, ids: Tensor, kv_cache: bool) -> Tensor:
     """The logits (batch, length, vocab_size) of ids (batch, length) by onnxruntime.
 
     With kv_cache the first token is read first, and then the rest.

@@ -13,6 +13,7 @@ import torch
 
 from fledge import UserError, adapters, checkpoint, read_json
 from fledge.formats import families, hub, save_tensors
+from model import GPTConfig
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -26,13 +27,15 @@ BEGINNINGS = (True, False, 'gaussian', 'eva', 'orthogonal')
 MERGE = 'merge it with peft (merge_and_unload) and load that model'
 
 
-def theirs(kind, module):
+def theirs(kind: str, module: str) -> list[str]:
     """The names in transformers of the layers that lie in one of ours, in order."""
     names = [name for name, _ in families.names_of(kind, f'{module}.weight')]
     return [name.removesuffix('.weight') for name in names]
 
 
-def write(folder, tensors, config, settings, base):
+def write(
+    folder: str, tensors: dict[str, torch.Tensor], config: GPTConfig, settings: dict, base: str
+) -> None:
     """Write adapters into folder.
 
     tensors: those of an adapter checkpoint, all of one rank. config: the GPTConfig of its model.
@@ -75,7 +78,7 @@ def write(folder, tensors, config, settings, base):
     save_tensors(written, f'{folder}/{WEIGHTS}', f'{folder}/{CONFIG}')
 
 
-def read_config(folder):
+def read_config(folder: str) -> dict:
     """The adapter_config.json in folder, a dict; UserError for what is not plain LoRA."""
     where = os.path.join(folder, CONFIG)
     config = read_json(where)
@@ -102,7 +105,7 @@ def read_config(folder):
     return config
 
 
-def read(folder, saved, config):
+def read(folder: str, saved: dict, config: GPTConfig) -> dict[str, torch.Tensor]:
     """The adapters' tensors in folder, {name: float32 tensor} as adapters.merged takes them.
 
     saved: read_config's. config: the base's GPTConfig. Layers may have different ranks: B is scaled
