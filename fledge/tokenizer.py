@@ -24,6 +24,7 @@ from fledge.formats import hub
 
 END_OF_TEXT = '<|endoftext|>'
 IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # around a turn, in ChatML
+SPECIAL = (END_OF_TEXT, IM_START, IM_END)  # what a tokenizer that is made here has
 # Ends a document where a chat template ends its turns with the end of text.
 END_OF_DOCUMENT = '<|end_of_document|>'
 # ChatML, as transformers and llama.cpp take it.
@@ -332,7 +333,7 @@ class Tokenizer:
             elif part:
                 # in front of a whole text, and behind some special tokens, a space is put
                 spaced = i == 0 or self.puts_space_behind(parts[i - 1])
-                found, ends = self.encode_behind('', part) if spaced else self.encode_inside(part)
+                found, ends = self.encode_inside(part, spaced)
                 n = len(unlearned if self.hf else unlearned.encode())
                 ids += found
                 learned += [end > n for end in ends]
@@ -372,12 +373,15 @@ class Tokenizer:
         ends_turns = self.end_of_text in ids
         return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
 
-    def encode_behind(self, before: str, text: str) -> tuple[list[int], list[int]]:
-        """The ids of text where it stands behind `before`, and where in text each of them ends.
+    def encode_inside(self, text: str, space_in_front: bool = False) -> tuple[list[int], list[int]]:
+        """The ids of text within a longer one, and where in text each of them ends.
 
-        Nothing is put in front of it then, as SentencePiece puts a space. No token may join the
-        two. The ends count bytes, or with `tokenizers` characters.
+        Nothing is put in front of it, as SentencePiece puts a space, unless space_in_front. The
+        ends count bytes, or with `tokenizers` characters.
         """
+        before = ''  # what no token joins with the text
+        if self.space_in_front and not space_in_front:
+            before = 'a' if text.startswith('\n') else '\n'
         skipped = len(self.encode(before))
         if self.hf:
             found = self._encode_by_tokenizers(before + text, allow_special=False)
@@ -387,13 +391,7 @@ class Tokenizer:
             ends = list(itertools.accumulate(len(self.token_bytes[i]) for i in ids))
         return ids[skipped:], [end - len(before) for end in ends[skipped:]]
 
-    def encode_inside(self, text: str) -> tuple[list[int], list[int]]:
-        """encode_behind for text that stands behind anything: no space is put in front of it."""
-        if not self.space_in_front:
-            return self.encode_behind('', text)
-        return self.encode_behind('a' if text.startswith('\n') else '\n', text)
-
-    def with_special(self, tokens: Iterable[str] = (END_OF_TEXT, IM_START, IM_END)) -> 'Tokenizer':
+    def with_special(self, tokens: Iterable[str] = SPECIAL) -> 'Tokenizer':
         """This tokenizer, with those special tokens that it lacks added after its last id."""
         missing = [t for t in tokens if t not in self.special]
         if self.end_of_text is not None:  # by whatever name
@@ -416,7 +414,7 @@ class Tokenizer:
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
         return self.decode_behind([], ids)
 
-    def decode_behind(self, prompt: list[int], ids: list[int]) -> str:
+    def decode_behind(self, prompt: Sequence[int], ids: Iterable[int]) -> str:
         """The text that ids add to the text of prompt, ids as well."""
         stream = TextStream(self, prompt)
         return ''.join(map(stream.add, map(int, ids))) + stream.end()
@@ -590,8 +588,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split: str = 'qwen2') -> To
     """Byte-level BPE of an iterable of texts; vocab_size counts 256 bytes and 3 special tokens."""
     import tokenizers
 
-    special, letters = [END_OF_TEXT, IM_START, IM_END], list(byte_to_unicode().values())
-    least = 256 + len(special)
+    letters, least = list(byte_to_unicode().values()), 256 + len(SPECIAL)
     if vocab_size < least:
         raise UserError(f'vocab_size={vocab_size}: a byte-level vocabulary needs at least {least}')
     spec = _bpe_spec({letter: i for i, letter in enumerate(letters)}, [], [], split)
@@ -606,17 +603,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split: str = 'qwen2') -> To
                 yield text
 
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special), show_progress=False, initial_alphabet=letters
+        vocab_size=vocab_size - len(SPECIAL), show_progress=False, initial_alphabet=letters
     )
     tokenizer.train_from_iterator(bounded(), trainer)
     model = json.loads(tokenizer.to_str())['model']
-    return Tokenizer(_bpe_spec(model['vocab'], model['merges'], special, split))
+    return Tokenizer(_bpe_spec(model['vocab'], model['merges'], SPECIAL, split))
 
 
 def byte_tokenizer() -> Tokenizer:
     """One token a byte."""
     vocab = {c: b for b, c in sorted(byte_to_unicode().items())}
-    return Tokenizer(_bpe_spec(vocab, [], [END_OF_TEXT, IM_START, IM_END], 'qwen2'))
+    return Tokenizer(_bpe_spec(vocab, [], SPECIAL, 'qwen2'))
 
 
 def char_tokenizer(characters: Iterable[str], special: Sequence[str] = ()) -> Tokenizer:

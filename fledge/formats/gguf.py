@@ -118,7 +118,9 @@ def add_tokenizer(
         writer.add_eos_token_id(end)
         writer.add_pad_token_id(end)
     writer.add_add_bos_token(bool(tokenizer.begin))
-    turn_end = tokenizer.turn_end or tokenizer.special.get(IM_END)
+    turn_end = tokenizer.turn_end
+    if turn_end is None:
+        turn_end = tokenizer.special.get(IM_END)
     if turn_end is not None:
         writer.add_eot_token_id(turn_end)
     if chat_template:
