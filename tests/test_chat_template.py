@@ -15,6 +15,7 @@ from hub import Hub
 from fledge import UserError, chat_template, read_meta
 from fledge.chat_template import ChatTemplate
 from fledge.documents import Documents
+from fledge.formats import gguf as gguf_format
 from fledge.formats import huggingface
 from fledge.tokenizer import (
     CHAT_TEMPLATE,
@@ -415,3 +416,16 @@ def test_a_name_on_the_hub_brings_its_template(vocabulary, tmp_path):
         flags = ['--name=talks', '--input=talks.jsonl', '--tokenizer=someone/talker']
         run(tmp_path, 'prepare/chat.py', *flags, env=hub.env)
     assert load_tokenizer(str(tmp_path / 'data/talks')).template.text == LLAMA3
+
+
+def test_gguf_names_a_turns_end_whose_id_is_0(tmp_path):
+    spec = byte_tokenizer().spec  # SmolLM2's <|endoftext|> is 0 as well
+    vocab = {letter: i + 1 for letter, i in spec['model']['vocab'].items()}
+    ids = {'<|endoftext|>': 0, '<|im_start|>': 257, '<|im_end|>': 258}
+    added = [token | dict(id=ids[token['content']]) for token in spec['added_tokens']]
+    spec = spec | dict(added_tokens=added, model=spec['model'] | dict(vocab=vocab))
+    tokenizer = Tokenizer(spec, ChatTemplate(ZEPHYR, dict(eos_token='<|endoftext|>')))
+    assert tokenizer.turn_end == 0
+    model, path = GPT(GPTConfig(vocab_size=259, n_layer=1, n_head=2, n_embd=32)), tmp_path / 'x'
+    gguf_format.write(str(path), model, tokenizer, 'float32', 'x')
+    assert gguf.GGUFReader(path).fields['tokenizer.ggml.eot_token_id'].contents() == 0
