@@ -225,6 +225,7 @@ def test_logits_are_made_a_part_at_a_time(tmp_path):
         '--dataset=d',
         '--device=cpu',
         '--dtype=float32',
+        own=True,  # a child of this process, whose memory is asked below
     )
     out = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
