@@ -176,11 +176,11 @@ def draw(
     """
     axes = new_axes((8, 4.5))
     for number, (name, runs) in enumerate(curves.items()):
-        for curve in runs:
-            axes.plot(*zip(*curve, strict=True), f'C{number}.-', linewidth=1.2, label=labels[name])
-            labels[name] = None  # in the legend once
+        for i, curve in enumerate(runs):
+            label = None if i else labels[name]  # in the legend once
+            axes.plot(*zip(*curve, strict=True), f'C{number}.-', linewidth=1.2, label=label)
     axes.axhline(loss, color='grey', linewidth=0.8, linestyle='--')
-    lowest = min(loss for runs in curves.values() for curve in runs for _, loss in curve)
+    lowest = min(y for runs in curves.values() for curve in runs for _, y in curve)
     axes.set(xlim=(0, None), ylim=(lowest - 0.05, loss + 1.2))  # the first losses are far above
     axes.set(xlabel='seconds of training, evaluations not counted')
     axes.set(ylabel='val loss (nats a token)')
