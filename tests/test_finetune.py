@@ -183,7 +183,7 @@ def test_a_step_is_the_mean_over_all_learned_tokens(
 # a config file that sends the process a signal in its WHENth micro-batch; a run that goes on reads
 # its config files twice
 INTERRUPTED = """
-import os, signal
+import os, signal, threading
 import model
 
 _forward = getattr(model.GPT, 'plain_forward', model.GPT.forward)
@@ -192,6 +192,9 @@ _calls = [0]
 def _counting_forward(self, *args, **options):
     _calls[0] += self.training
     if _calls[0] == WHEN:
+        for thread in threading.enumerate():  # a checkpoint that is being written is to be whole
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
         os.kill(os.getpid(), signal.SIGNAL)
     return _forward(self, *args, **options)
 

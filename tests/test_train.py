@@ -619,15 +619,10 @@ def objective(model, batch):
     assert not late & set(sys.modules), late & set(sys.modules)
     return model(*batch, return_logits=False)[1]
 """)
-    run(
-        workdir,
-        'train.py',
-        *TINY,
-        'watch.py',
-        '--max_iters=2',
-        '--eval_interval=100',
-        '--sample_interval=0',
-    )
+    flags = ['--max_iters=2', '--eval_interval=100', '--sample_interval=0']
+    process = start(workdir, 'train.py', *TINY, 'watch.py', *flags, own=True)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
 
 
 @pytest.mark.slow
@@ -637,7 +632,7 @@ def test_a_prepared_run_starts_in_six_seconds(workdir):
         len(took) < 3 and min(took, default=6) >= 6
     ):  # other tests may hold the machine up, once or twice
         began = time.monotonic()
-        process = start(workdir, 'train.py', *TINY, '--max_iters=100000')
+        process = start(workdir, 'train.py', *TINY, '--max_iters=100000', own=True)
         for line in process.stdout:
             if line.startswith('step 0/'):
                 break
