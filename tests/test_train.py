@@ -15,6 +15,7 @@ import termios
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, fails, metrics, python, run, start, write_tiny
@@ -626,20 +627,22 @@ def objective(model, batch):
 
 
 @pytest.mark.slow
-def test_a_prepared_run_starts_in_six_seconds(workdir):
-    took = []
-    while (
-        len(took) < 3 and min(took, default=6) >= 6
-    ):  # other tests may hold the machine up, once or twice
-        began = time.monotonic()
-        process = start(workdir, 'train.py', *TINY, '--max_iters=100000', own=True)
-        for line in process.stdout:
-            if line.startswith('step 0/'):
-                break
-        took.append(time.monotonic() - began)
+def test_a_prepared_run_starts_in_twice_the_time_of_importing_torch(workdir):
+    """In seconds of the processor, which are as many on a machine that others keep busy."""
+
+    def seconds_to_first_line(process, beginning):
+        next(line for line in process.stdout if line.startswith(beginning))
+        times = psutil.Process(process.pid).cpu_times()
         process.kill()
         process.communicate()
-    assert min(took) < 6, took
+        return times.user + times.system
+
+    code = 'import sys, torch, torch._dynamo; print("imported", flush=True); sys.stdin.read()'
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    bare = subprocess.Popen([sys.executable, '-c', code], **pipes)
+    imports = seconds_to_first_line(bare, 'imported')
+    run = start(workdir, 'train.py', *TINY, '--max_iters=100000', own=True)
+    assert seconds_to_first_line(run, 'step 0/') < 2 * imports
 
 
 @pytest.mark.slow
