@@ -289,12 +289,14 @@ class RunLog:
             figure = _draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
             figure.suptitle(self.out_dir)
             with replacing(self.path('loss.png'), 'wb') as f:
-                figure.savefig(f, format='png', dpi=120, bbox_inches='tight')
+                figure.savefig(f, format='png', dpi=120)
 
 
 def _draw_curves(curves):
     """The Figure of what curves_of() returns."""
+    # fixed margins, and a fixed place for the legend: to find these takes as long as to draw twice
     both = new_axes((13, 5), ncols=2, sharey=True)
+    both[0].figure.subplots_adjust(left=0.06, right=0.98, bottom=0.11, top=0.91, wspace=0.05)
     looks = dict(
         step_loss=dict(color='C0', alpha=0.25, linewidth=0.8, label='a single step'),
         train_loss=dict(color='C0', label='train, mean of some steps'),
@@ -309,7 +311,7 @@ def _draw_curves(curves):
         axes.set(xlabel=unit)
         axes.grid(alpha=0.3)
     both[0].set(ylabel='loss (nats a token)')
-    both[0].legend()
+    both[0].legend(loc='upper right')
     return both[0].figure
 
 
