@@ -166,6 +166,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(switches):
     assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(1000)) < 0.1
 
 
+@pytest.mark.slow
 @every_family
 def test_one_batch_is_learned_by_heart(switches, trainable):
     torch.manual_seed(0)

@@ -500,6 +500,7 @@ def test_an_adapter_on_a_checkpoint_is_exported_beside_its_exported_base(tmp_pat
     assert largest_difference(model, loaded('out-lora/hf')) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_peft_cannot_take_costs_a_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_base(random_model('qwen3', vocab_size=61), 'out/ckpt.pt')
@@ -542,6 +543,7 @@ def test_an_adapter_of_peft_is_the_same_here(name, tmp_path, monkeypatch):
     assert (logits - expected).abs().max() < 1e-4 < largest_difference(ours, loaded('base'))
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_base_come_from_the_hub(tmp_path, monkeypatch):
     peft = pytest.importorskip('peft')
     monkeypatch.chdir(tmp_path)

@@ -99,6 +99,7 @@ def test_a_prompt_begins_as_a_document_does(folder):
     assert tokenizer.without_begin().encode_prompt('') == [2]
 
 
+@pytest.mark.slow
 def test_what_is_added_to_a_prompt_keeps_its_space(folder):
     tokenizer = load_tokenizer(str(folder / 'base'))
     for prompt, more in (('the cat', ' sat on'), ('the ca', 't sat'), ('a', 'é 中 b'), ('', 'the')):
@@ -117,6 +118,7 @@ def test_what_is_added_to_a_prompt_keeps_its_space(folder):
     assert sample.startswith('Once upon a time, there was')
 
 
+@pytest.mark.slow
 def test_bytes_are_the_documents_own(folder):
     """Neither the space that SentencePiece adds nor special tokens count, above or below."""
     flags = [

@@ -131,6 +131,7 @@ def test_training_and_generation_beside_a_checkout(workdir):
         assert word in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, words',
     [
@@ -255,6 +256,7 @@ def test_the_models_tests_run_on_the_device_they_are_told():
         assert words in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_part_without_time_left_ends_with_what_it_started(tmp_path):
     code = 'import subprocess, sys, time; child = subprocess.Popen([sys.executable, "-c", '
     code += '"import time; time.sleep(60)"]); open("pid", "w").write(str(child.pid)); '

@@ -91,6 +91,7 @@ def contents(path):
     return [(m['role'], m['content']) for m in json.loads(path.read_text())['messages']]
 
 
+@pytest.mark.slow
 def test_a_reply_is_stopped_and_the_conversation_goes_on(folder):
     terminal = Terminal(folder)
     terminal.type('Où est 漢字 😀?\r')
@@ -116,6 +117,7 @@ def test_a_reply_is_stopped_and_the_conversation_goes_on(folder):
     assert two[:3] == one[:3] and two[3] != one[3]
 
 
+@pytest.mark.slow
 def test_lines_are_edited_pasted_and_remembered(folder):
     terminal = Terminal(folder, '--max_new_tokens=5')
     terminal.type('a line\\\ranother lime\x7f\x7fne\r')
@@ -137,6 +139,7 @@ def test_lines_are_edited_pasted_and_remembered(folder):
     assert contents(folder / 'later.json')[0] == ('user', 'sent')
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(folder):
     terminal = Terminal(folder, '--max_new_tokens=5', largest_file=10)
     terminal.type('hello\r')
@@ -182,6 +185,7 @@ def test_a_full_context_is_said_once_and_a_message_beyond_it_is_refused(tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_a_form_for_conversations_goes_on_with_the_text(tmp_path):
     write_chatterbox(tmp_path / 'out', char_tokenizer('abcXYZ\x1b'), 'XYZ\x1b', 256)
     code, out, err = through_pipe(tmp_path, b'abc\nd\nba\n/save talk.json\n')

@@ -407,6 +407,7 @@ def test_preferences_are_pairs_in_the_models_own_form(vocabulary, tmp_path):
     assert Documents(folder, 'train', 64, tokenizer.vocab_size).n_left_out == 0
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_brings_its_template(vocabulary, tmp_path):
     tokenizer_of(vocabulary, 'llama3').save(str(tmp_path / 'tokenizer.json'))
     files = ['tokenizer.json', *chat_template.FILES]

@@ -72,6 +72,7 @@ def test_the_interval_is_welchs():
     assert wider[0] < interval[0] and wider[1] > interval[1]
 
 
+@pytest.mark.slow
 def test_two_groups_of_the_same_kind_rarely_differ_by_more_than_chance():
     rng, claims = np.random.default_rng(0), 0
     for _ in range(300):
@@ -121,6 +122,7 @@ def test_single_runs_do_not_tell_chance(tmp_path):
     assert not (tmp_path / 'comparison.png').exists()
 
 
+@pytest.mark.slow
 def test_losses_are_compared_at_equal_tokens_steps_and_minutes(tmp_path):
     write_run(tmp_path / 'a', [4.0, 3.0, 2.0])  # to step 20, 1,280 tokens, 0.2 minutes
     write_run(tmp_path / 'b', [5.0, 3.5, 2.5, 2.3], tokens=32, seconds=5.0, batch_size=2)
@@ -136,6 +138,7 @@ def test_losses_are_compared_at_equal_tokens_steps_and_minutes(tmp_path):
     assert compare(tmp_path, 'a', 'b', '--by=step')[1]['verdicts'][0]['difference'] == 0.5
 
 
+@pytest.mark.slow
 def test_a_group_has_one_folder_and_one_value_of_each_setting_but_the_seed(tmp_path):
     write_seeds(tmp_path / 'all', [2.0, 2.1], wandb_run_name='one')
     for seed in (2, 3):
@@ -152,6 +155,7 @@ def test_a_group_has_one_folder_and_one_value_of_each_setting_but_the_seed(tmp_p
     assert result['verdicts'] == [] and 'there is nothing to compare it with' in text
 
 
+@pytest.mark.slow
 def test_other_data_is_compared_by_bits_a_byte_or_not_at_all(tmp_path):
     write_run(tmp_path / 'a', [4.0, 3.0], bpb=1.0)
     write_run(tmp_path / 'b', [8.0, 6.0], bpb=0.4, _data='d2')
@@ -173,6 +177,7 @@ def test_losses_that_do_not_compare_get_no_verdict(tmp_path):
         assert not result['verdicts']
 
 
+@pytest.mark.slow
 def test_what_is_not_whole_is_said(tmp_path):
     write_run(tmp_path / 'a', [4.0, 3.0, 2.0])
     write_run(tmp_path / 'b', [4.0, None, 2.5, float('nan')], end='stopped at step', seed=7)
@@ -192,6 +197,7 @@ def test_what_is_not_whole_is_said(tmp_path):
     assert 'a/settings.json: No such file' in fails(tmp_path, 'compare.py', 'a')
 
 
+@pytest.mark.slow
 def test_eight_groups_are_drawn(tmp_path):
     for number in range(8):
         ends = [2 + 0.01 * number, 2.02 + 0.01 * number]
@@ -260,6 +266,7 @@ def test_a_seed_that_fails_ends_the_rest(workdir):
     assert not (workdir / 'out/seed_1338').exists()
 
 
+@pytest.mark.slow
 def test_seeds_are_for_whole_runs_in_one_process(workdir):
     for flag in ('--dry_run', '--eval_only', '--init_from=resume'):
         assert f'not with {flag}' in fails(workdir, 'train.py', *SHORT, '--seeds=2', flag)
@@ -271,6 +278,7 @@ def test_seeds_are_for_whole_runs_in_one_process(workdir):
 # ---- runs.tsv
 
 
+@pytest.mark.slow
 def test_each_run_that_ends_has_a_line_that_a_spreadsheet_can_read(workdir):
     odd = '--wandb_project=x', '--sample_start=a\tb', '--min_lr=1e-4', '--out_dir=my\trun\n1'
     run(workdir, 'train.py', *SHORT, *odd)
@@ -290,6 +298,7 @@ def test_each_run_that_ends_has_a_line_that_a_spreadsheet_can_read(workdir):
     assert len(runs_tsv(workdir)) == 2
 
 
+@pytest.mark.slow
 def test_without_folders_the_runs_are_listed_best_first(tmp_path):
     assert 'there is no runs.tsv here' in fails(tmp_path, 'compare.py')
     head = 'folder\tdataset\tdata\tsettings\ttokens\tminutes\tval_loss\tval_bpb\n'

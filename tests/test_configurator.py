@@ -298,6 +298,7 @@ def numbers_of(script):
     return {n: v for n, v in of_script(script).items() if type(v) in (int, float)}
 
 
+@pytest.mark.slow
 def test_bounds_are_those_of_the_scripts_numbers():
     # whose default is 'auto', and no number
     assert set(BOUNDS) == set().union({'learning_rate'}, *map(numbers_of, SCRIPTS))
@@ -329,6 +330,7 @@ def test_every_number_is_in_its_bounds_or_refused(script):
                 assert found == value and type(found) is type(default)
 
 
+@pytest.mark.slow
 def test_a_run_at_the_ends_of_the_bounds_trains(workdir):
     names = 'seed eval_iters norm_eps rope_theta sample_repetition_penalty beta1 beta2 grad_clip'
     for end in (0, 1):
@@ -339,6 +341,7 @@ def test_a_run_at_the_ends_of_the_bounds_trains(workdir):
         assert f"Try it: python sample.py --out_dir='my {end}'\n" in out
 
 
+@pytest.mark.slow
 def test_what_help_shows_can_be_pasted(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '1000')
     odd = dict(a='', b="it's", c='two  words', d='\n', e='\t\'"\\é\x01', f='$HOME', g='*', h=1e-6)
@@ -393,12 +396,14 @@ def test_what_a_config_file_defines_and_nobody_reads_is_a_mistake(tmp_path, text
     )
 
 
+@pytest.mark.slow
 def test_who_has_read_enough_of_the_help_is_told_nothing():
     command = f'{shlex.quote(sys.executable)} train.py --help | head -1'
     done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith('Train a GPT') and done.stderr == ''
 
 
+@pytest.mark.slow
 def test_help_fits_a_narrow_terminal(tmp_path):
     out = run(tmp_path, 'sample.py', '--help', env={'COLUMNS': '80'})
     settings = out[out.index('  --') :].splitlines()

@@ -156,6 +156,7 @@ def threads(request, monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @needs_fbgemm
 @torch.no_grad()
 def test_float16_weights_are_as_exact_as_float16(threads, monkeypatch):
@@ -261,6 +262,7 @@ def test_8_bit_weights_are_recorded_as_well(steps_are_recorded):
     assert model.recorded is not None
 
 
+@pytest.mark.slow
 def test_8_bit_weights_that_change_are_recorded_again(steps_are_recorded):
     first, second = quantize.apply(tiny()), quantize.apply(tiny())
     for p in second.buffers():
@@ -352,6 +354,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', EDITS)
 def test_what_is_edited_in_model_py_is_followed(step, monkeypatch, capsys):
     digests = {name: cpu.digest(methods) for name, methods in cpu.STEPS.items()}

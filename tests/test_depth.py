@@ -55,6 +55,7 @@ def test_a_run_of_the_tuned_tokens_is_the_tuned_run():
     assert s['warmup_iters'] == 22
 
 
+@pytest.mark.slow
 def test_width_tokens_and_batch_grow_with_depth():
     runs = [follow(n) for n in depth.DEPTHS]
     for smaller, larger in zip(runs, runs[1:], strict=False):
@@ -75,6 +76,7 @@ def test_the_batch_grows_with_the_tokens_to_the_0_383():
     assert math.log(ratio, 100) == pytest.approx(0.383, abs=0.002)
 
 
+@pytest.mark.slow
 def test_what_is_given_holds_and_the_rest_follows():
     assert follow(8, n_embd=512)['n_head'] == 8 and follow(8, n_embd=512)['n_kv_head'] == 2
     assert follow(8, n_head=12)['n_embd'] == 768 and follow(8, n_embd=200)['n_head'] == 2
@@ -139,6 +141,7 @@ def test_a_time_chooses_a_depth_and_ends_the_run(workdir):
     assert 'all of max_minutes' in out or lines[-1]['step'] == settings['max_iters']
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_four_lines_and_writes_nothing(workdir):
     out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=60', '--n_layer=1', '--dry_run')
     assert len(out.splitlines()) == 4 and not (workdir / 'out').exists()

@@ -325,6 +325,7 @@ def talks(tmp_path_factory):
     return folder / 'data'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, block_size',
     [
@@ -390,6 +391,7 @@ def test_merged_slices_of_preferences_are_pairs(tmp_path):
     assert sum(split.n_documents for split in data) == 120
 
 
+@pytest.mark.slow
 def test_other_datasets_with_masks_are_no_pairs(talks, tmp_path):
     assert read_meta(str(talks / 'both'))['pairs'] is False
     shutil.copytree(talks / 'both', tmp_path / 'older')

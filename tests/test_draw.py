@@ -60,6 +60,7 @@ def test_a_run_is_drawn(runs, out_dir):
         assert 600 < width < 1700 and 250 < height < 800 and f'{name} shows it\n' in out
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_drawn(runs):
     flags = ['--init_from=gpt2/hf', '--device=cpu', '--positions=p.png', '--gradients=g.png']
     run(runs, 'draw.py', *flags, '--dataset=tiny', '--split=train', '--batch_size=2')
@@ -181,6 +182,7 @@ def test_the_table_names_every_matrix():
     assert np.isnan(rows[0][1:]).all() and others['head'] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, words',
     [
@@ -199,6 +201,7 @@ def test_bad_input_is_one_line(runs, flags, words):
     assert not list(runs.rglob('*.tmp')) and not os.path.exists(runs / 'a.png')
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_has_no_picture(runs):
     state = checkpoint.load(str(runs / 'out' / 'ckpt.pt'))
     state['model']['transformer.ln_f.weight'].fill_(3e38)

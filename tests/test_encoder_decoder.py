@@ -200,6 +200,7 @@ def marian(half_trained):
     return theirs, ours
 
 
+@pytest.mark.slow
 def test_it_computes_what_marian_computes(marian):
     theirs, ours = marian
     source, idx = sources([9, 5, 9]), sources([7, 7, 7], seed=2)
@@ -209,6 +210,7 @@ def test_it_computes_what_marian_computes(marian):
         assert torch.allclose(ours(idx, idx, source=source)[0], logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_attention_that_is_drawn_is_marians(marian, tmp_path):
     theirs, ours = marian
     theirs.set_attn_implementation('eager')
@@ -233,6 +235,7 @@ def test_the_attention_that_is_drawn_is_marians(marian, tmp_path):
     assert path.read_bytes().endswith(b'IEND\xaeB`\x82')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('length_penalty', [1.0, 0.0, 2.5, -0.5])
 @pytest.mark.parametrize('num_beams', [2, 5])
 def test_beams_are_those_of_transformers(marian, num_beams, length_penalty):

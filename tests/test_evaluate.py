@@ -42,6 +42,7 @@ def figures(folder, *flags):
     return json.loads(run(folder, 'evaluate.py', '--device=cpu', '--json', *flags).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_trainers_own_loss(trained):
     found, last = figures(trained, '--dtype=float32'), metrics(trained / 'out')[-1]
     assert found['loss'] == pytest.approx(last['val_loss'], rel=1e-6) and found[
@@ -65,6 +66,7 @@ def test_the_trainers_own_loss(trained):
     ]
 
 
+@pytest.mark.slow
 def test_by_hand(trained):
     model = checkpoint.load_model(checkpoint.load(str(trained / 'out/ckpt.pt')), 'ckpt.pt').eval()
     ids, nats, correct = (
@@ -160,6 +162,7 @@ def test_bytes_are_those_of_the_text(kind, tmp_path):
     assert 0.85 * all_bits < found['bits_per_byte'] < 0.98 * all_bits
 
 
+@pytest.mark.slow
 def test_parts_of_it(trained):
     part, train = (
         figures(trained, '--eval_iters=3', '--batch_size=2', '--dtype=float32'),
@@ -334,6 +337,7 @@ def stories(tmp_path_factory):
     return folder, ids
 
 
+@pytest.mark.slow
 def test_details_by_hand(stories):
     folder, ids = stories
     model, logs, read = checkpoint.load_model(huggingface.load(str(folder / 'hf')), 'hf'), [], []
@@ -370,6 +374,7 @@ def test_details_by_hand(stories):
     assert (folder / 'hf/loss_by_position.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_transformers(stories):
     """With a stride by the loop of transformers' documentation, each token counted once."""
     transformers = pytest.importorskip('transformers')
@@ -409,6 +414,7 @@ def test_perplexity_is_that_of_transformers(stories):
         assert sliding['perplexity'] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_models(trained, tmp_path):
     run(trained, 'export.py', '--quantize=int8', '--output=eight/int8.pt')
     alone = [figures(trained, '--dtype=float32')]
@@ -431,12 +437,14 @@ def test_several_models(trained, tmp_path):
     assert 'no checkpoint at gone/ckpt.pt' in fails(trained, 'evaluate.py', '--out_dir=out,gone')
 
 
+@pytest.mark.slow
 def test_a_stride_that_cannot_be(trained):
     assert 'stride=16 must be less than block_size=16' in fails(
         trained, 'evaluate.py', '--stride=16'
     )
 
 
+@pytest.mark.slow
 def test_what_does_nothing_is_said(trained):
     def said(*flags):
         process = start(trained, 'evaluate.py', '--device=cpu', *flags)

@@ -275,6 +275,7 @@ def test_the_model_card_tells_what_is_known(trained, exported):
     assert done.returncode == 0 and 'Once upon a time' in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.environ.get('TIKTOKEN_CACHE_DIR'), reason='the GPT-2 vocabulary is not at hand'
 )
@@ -292,6 +293,7 @@ def test_gpt2s_tokenizer_is_the_same_there(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_in_trained_out_and_in_again_the_losses_are_the_same(tmp_path):
     write_tiny(tmp_path / 'data/tiny')
     make('llama', tmp_path / 'base')
@@ -665,6 +667,7 @@ def test_gguf_of_other_tokenizers(tmp_path):
         pre(type(trained)(spec))
 
 
+@pytest.mark.slow
 def test_modelfile(trained, exported):
     lines = (trained / 'out/Modelfile').read_text().splitlines()
     assert lines[:2] == ['FROM ./model.gguf', 'PARAMETER num_ctx 128']
@@ -721,6 +724,7 @@ def test_onnx_for_any_batch_and_length(name, kv_cache, tmp_path):
         ] == ['logits', 'present.0.key']
 
 
+@pytest.mark.slow
 def test_int8_checkpoint_samples_like_the_flag_and_is_not_trained(trained, exported):
     args = [
         '--start=the quick',
@@ -768,6 +772,7 @@ def test_int8_checkpoint_samples_like_the_flag_and_is_not_trained(trained, expor
     assert 'export what it was made of' in fails(trained, 'export.py', '--init_from=out/int8.pt')
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_on_the_way_out(trained, exported):
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
     torch.manual_seed(0)
@@ -1047,6 +1052,7 @@ def test_a_link_stays_a_link(trained, exported):
         )
 
 
+@pytest.mark.slow
 def test_a_type_that_ruins_the_model_is_refused(trained, exported):
     """One column is a million times the others, as 8 bits cannot hold; a norm makes up for it."""
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
@@ -1091,6 +1097,7 @@ def test_special_tokens_beyond_the_embedding_are_left_out(flags, tmp_path):
         run(tmp_path, 'sample.py', *sample)
 
 
+@pytest.mark.slow
 def test_other_tokens_beyond_the_embedding_are_of_another_tokenizer(tmp_path):
     make('llama', tmp_path / 'in', vocab_size=259)
     words = 'the tokenizer has 260 tokens, and the model of in 259: it was trained with another'
@@ -1105,6 +1112,7 @@ def test_other_tokens_beyond_the_embedding_are_of_another_tokenizer(tmp_path):
     assert words in fails(tmp_path, 'export.py', '--init_from=in')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [['--dtype=float16'], FLAGS['gguf'], FLAGS['q8_0']])
 def test_weights_beyond_a_type_are_refused_in_a_line(flags, trained):
     saved = checkpoint.load(str(trained / 'out/ckpt.pt'))
@@ -1194,6 +1202,7 @@ def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
     assert not (tmp_path / 'model.gguf').exists()
 
 
+@pytest.mark.slow
 def test_gguf_takes_no_chat_template_that_gives_other_tokens(tmp_path):
     """Such as where the token that ends a turn takes the space in front of it, as Phi's do."""
     huggingface.check_template(CHAT_TEMPLATE, byte_tokenizer())

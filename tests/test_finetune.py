@@ -142,6 +142,7 @@ def gradient_norm(parameters):
 # ---- conversations
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_step_teach_very_different_numbers_of_tokens(room):
     data = open_split(str(room / 'data/talks'), 'train', 128, BYTES.vocab_size, seed=1337)
     learned = [data.weight(row, 1) for row in range(8)]
@@ -298,6 +299,7 @@ def gradient_norm_of_adapters(model, path):
     return squares.sqrt().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', ['gpt2', 'qwen3'])
 def test_a_step_of_preferences_is_the_formula_of_two_full_models(preferences, shape):
     data = open_split(str(preferences / 'data/pairs'), 'train', 128, BYTES.vocab_size)
@@ -425,6 +427,7 @@ def grown(elsewhere):
     return elsewhere
 
 
+@pytest.mark.slow
 def test_new_tokens_begin_as_the_mean_and_old_ones_stay(grown):
     before = huggingface.load(str(grown / 'theirs'))['model']['transformer.wte.weight']
     saved = checkpoint.load(str(grown / 'grown-full/ckpt.pt'))
@@ -497,6 +500,7 @@ def test_a_stage_between_does_not_change_who_trained_the_weights(room):
     assert 'optimizer=muon: muon trained these' in run(room, 'train.py', *PLAIN, *flags)
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_are_asked_in_the_form_of_its_conversations(room):
     flags = ['--sample_ask=1?', '--sample_interval=1', '--max_iters=1', '--out_dir=asked']
     run(room, 'train.py', *PLAIN, base('qwen3'), *flags)
@@ -504,6 +508,7 @@ def test_samples_of_a_run_are_asked_in_the_form_of_its_conversations(room):
     assert text.startswith('<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n')
 
 
+@pytest.mark.slow
 def test_asking_needs_a_form_and_no_start(elsewhere):
     flags = ['--ask=Hi', '--num_samples=1', '--max_new_tokens=2']
     words = fails(elsewhere, 'sample.py', '--init_from=theirs', *flags)
@@ -546,6 +551,7 @@ def test_a_record_of_no_use_is_left_out_and_alone_is_an_error(room, record, word
     shutil.rmtree(room / 'data/wrong')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, words',
     [

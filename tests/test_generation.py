@@ -148,6 +148,7 @@ def test_text_stops_before_a_stop_text_and_holds_its_beginning_back():
     assert reply.finish_reason == 'length' and seen == ['', '\ufffd']
 
 
+@pytest.mark.slow
 def test_random_bytes_stream_to_the_text_of_all_at_once():
     chance = random.Random(0)
     letters = ['é', '漢', '🎉', 'a', ' ', '\n', '👩‍👩‍👧']
@@ -205,6 +206,7 @@ def talk(cached, n_turns=20):
     return answers, read, trimmed
 
 
+@pytest.mark.slow
 def test_a_conversation_with_a_cache_is_the_one_without():
     answers, read, trimmed = talk(cached=True)
     theirs, all_read, their_trimmed = talk(cached=False)

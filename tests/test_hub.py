@@ -506,6 +506,7 @@ def test_a_corpus_that_only_hiccups_is_not_replaced(hub, tmp_path):
     assert 'openai/gsm8k, main, train' in err and 'ArrowInvalid' in err, err
 
 
+@pytest.mark.slow
 def test_alpaca(hub, tmp_path):
     folder, _ = prepared(hub, tmp_path, 'alpaca', '--val_fraction=0.1')
     got = dict(learned_of(folder, 'train') + learned_of(folder, 'val'))

@@ -57,6 +57,7 @@ def films(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_learns_classes(films):
     out = run(films, 'evaluate.py', '--labels', '--json', '--dtype=float32')
     found = json.loads(out.splitlines()[-1])
@@ -103,6 +104,7 @@ def test_logits_are_those_of_each_document_alone(films):
     assert own.tolist() == [expected_own[i] for i in order]
 
 
+@pytest.mark.slow
 def test_the_table_is_the_one_by_hand(films):
     model, labels, logits, own = by_hand(films)
     expected = np.zeros((3, 3), int)
@@ -184,6 +186,7 @@ def test_any_model_that_loads(films):
     assert figures(films, '--out_dir=lora')['confusion'] == whole['confusion']
 
 
+@pytest.mark.slow
 def test_a_label_that_val_lacks_can_be_given(films):
     rows = (films / 'dev.jsonl').read_text().splitlines()
     (films / 'no_good.jsonl').write_text('\n'.join(r for r in rows if '"good"' not in r))
@@ -235,6 +238,7 @@ def prepare(folder, script, name, records):
     run(folder, f'prepare/{script}.py', *flags, '--val_fraction=0.3')
 
 
+@pytest.mark.slow
 def test_data_without_labels_is_refused(films, tiny):
     words = fails(films, 'evaluate.py', '--out_dir=out-tiny', '--labels')
     assert 'data/tiny has no labels: prepare/classify.py prepares texts with their labels' in words
@@ -246,6 +250,7 @@ def test_data_without_labels_is_refused(films, tiny):
     assert 'data/talk has no labels' in words
 
 
+@pytest.mark.slow
 def test_pairs_are_refused(films):
     pairs = []
     for i in range(40):
@@ -255,6 +260,7 @@ def test_pairs_are_refused(films):
     assert 'data/pairs has preferences' in words
 
 
+@pytest.mark.slow
 def test_a_single_label_is_refused(films):
     rows = [dict(text=f'film {i}', label='good') for i in range(40)]
     prepare(films, 'classify', 'one', rows)
@@ -262,6 +268,7 @@ def test_a_single_label_is_refused(films):
     assert 'data/one has the labels good: a classifier needs two at least' in words
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_no_such_tokens_is_refused(films, tiny):
     words = fails(films, 'evaluate.py', '--out_dir=out-tiny', '--dataset=films', '--labels')
     assert 'beyond the vocabulary of 64: the model has no such tokens' in words

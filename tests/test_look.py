@@ -258,6 +258,7 @@ def pages(out):
     return re.findall(r'document (\d+) of', out)
 
 
+@pytest.mark.slow
 def test_pages(tmp_path):
     write(tmp_path / 'data' / 'd', train=[f'text {i}' for i in range(12)])
     out = terminal(
@@ -583,6 +584,7 @@ def test_nanogpts_folder(tmp_path):
     assert f'{chr(5000)}' in look(tmp_path, 'old')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'meta',
     [

@@ -133,6 +133,7 @@ def reference_run(folder, start, steps):
     return weights, losses, optimizer
 
 
+@pytest.mark.slow
 def test_a_nanogpt_config_does_the_same_work(theirs):
     """Their config, their data, the same batches: the same loss curve as nanoGPT's loop written
     out."""
@@ -148,6 +149,7 @@ def test_a_nanogpt_config_does_the_same_work(theirs):
     assert 'cpu in float32' in out
 
 
+@pytest.mark.slow
 def test_their_flags_override(theirs):
     out = run(
         theirs,
@@ -185,6 +187,7 @@ def their_checkpoint(folder, weights, optimizer, steps):
     )
 
 
+@pytest.mark.slow
 def test_their_checkpoint_resumes_and_samples(theirs):
     torch.manual_seed(0)
     start = GPT(GPTConfig(**ARGS)).state_dict()
@@ -208,6 +211,7 @@ def test_their_checkpoint_resumes_and_samples(theirs):
     np.testing.assert_allclose(found, losses[25:], atol=2e-4)  # momenta and step counts came along
 
 
+@pytest.mark.slow
 def test_our_checkpoint_is_theirs(theirs):
     run(theirs, 'train.py', NANOGPT, 'theirs.py', '--max_iters=20')
     saved = torch.load(

@@ -113,6 +113,7 @@ def written(page):
     return int(re.search(r'(\d+) tokens ·', page.locator('.foot span').last.text_content())[1])
 
 
+@pytest.mark.slow
 def test_a_reply_comes_and_its_tokens_are_counted(visit, chat):
     page = visit(chat)
     change(page, max_tokens='3', temperature='0')
@@ -127,6 +128,7 @@ def test_a_reply_comes_and_its_tokens_are_counted(visit, chat):
     )
 
 
+@pytest.mark.slow
 def test_stop_keeps_what_came(visit, chat):
     page = visit(chat)
     change(page, max_tokens='4000')
@@ -141,6 +143,7 @@ def test_stop_keeps_what_came(visit, chat):
     assert len(replies(page)) == 2
 
 
+@pytest.mark.slow
 def test_retry_answers_the_last_message_again(visit, chat):
     page = visit(chat)
     change(page, max_tokens='40')
@@ -160,6 +163,7 @@ def test_retry_answers_the_last_message_again(visit, chat):
     assert replies(page)[1] == seeded
 
 
+@pytest.mark.slow
 def test_an_earlier_message_is_edited_and_answered_anew(visit, chat):
     page = visit(chat)
     change(page, max_tokens='5')
@@ -178,6 +182,7 @@ def test_an_earlier_message_is_edited_and_answered_anew(visit, chat):
     expect(page.locator('#input')).to_have_value('not sent')
 
 
+@pytest.mark.slow
 def test_settings_and_system_prompt_reach_the_server(visit, chat):
     page = visit(chat)
     numbers = dict(temperature=0.5, top_p=0.9, top_k=2, min_p=0.1, repetition_penalty=1.1)
@@ -202,6 +207,7 @@ def test_settings_and_system_prompt_reach_the_server(visit, chat):
     assert not body.keys() & {'system'} and 'top_k' not in sent.value.post_data_json
 
 
+@pytest.mark.slow
 def test_html_is_shown_as_it_is_written(visit, chat):
     page = visit(chat)
     change(page, max_tokens='400', seed='1', system='<i>kind</i>')
@@ -218,6 +224,7 @@ def test_html_is_shown_as_it_is_written(visit, chat):
     expect(page).to_have_title('img-src')  # were there a hole, nothing could be fetched through it
 
 
+@pytest.mark.slow
 def test_code_between_fences_stands_by_itself(visit, chat):
     page = visit(chat)
     change(page, max_tokens='1')
@@ -227,6 +234,7 @@ def test_code_between_fences_stands_by_itself(visit, chat):
     expect(page.locator('.user pre')).to_have_text('x = <1>\n')
 
 
+@pytest.mark.slow
 def test_a_reload_keeps_the_conversation(visit, chat):
     page = visit(chat)
     change(page, max_tokens='5', system='Be kind.')
@@ -244,6 +252,7 @@ def test_a_reload_keeps_the_conversation(visit, chat):
     assert page.locator('article').count() == 0
 
 
+@pytest.mark.slow
 def test_what_is_too_long_for_the_browsers_storage_is_said(visit, chat):
     page = visit(chat)
     page.fill('#input', 'x' * 2_100_000)
@@ -252,6 +261,7 @@ def test_what_is_too_long_for_the_browsers_storage_is_said(visit, chat):
     assert len(page.input_value('#input')) == 2_100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_light_and_dark(scheme, visit, chat):
     page = visit(chat, color_scheme=scheme)
@@ -285,6 +295,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(width, visit, chat, 
     assert not page.evaluate(too_wide)
 
 
+@pytest.mark.slow
 def test_all_of_it_by_keyboard(visit, chat):
     page = visit(chat)
     keys = page.keyboard
@@ -317,6 +328,7 @@ def test_all_of_it_by_keyboard(visit, chat):
         assert element.evaluate('e => e.ariaLabel || e.labels?.length || e.textContent.trim()')
 
 
+@pytest.mark.slow
 def test_the_view_follows_only_a_reader_at_the_end(visit, chat):
     page = visit(chat, viewport=dict(width=400, height=400))
     change(page, max_tokens='600')
@@ -331,6 +343,7 @@ def test_the_view_follows_only_a_reader_at_the_end(visit, chat):
     assert page.evaluate('view.scrollTop') == 0
 
 
+@pytest.mark.slow
 def test_the_completers_page(visit, completer):
     page = visit(completer)
     expect(page.locator('#input')).to_be_hidden()
@@ -368,6 +381,7 @@ def test_the_completers_page(visit, completer):
     assert len(page.input_value('#text')) < 3000
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_in_place(visit, chat):
     page = visit(chat)
     change(page, max_tokens='4', temperature='-1')
@@ -380,6 +394,7 @@ def test_a_mistake_is_said_in_place(visit, chat):
     assert len(replies(page)[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_conversation_outgrows_the_context(visit, chat):
     page = visit(chat)
     change(page, max_tokens='3', system='Be kind.')
@@ -415,6 +430,7 @@ def test_a_server_that_is_gone_loses_nothing(visit, folder):
     assert page.locator('.user .text').all_text_contents() == ['Hello', 'typed meanwhile']
 
 
+@pytest.mark.slow
 def test_the_servers_key_is_asked_for(browser, folder):
     with serving(folder, 'out-chat', '--api_key=secret') as (_, address):
         page = browser.new_context().new_page()

@@ -175,6 +175,7 @@ def test_slices_are_joined_and_are_still_pairs(tmp_path, codec):
     assert joined == len(whole) == 400
 
 
+@pytest.mark.slow
 def test_what_is_no_pairs_is_one_line(tmp_path):
     (tmp_path / 'a.txt').write_text('prose\nand more of it\n')
     (tmp_path / 'a.pdf').write_text('x')

@@ -63,6 +63,7 @@ def test_weights_gradients_and_state_are_those_of_a_real_step(optimizer):
     assert planned['optimizer'] == pytest.approx(optimizers.state_bytes(opts), rel=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'shape',
     [
@@ -126,6 +127,7 @@ def test_bytes_on_the_links_of_a_ring():
     assert plan.bytes_sent(1000, shape, 2, 'FSDP') == 6000  # 1/2, of two micro-batches 4 + 4 + 4
 
 
+@pytest.mark.slow
 def test_readmes_plans_are_what_its_commands_print(tmp_path):
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         section = f.read().partition('\n### What it will take\n')[2].partition('\n## ')[0]
@@ -143,6 +145,7 @@ def test_readmes_plans_are_what_its_commands_print(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_measured_here_is_divided_among_machines(workdir):
     flags = ['--dry_run', '--max_iters=864000', '--batch_size=4', '--gradient_accumulation_steps=2']
     out = run(workdir, 'train.py', *TINY, *flags, '--world_size=2', '--price_per_hour=2')
@@ -160,6 +163,7 @@ def test_a_step_measured_here_is_divided_among_machines(workdir):
     assert not (workdir / 'out').exists()
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_this_machine_is_planned_and_not_made(workdir):
     shape = ['--n_layer=100', '--n_embd=20480', '--n_head=160', '--head_dim=128', '--n_inner=81920']
     out = run(workdir, 'train.py', *TINY, *shape, '--dry_run', '--world_size=4')
@@ -168,6 +172,7 @@ def test_a_model_too_large_for_this_machine_is_planned_and_not_made(workdir):
     assert cells(out, '587.73B, 4 x H100 FSDP')[0] == 'does not fit'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flag, words',
     [
@@ -182,6 +187,7 @@ def test_what_has_no_plan_is_one_line(workdir, flag, words):
     assert words in fails(workdir, 'train.py', *TINY, '--dry_run', '--world_size=2', flag)
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_dry_run_is_said_to_have_no_effect(workdir):
     out = run(workdir, 'train.py', *TINY, '--eval_only', '--world_size=2')
     assert 'without effect here: world_size (dry_run=False)' in out

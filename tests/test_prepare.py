@@ -73,6 +73,7 @@ def test_shakespeare_char_is_nanogpts(tmp_path):
     assert np.concatenate([train, val]).tolist() == [stoi[c] for c in text]
 
 
+@pytest.mark.slow
 def test_shakespeare_in_gpt2s_tokens(tmp_path):
     shared('tiktoken')
     run(
@@ -117,6 +118,7 @@ def notes(tmp_path):
     return tmp_path, texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tokenizer', ['bytes', 'train --vocab_size=300', 'gpt2'])
 def test_own_text_of_every_kind(notes, tokenizer):
     folder, texts = notes
@@ -194,6 +196,7 @@ def test_a_character_is_never_cut_in_two(tmp_path):
         assert train + val == 'é' * n and len(val) == 11
 
 
+@pytest.mark.slow
 def test_a_target_within_a_long_text_ends_it_there(tmp_path):
     content = 'abcdefghij\n' * 420_000  # is read in two parts
     (tmp_path / 'one.txt').write_text(content)
@@ -225,6 +228,7 @@ def test_slices_share_a_target(tmp_path):
         assert meta['splits']['train']['tokens'] == 2000
 
 
+@pytest.mark.slow
 def test_a_last_shard_smaller_than_val_is_shared_too(tmp_path):
     content = 'abcdefghij' * 420_000  # is read in two parts, the second of 5,697 bytes
     (tmp_path / 'one.txt').write_text(content)
@@ -439,6 +443,7 @@ def test_text_of_windows_and_what_is_no_text(tmp_path):
     assert 'left out: 2 x no text, for it has NUL characters (e.txt:1, f.md)\n' in out
 
 
+@pytest.mark.slow
 def test_separators_make_documents(tmp_path):
     stories = ['One day.\n\n  It rained.', 'Two <b>.', '\tThree\r\nlines ', 'One day again.\n']
     ends = ['\r\n<|endoftext|>\r\n', '<|endoftext|>\n\n<|endoftext|>', '\n<|endoftext|>\n', '']
@@ -459,6 +464,7 @@ def test_separators_make_documents(tmp_path):
     assert sorted(texts) == ['a', 'b', 'c\td']
 
 
+@pytest.mark.slow
 def test_a_path_may_have_commas_in_it(tmp_path):
     for name in ('Dickens, Charles.txt', 'Dickens', 'b.txt', 'c,d, e.txt'):
         (tmp_path / name).write_text(f'this is {name}')
@@ -678,6 +684,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_where_no_process_can_be_forked_threads_give_the_same_bytes(tmp_path):
     command = write_many(tmp_path, 200)
     run(tmp_path, *command, '--name=processes')
@@ -827,6 +834,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path):
     assert contents(tmp_path / 'data/full') == contents(tmp_path / 'data/whole')
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_progress(tmp_path):
     import fcntl
     import pty
@@ -1016,6 +1024,7 @@ def learned_of(folder, split):
     ]
 
 
+@pytest.mark.slow
 def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     shared('tiktoken')
     path = shared('instructions', 'instruction-data.json')
@@ -1043,6 +1052,7 @@ def test_instructions_become_chats_of_which_the_answer_is_learned(tmp_path):
     assert not pairs
 
 
+@pytest.mark.slow
 def test_labels_are_learned_and_val_may_be_files_of_its_own(tmp_path):
     def write(path, n):
         rows = [dict(text=f'Film {i} of {path} ', label=i % 2) for i in range(n)]
@@ -1194,6 +1204,7 @@ def test_conversations_of_many_turns_and_those_that_are_none(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_preferences_are_pairs_that_stay_together(tmp_path):
     path = shared('instructions', 'instruction-data-with-preference.json')
     run(
@@ -1252,6 +1263,7 @@ def test_preferences_are_pairs_that_stay_together(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_copy_task_learns_the_copy(tmp_path):
     run(tmp_path, 'prepare/copy_task.py', '--examples=500', '--max_letters=6', '--symbols=abc')
     folder = str(tmp_path / 'data/copy_task')
@@ -1284,6 +1296,7 @@ def test_a_dataset_without_masks_takes_the_place_of_one_with_them(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_made_first_for_shards(tmp_path):
     (tmp_path / 'x.jsonl').write_text(
         ''.join(json.dumps({'text': f'document {i} of many <|im_end|>'}) + '\n' for i in range(200))

@@ -322,6 +322,7 @@ def test_a_single_file_goes_before_the_index_of_earlier_shards(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_before_tokenizer_json_is_not_taken_for_gpt2s(tmp_path):
     """Its size may be GPT-2's own, and its tokens others."""
     make('gpt2', tmp_path, vocab_size=50257)
@@ -749,6 +750,7 @@ def test_what_an_edited_model_computes_is_held_against_its_family(kind, activati
     assert families.edited(kind, activation) == ''
 
 
+@pytest.mark.slow
 def test_every_activation_of_every_family_is_compared_on_any_cpu():
     every = {(k, a) for k, f in families.FAMILIES.items() for a in f.activations.values()}
     assert every == families.SUM_OF_LOGITS.keys()

@@ -55,6 +55,7 @@ def test_what_was_read_before_a_loss_is_handed_on():
     assert next(batches, None) is None and str(run.failure) == 'gone'
 
 
+@pytest.mark.slow
 def test_another_source_takes_the_place_of_one_that_cannot_be_had(capsys):
     filler = Made('filler', 3, lambda i: f'filler {i}')
     source = OrElse(Flaky((0, Unavailable('not there'))), filler)

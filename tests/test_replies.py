@@ -33,6 +33,7 @@ def figures(folder, *flags):
     return json.loads(run(folder, 'evaluate.py', *flags).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_three_prompts(stories):
     found = figures(stories, '--prompts', '--temperature=0', '--max_new_tokens=40')
     assert list(found) == ['prompts']
@@ -143,6 +144,7 @@ def test_exact_match(is_chat, tmp_path):
     assert found['exact_match'] == 0.5 and found['questions'] == 2
 
 
+@pytest.mark.slow
 def test_speed(stories):
     found = figures(stories, '--speed')['speed']
     assert found['prompt_tokens'] == found['new_tokens'] == 255
@@ -151,6 +153,7 @@ def test_speed(stories):
     assert found['prefill_tokens_per_second'] > found['decode_tokens_per_second'] > 0
 
 
+@pytest.mark.slow
 def test_models_go_on_side_by_side(stories):
     (stories / 'prompts.txt').write_text('Tom ☀\n\nLily\n')
     (stories / 'prompts.jsonl').write_text('{"prompt": "Tom ☀"}\n{"text": "Lily"}\n')

@@ -151,6 +151,7 @@ def objective(model, batch):
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped(workdir):
     (workdir / 'own.py').write_text(BROKEN.replace('WHEN', 'calls in (3, 6, 7)'))
     out = run(workdir, 'train.py', *PLAIN, 'own.py', '--max_iters=12', '--max_bad_steps=3')
@@ -165,6 +166,7 @@ def test_a_step_that_is_not_finite_is_skipped(workdir):
     assert {int(entry['step']) for entry in momenta.values()} == {9}
 
 
+@pytest.mark.slow
 def test_a_gradient_alone_that_is_not_finite_is_skipped(workdir):
     (workdir / 'own.py').write_text("""
 import torch
@@ -189,6 +191,7 @@ def objective(model, batch):
     assert metrics(workdir / 'out')[-1]['skipped_steps'] == 1
 
 
+@pytest.mark.slow
 def test_a_loss_alone_that_is_not_finite_is_skipped(workdir):
     (workdir / 'own.py').write_text(
         BROKEN.replace("loss * float('nan')", "loss + float('inf')").replace('WHEN', 'calls == 3')
@@ -249,6 +252,7 @@ def test_a_run_goes_back_once_and_then_stops(workdir):
     assert 'at step 3: the run diverged at its beginning; lower learning_rate' in words
 
 
+@pytest.mark.slow
 def test_adapters_go_back_as_well(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=4', '--out_dir=base')
     base = checkpoint.load(str(workdir / 'base/ckpt.pt'))['model']
@@ -260,6 +264,7 @@ def test_adapters_go_back_as_well(workdir):
     assert saved['run']['went_back'] and not saved['model'].keys() & base.keys()
 
 
+@pytest.mark.slow
 def test_a_val_loss_that_is_not_finite_takes_the_run_back(workdir):
     (workdir / 'own.py').write_text("""
 def objective(model, batch):
@@ -273,6 +278,7 @@ def objective(model, batch):
     assert [m['step'] for m in metrics(workdir / 'out')] == list(range(21))
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_loss_is_logged_with_its_documents(workdir):
     (workdir / 'own.py').write_text(
         BROKEN.replace("float('nan')", '9').replace('WHEN', 'calls == 111')
@@ -291,6 +297,7 @@ def test_a_spike_of_the_loss_is_logged_with_its_documents(workdir):
         assert document['begins'] == tokenizer.decode(row.tolist())
 
 
+@pytest.mark.slow
 def test_the_last_weights_are_kept_in_any_case(workdir):
     out = run(workdir, 'train.py', *PLAIN, '--max_iters=0')
     assert 'Try it: python sample.py --out_dir=out' in out
@@ -301,6 +308,7 @@ def test_the_last_weights_are_kept_in_any_case(workdir):
     assert checkpoint.load(str(workdir / 'worse/ckpt.pt'))['iter_num'] == 7
 
 
+@pytest.mark.slow
 def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=12', '--dtype=float32')
     single = [m['train_loss'] for m in metrics(workdir / 'out')][:12]
@@ -351,6 +359,7 @@ def test_a_run_that_time_cuts_is_evaluated_ten_times(workdir):
     assert len([step for step in again if step > evaluated[-1]]) >= 2
 
 
+@pytest.mark.slow
 def test_llmcs_shards_are_found(workdir):
     for split, number in (('train', 1), ('val', 0)):
         os.rename(

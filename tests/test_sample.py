@@ -22,6 +22,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_samples_continue_the_prompt(trained):
     out = run(
         trained, 'sample.py', '--start=012', '--num_samples=3', '--max_new_tokens=40', '--json'
@@ -40,6 +41,7 @@ def test_samples_continue_the_prompt(trained):
     )
 
 
+@pytest.mark.slow
 def test_flags_of_sampling(trained):
     def one(*flags):
         return run(
@@ -55,6 +57,7 @@ def test_flags_of_sampling(trained):
     assert one('--init_from=out/best.pt', '--dtype=float32').startswith('012')
 
 
+@pytest.mark.slow
 def test_a_run_samples_without_its_data(trained, tmp_path):
     run(
         tmp_path,
@@ -110,6 +113,7 @@ def greedy(trained, *flags):
     return last['samples'][0], last
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_by_a_flag_a_file_or_standard_input(trained):
     text, _ = greedy(trained, '--start=012')
     (trained / 'prompt.txt').write_text('012')
@@ -126,6 +130,7 @@ def test_a_prompt_comes_by_a_flag_a_file_or_standard_input(trained):
     assert re.fullmatch(speed, process.stderr.decode())
 
 
+@pytest.mark.slow
 def test_stop_texts(trained):
     text, free = greedy(trained, '--start=012')
     assert free['finish_reasons'] == ['length'] and free['tokens'] == [20]
@@ -137,6 +142,7 @@ def test_stop_texts(trained):
     assert 'is no list of texts' in fails(trained, 'sample.py', '--stop=[1]')
 
 
+@pytest.mark.slow
 def test_penalties(trained):
     text, _ = greedy(trained, '--start=012')
     assert greedy(trained, '--start=012', '--frequency_penalty=0.0')[0] == text
@@ -151,6 +157,7 @@ def write_prompts(trained):
     return [line for line in lines if line]
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts(trained):
     lines = write_prompts(trained)
     flags = ['--prompts=prompts.txt', '--max_new_tokens=9', '--temperature=0', '--dtype=float32']
@@ -171,6 +178,7 @@ def test_a_file_of_prompts(trained):
     assert not list(trained.glob('*.part')) and not list(trained.glob('*.tmp'))
 
 
+@pytest.mark.slow
 def test_an_interrupted_file_of_prompts_goes_on(trained):
     write_prompts(trained)
     flags = ['--prompts=prompts.txt', '--max_new_tokens=9', '--num_samples=2']
@@ -199,6 +207,7 @@ def test_an_interrupted_file_of_prompts_goes_on(trained):
     assert rest[1]['samples'] == 2 and rest[:1] + rest[2:] == whole[:1] + whole[2:]
 
 
+@pytest.mark.slow
 def test_bad_files_of_prompts(trained):
     (trained / 'empty.txt').write_text('\n\n')
     (trained / 'broken.jsonl').write_text('{"prompt": "0"}\n{"prompt": 1}\n')
@@ -240,6 +249,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert 'carries pickled code' in fails(tmp_path, 'sample.py', '--init_from=odd.pt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('temperature', [0, 0.8])
 def test_nothing_is_chosen_by_logits_that_are_not_finite(temperature, trained):
     state = checkpoint.load(str(trained / 'out/ckpt.pt'))

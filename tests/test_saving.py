@@ -139,6 +139,7 @@ def test_the_newest_whole_one_is_taken(tmp_path):
         saving.newest(str(tmp_path), skipped.append)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_whole_one(workdir):
     run(workdir, 'train.py', *PLAIN, '--max_iters=20', '--out_dir=whole')
     run(workdir, 'train.py', *PLAIN, '--max_iters=20')
@@ -264,6 +265,7 @@ def objective(model, batch):
     assert step > 6 and f'stopped at step {step}' in (workdir / 'out/train.log').read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_begun_again_stays_as_it_is(workdir):
     flags = [*PLAIN, '--max_iters=12', '--log_interval=5', '--auto_resume']
     run(workdir, 'train.py', *flags)

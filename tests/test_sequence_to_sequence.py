@@ -175,6 +175,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(few):
     same_run(few / 'whole', few / 'stopped')
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_are_a_line(few):
     config = (CONFIG, *SMALL, '--out_dir=none')
     (few / 'data/text').mkdir(exist_ok=True)

@@ -257,6 +257,7 @@ def test_a_stop_text_is_never_sent(client):
     assert ''.join(chunk.choices[0].text for chunk in stream) == before
 
 
+@pytest.mark.slow
 def test_a_character_is_never_broken(folder):
     with serving(folder, 'emoji') as (_, port):
         options = dict(prompt='🎉', max_tokens=200, seed=4)
@@ -319,6 +320,7 @@ def test_errors_have_openais_form(port, client):
     assert status == 403 and 'elsewhere.example' in answer['error']['message']
 
 
+@pytest.mark.slow
 def test_a_model_without_a_form_for_conversations(folder):
     with serving(folder, 'text') as (_, port):
         status, answer = ask(port, '/v1/chat/completions', dict(messages=HELLO))
@@ -333,6 +335,7 @@ def test_a_model_without_a_form_for_conversations(folder):
         assert sum(map(math.exp, likeliest.values())) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_key(folder):
     with serving(folder, env=dict(FLEDGE_API_KEY='a-secret')) as (_, port):
         for key in ('', 'another', 'é'):
@@ -343,6 +346,7 @@ def test_a_key(folder):
         assert ask(port, '/health', method='GET')[0] == 200
 
 
+@pytest.mark.slow
 def test_where_it_does_not_listen(folder, port):
     words = fails(folder, 'serve.py', '--host=0.0.0.0', '--port=0')
     assert words == 'error: --host=0.0.0.0 lets others in: set --api_key or FLEDGE_API_KEY\n'
@@ -365,6 +369,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(folder):
         assert connection.sock is None  # the server has said that it closes
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_told_and_the_next_request_is_served(folder):
     with serving(folder, 'broken') as (_, port):
         connection, answer = begin_stream(port, prompt='long', max_tokens=60_000)
@@ -459,6 +464,7 @@ def test_a_signal_finishes_the_replies_at_hand(folder, number):
         assert process.wait(60) == 0 and process.stderr.read() == ''
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_waits_for_nothing(folder):
     with serving(folder, 'endless') as (process, port):
         connection, answer = begin_stream(port, prompt='long', max_tokens=60_000)
@@ -532,6 +538,7 @@ def half_closed(port, chance):
             return b''
 
 
+@pytest.mark.slow
 def test_no_request_ends_the_server(folder):
     chance = random.Random(0)
     with serving(folder) as (process, port):

@@ -86,6 +86,7 @@ def ours(path, tmp_path, *records):
     return found, [found['groups'][str(i)] for i in range(len(records))]
 
 
+@pytest.mark.slow
 def test_pairs_get_the_harness_choices(models, tmp_path):
     with open(shared('blimp', 'blimp.jsonl')) as f:
         records = [json.loads(line) for line in f][::33][:200]
@@ -105,6 +106,7 @@ def test_pairs_get_the_harness_choices(models, tmp_path):
         assert whole['accuracy'] == right / 200 and 20 < right < 180
 
 
+@pytest.mark.slow
 def test_last_words_get_the_harness_choices(models, tmp_path):
     with open(shared('lambada', 'test.jsonl')) as f:
         texts = [json.loads(line)['text'] for line in f][:98]
@@ -256,6 +258,7 @@ def test_a_bad_line_is_named(line, words, tmp_path):
         read_task(str(path))
 
 
+@pytest.mark.slow
 def test_missing_and_empty_files(tmp_path):
     (tmp_path / 'empty.jsonl').write_text('\n')
     assert 'empty.jsonl is empty' in fails(tmp_path, 'evaluate.py', '--tasks=empty.jsonl')
@@ -269,6 +272,7 @@ def test_an_answer_beyond_the_context(models, tmp_path):
         ours(path, tmp_path, dict(good='a ' * 200, bad='b'))
 
 
+@pytest.mark.slow
 def test_broken_weights_have_no_choices(models, tmp_path):
     state = huggingface.load(next(iter(models)))
     state['model']['transformer.ln_f.weight'][0] = float('nan')
@@ -280,6 +284,7 @@ def test_broken_weights_have_no_choices(models, tmp_path):
         assert 'the weights of ' in words and ' are broken' in words
 
 
+@pytest.mark.slow
 def test_rows_of_any_lengths_score_as_each_alone(models):
     path = next(iter(models))
     state, _, _ = huggingface.load_with_tokenizer(path, 'out')
@@ -311,6 +316,7 @@ def test_intervals():
     assert measures([(True, True, 1.0)])['bits_per_byte_interval'] is None
 
 
+@pytest.mark.slow
 def test_models_side_by_side(models, tmp_path):
     stories, gpt2 = models
     write(tmp_path / 'words.jsonl', *(dict(text=f'Once upon a {w}') for w in ('time', 'hill')))

@@ -45,6 +45,7 @@ def start(*args):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OTHERS < 2, reason='a machine of one core has no thread to give up')
 def test_threads_are_given_up_to_other_programs(busy_programs):
     process = start()

@@ -74,6 +74,7 @@ def tokenizer_named(name, request):
     return {'bytes': byte_tokenizer, 'trained': lambda: request.getfixturevalue('trained')}[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['trained', 'bytes', 'gpt2'])
 def test_texts_come_back_and_both_backends_agree(name, request, tmp_path):
     tokenizer = tokenizer_named(name, request)
@@ -197,6 +198,7 @@ def test_special_tokens_that_take_more_than_their_letters(trained, option):
     assert (ours.bpe is None) == (option != 'normalized')  # which says nothing without normalizer
 
 
+@pytest.mark.slow
 def test_gpt2_is_tiktokens(request):
     import tiktoken
 

@@ -77,6 +77,7 @@ model.GPT.forward = _slow_forward
     return 'slow.py'
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(whole):
     assert sorted(os.listdir(whole / 'out')) == [
         'best.pt',
@@ -129,6 +130,7 @@ def test_settings_json_repeats_the_run(whole, tmp_path):
     assert_same_run(tmp_path / 'out', whole / 'out')
 
 
+@pytest.mark.slow
 def test_thirty_steps_resumed_for_thirty_more_equal_sixty(whole, workdir):
     run(workdir, 'train.py', *LOSSY, '--max_iters=30')
     run(
@@ -169,6 +171,7 @@ def test_killed_between_checkpoints_goes_on_as_if_nothing_had_been(whole, workdi
     assert_same_run(workdir / 'out', whole / 'out')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(whole, workdir, number):
     process = start(workdir, 'train.py', *LOSSY, slow(workdir), '--max_iters=60')
@@ -271,6 +274,7 @@ print("buckets", len(calls))
     }  # one bucket a step, for six micro-batches
 
 
+@pytest.mark.slow
 def test_dropout_is_another_in_each_step(workdir):
     for split in ('train', 'val'):
         path = str(workdir / 'data' / 'tiny' / f'{split}.bin')
@@ -287,6 +291,7 @@ def test_dropout_is_another_in_each_step(workdir):
     assert len({m['train_loss'] for m in metrics(workdir / 'out') if m['train_loss']}) == 6
 
 
+@pytest.mark.slow
 def test_what_is_counted_goes_on_after_a_resume(workdir):
     flags = [*TINY, '--eval_interval=2', '--early_stopping_patience=4', '--learning_rate=0']
     run(
@@ -323,6 +328,7 @@ def test_a_resumed_run_that_time_cut_goes_on_as_planned(workdir):
     assert lines[-2]['lr'] < 0.001 and 8 < lines[-1]['elapsed'] < 16  # and to the end of its time
 
 
+@pytest.mark.slow
 def test_early_stopping(workdir):
     out = run(
         workdir,
@@ -338,6 +344,7 @@ def test_early_stopping(workdir):
     )
 
 
+@pytest.mark.slow
 def test_only_a_better_loss_is_saved_when_asked(workdir):
     run(
         workdir,
@@ -379,6 +386,7 @@ def test_max_minutes_bounds_the_run(workdir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, steps',
     [(['--target_tokens=640'], 10), (['--target_tokens=641'], 11), (['--target_epochs=0.5'], 32)],
@@ -387,6 +395,7 @@ def test_other_ways_to_say_max_iters(workdir, flags, steps):
     assert f', {steps} steps' in run(workdir, 'train.py', *TINY, *flags, '--eval_only')
 
 
+@pytest.mark.slow
 def test_dry_run_and_eval_only_write_nothing(workdir):
     before = sorted(os.walk(workdir))
     out = run(workdir, 'train.py', *TINY, '--dry_run', '--max_iters=1000')
@@ -401,6 +410,7 @@ def test_dry_run_and_eval_only_write_nothing(workdir):
     assert sorted(os.walk(workdir)) == before
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_whatever_the_batch(whole, workdir):
     trained = f'--init_from={whole}/out/ckpt.pt'
     first, second = (
@@ -446,6 +456,7 @@ def test_a_rows_length_is_not_the_context_where_positions_are_rope(whole, workdi
     assert 'block_size=16 ' in out and '64 tokens a step' in out
 
 
+@pytest.mark.slow
 def test_a_setting_that_does_nothing_is_named(whole, workdir):
     start_from = [*TINY, f'--init_from={whole}/out/ckpt.pt', '--eval_only']
     out = run(workdir, 'train.py', *start_from, '--n_layer=5', '--n_inner=0')
@@ -485,6 +496,7 @@ def test_two_runs_do_not_write_to_one_folder(workdir):
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     (workdir / 'own.py').write_text(
         'def objective(model, batch):\n    return model(*batch, return_logits=False)[1]\n'
@@ -513,6 +525,7 @@ def test_a_run_with_its_own_loss_does_not_lose_it(workdir):
     assert [m['step'] for m in metrics(workdir / 'out')] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_an_objective_may_log_more_numbers(workdir):
     (workdir / 'two.py').write_text("""
 max_iters = 4
@@ -535,6 +548,7 @@ def objective(model, batch):
     assert '| largest_logit 0.' in out
 
 
+@pytest.mark.slow
 def test_a_config_file_may_bring_its_own_loss(workdir):
     (workdir / 'mine.py').write_text(
         'max_iters = 4\ndef objective(model, batch):\n'
@@ -611,6 +625,7 @@ def test_bfloat16_reaches_the_loss_of_float32(workdir):
     assert exact < 2 and abs(rounded / exact - 1) < 0.005
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_needed(workdir):
     (workdir / 'watch.py').write_text("""
 import sys
@@ -675,6 +690,7 @@ def test_a_failure_to_compile_is_an_error_where_compiling_was_asked_for(workdir)
     assert process.returncode == 1 and 'nonexistent' in err and 'going on' not in out
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_progress_bar(workdir):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 160, 0, 0))
@@ -731,6 +747,7 @@ def broken(text=None, **arrays):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'make, flags, words',
     [
