@@ -12,6 +12,7 @@ standard input ends. FOLDER/python is that program.
 import array
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -202,4 +203,5 @@ if __name__ == '__main__':
     for module in modules:
         with contextlib.suppress(ImportError):  # then no script has it either
             importlib.import_module(module)
+    gc.freeze()  # a child does not look through all that was imported, nor copy it
     serve(folder)
