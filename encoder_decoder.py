@@ -73,9 +73,10 @@ class CrossAttention(CausalSelfAttention):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)
         # its one matrix for all three gives way: queries are of one text, the others of another
-        n_q, n_kv = config.n_head * config.head_dim, 2 * config.n_kv_head * config.head_dim
+        n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_attn = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
-        self.c_attn = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
+        self.c_attn = nn.Linear(config.n_embd, 2 * n_kv, bias=config.qkv_bias)
+        self.c_attn.stacked = [n_kv, n_kv]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape

@@ -97,8 +97,9 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
-        n_qkv = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, n_qkv, bias=config.qkv_bias)
+        n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, n_q + 2 * n_kv, bias=config.qkv_bias)
+        self.c_attn.stacked = [n_q, n_kv, n_kv]  # rows of each: Muon takes them one by one
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         if config.qk_norm:  # Henry et al. 2020, arXiv:2010.04245
@@ -148,6 +149,8 @@ class MLP(nn.Module):
         gated, _ = ACTIVATIONS[config.activation]
         width = 2 * config.n_inner if gated else config.n_inner  # gate and up in one matrix
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        if gated:  # rows of each, as in c_attn
+            self.c_fc.stacked = [config.n_inner, config.n_inner]
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -63,30 +63,44 @@ def iterate_on_gram(wide: Tensor) -> Tensor:
     return product @ wide
 
 
-def orthogonalize_together(x: Tensor, dtype: torch.dtype, n_rows: int, in_parts: bool) -> Tensor:
-    """orthogonalize by several processes, each of which has as many of the matrices to do.
+def orthogonalize_stacked(x: Tensor, dtype: torch.dtype, stacked: list[int]) -> Tensor:
+    """orthogonalize where each of x (n, rows, columns) is matrices of `stacked` rows, in order.
 
-    x: (n, rows, columns), the same in all processes, or in_parts: of sharded matrices of n_rows
-    the rows that this process has. Returns x's shape.
+    Rows behind them are padding. One product makes queries, keys and values, and another gate and
+    up, but each has a task of its own, and learns sooner with an orthogonal update of its own.
+    """
+    padding = x.shape[1] - sum(stacked)
+    done = [orthogonalize(part, dtype) for part in x.split([*stacked, padding], dim=1)[:-1]]
+    return F.pad(torch.cat(done, dim=1), (0, 0, 0, padding))
+
+
+def orthogonalize_together(
+    x: Tensor, dtype: torch.dtype, stacked: list[int], in_parts: bool
+) -> Tensor:
+    """orthogonalize_stacked by several processes, each of which has as many of x to do.
+
+    x: (n, rows, columns), the same in all processes, or in_parts: of sharded matrices the rows that
+    this process has. Returns x's shape.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return orthogonalize(x, dtype)
+        return orthogonalize_stacked(x, dtype, stacked)
     n, own_rows, n_columns = x.shape
     n_each = math.ceil(n / world_size)
     n_more = world_size * n_each - n
     if not in_parts:
         x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, n_more))  # with zeros, which stay zeros
         done = torch.empty_like(x)
-        own = orthogonalize(x.split(n_each)[dist.get_rank()], dtype)
+        own = orthogonalize_stacked(x.split(n_each)[dist.get_rank()], dtype, stacked)
         dist.all_gather_single(done, own.contiguous())
         return done[:n]
-    height = math.ceil(n_rows / world_size)  # of a shard; the last ones may have fewer
+    height = math.ceil(sum(stacked) / world_size)  # of a shard; the last ones may have fewer
     x = F.pad(x.to(dtype), (0, 0, 0, height - own_rows, 0, n_more))
     exchanged = torch.empty_like(x)
     dist.all_to_all_single(exchanged, x)
     shards = exchanged.view(world_size, n_each, height, n_columns)
-    own = orthogonalize(shards.transpose(0, 1).flatten(1, 2), dtype)  # (n_each, rows, columns)
+    whole = shards.transpose(0, 1).flatten(1, 2)  # (n_each, rows and padding, columns)
+    own = orthogonalize_stacked(whole, dtype, stacked)
     shards = own.view(n_each, world_size, height, n_columns).transpose(0, 1)
     dist.all_to_all_single(exchanged, shards.contiguous())
     return exchanged.view(-1, height, n_columns)[:n, :own_rows]
@@ -103,17 +117,24 @@ class Muon(torch.optim.Optimizer):
     An orthogonalized matrix has rows of different lengths where it has more of them than columns,
     and else columns. Each is divided by its mean length over the last steps (arXiv:2510.05491).
     Small matrices of one shape go together, in half the time. Several processes divide the matrices
-    among them. dtype: in which they are orthogonalized, device.Machine's muon_dtype.
+    among them. dtype: in which they are orthogonalized, device.Machine's muon_dtype. stacked: the
+    rows of each of the matrices that a parameter holds one upon another, for those that do.
     """
 
     TOGETHER = 1 << 22  # elements: larger matrices gain nothing, and copies of them take memory
-    MOMENTUM = 0.95  # of the gradients, and of the squares of lengths
+    MOMENTUM = 0.9  # of the gradients, and of the squares of lengths
 
     def __init__(
-        self, parameters: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
+        self,
+        parameters: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        stacked: dict[nn.Parameter, list[int]],
     ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
         self.dtype = dtype
+        self.stacked = stacked
 
     @torch.no_grad()
     def step(self) -> None:
@@ -123,14 +144,15 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, parameters in by_shape.items():
+                    stacked = self.stacked.get(p, [len(p)])
+                    by_shape.setdefault((p.shape, *stacked), []).append(p)
+            for (shape, *stacked), parameters in by_shape.items():
                 n = world_size * max(1, self.TOGETHER // shape.numel())
                 for first in range(0, len(parameters), n):
-                    self.update(parameters[first : first + n], group)
+                    self.update(parameters[first : first + n], stacked, group)
 
-    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update some matrices of one shape."""
+    def update(self, parameters: list[nn.Parameter], stacked: list[int], group: dict) -> None:
+        """Update some parameters of one shape, each of which holds matrices of `stacked` rows."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
@@ -141,7 +163,7 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch.stack(gradients).lerp_(torch.stack(momenta), self.MOMENTUM)
         rows, columns = parameters[0].shape
         in_parts = is_sharded(parameters[0])
-        directions = orthogonalize_together(nesterov, self.dtype, rows, in_parts)
+        directions = orthogonalize_together(nesterov, self.dtype, stacked, in_parts)
         directions = self.evened_out(directions.to(weights[0].dtype), parameters)
         torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
         scale = max(1, rows / columns) ** 0.5
@@ -228,7 +250,8 @@ def make_optimizers(
     in_blocks = {p for block in model.blocks for p in block.parameters()}
     matrices = [p for _, p in named if p.dim() == 2 and p in in_blocks]
     others = [p for _, p in named if p.dim() != 2 or p not in in_blocks]
-    muon = Muon(matrices, learning_rate, weight_decay, dtype)
+    stacked = {m.weight: m.stacked for m in model.modules() if hasattr(m, 'stacked')}
+    muon = Muon(matrices, learning_rate, weight_decay, dtype, stacked)
     if not others:  # adapters are matrices alone
         return [muon]
     adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)

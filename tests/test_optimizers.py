@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from encoder_decoder import EncoderDecoder
 from fledge.optimizers import (
     SCHEDULES,
     Muon,
@@ -50,30 +51,50 @@ def test_a_wide_matrix_with_almost_nothing_in_most_directions_is_orthogonalized_
 def test_muons_steps_equal_written_out_ones(together, monkeypatch):
     monkeypatch.setattr(Muon, 'TOGETHER', together)
     torch.manual_seed(0)
-    shapes, lr, decay = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12)], 0.02, 0.1
+    shapes, lr, decay = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12), (24, 8)], 0.02, 0.1
     parameters = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
     expected = [p.detach().double() for p in parameters]
     momenta = [torch.zeros(s).double() for s in shapes]
     means = [None for s in shapes]
-    muon = Muon(parameters, lr, decay, torch.float32)
+    stacked = {parameters[2]: [8], parameters[5]: [12, 4, 8]}
+    muon = Muon(parameters, lr, decay, torch.float32, stacked)
     for _ in range(3):
         for i, p in enumerate(parameters):
             p.grad = torch.randn(shapes[i])
             g = p.grad.double()
-            momenta[i] = 0.95 * momenta[i] + 0.05 * g
-            update = written_out(0.05 * g + 0.95 * momenta[i])
+            momenta[i] = 0.9 * momenta[i] + 0.1 * g
+            nesterov = 0.1 * g + 0.9 * momenta[i]
+            matrices = nesterov.split(stacked.get(p, [len(p)]))
+            update = torch.cat([written_out(each) for each in matrices])
             rows, columns = shapes[i]
             if rows >= columns:
                 lengths = (update**2).sum(dim=1, keepdim=True)
             else:
                 lengths = (update**2).sum(dim=0, keepdim=True)
-            means[i] = lengths if means[i] is None else 0.95 * means[i] + 0.05 * lengths
+            means[i] = lengths if means[i] is None else 0.9 * means[i] + 0.1 * lengths
             update = update * (min(rows, columns) / max(rows, columns) / means[i]) ** 0.5
             update = update * max(1, rows / columns) ** 0.5
             expected[i] = expected[i] * (1 - lr * decay) - lr * update
         muon.step()
         for p, e in zip(parameters, expected, strict=True):
             torch.testing.assert_close(p.detach().double(), e, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2])
+def test_queries_keys_values_gate_and_up_are_orthogonalized_one_by_one(n_kv_head):
+    sizes = dict(n_head=2, n_kv_head=n_kv_head, head_dim=8, n_embd=16, n_inner=24)
+    sizes |= dict(block_size=8, vocab_size=10, n_layer=1)
+    decoder = EncoderDecoder(GPTConfig(n_encoder_layer=1, activation='swiglu', **sizes))
+    [block] = decoder.transformer.h
+    n_q, n_kv = 16, 8 * n_kv_head
+    muon = make_optimizers(decoder, 'muon', 0.01, 0.1, (0.9, 0.95))[1]
+    assert muon.stacked[block.attn.c_attn.weight] == [n_q, n_kv, n_kv]
+    assert muon.stacked[block.cross_attn.c_attn.weight] == [n_kv, n_kv]
+    assert muon.stacked[block.mlp.c_fc.weight] == [24, 24]
+    assert block.cross_attn.q_attn.weight not in muon.stacked
+    ungated = GPT(GPTConfig(activation='gelu', **sizes))
+    muon = make_optimizers(ungated, 'muon', 0.01, 0.1, (0.9, 0.95))[1]
+    assert ungated.transformer.h[0].mlp.c_fc.weight not in muon.stacked
 
 
 def test_a_state_of_torchs_muon_is_gone_on_with():
