@@ -16,6 +16,8 @@ from fledge import UserError, read_json
 from fledge.log import ASIDE, RUNS_COLUMNS, read_metrics
 from fledge.report import new_axes, save
 
+GROUPED_OVER = ASIDE | {'seed'}  # settings in which runs of one group may differ
+DRAWN_FROM = 0.25  # of the common length: what comes before would hide how the runs end
 AXES = ('tokens', 'step', 'minutes')
 UNITS = {'val_loss': 'nats a token', 'val_bpb': 'bits a byte'}
 
@@ -119,7 +121,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     alike = {}
     for run in runs:
         beside = os.path.dirname(run.folder)
-        own = {name: v for name, v in run.settings.items() if name not in ASIDE | {'seed'}}
+        own = {name: v for name, v in run.settings.items() if name not in GROUPED_OVER}
         alike.setdefault((beside, json.dumps(own, sort_keys=True)), []).append(run)
     shared = [beside for beside, _ in alike]
     groups = []
@@ -141,7 +143,7 @@ def differences(groups: list[Group]) -> dict[str, list]:
     found = {}
     for name in names:
         values = [group.runs[0].settings.get(name) for group in groups]
-        if name not in ASIDE | {'seed'} and any(value != values[0] for value in values):
+        if name not in GROUPED_OVER and any(value != values[0] for value in values):
             found[name] = values
     return found
 
@@ -306,7 +308,7 @@ def draw(groups: list[Group], measure: str, path: str) -> None:
         if number:
             draw_difference(apart, groups[0], group, end, measure, f'C{number}', len(groups) - 1)
     lowest = min(min(run.curve('tokens', measure)[1]) for run in every_run)
-    highest = max(run.loss_at('tokens', 0.25 * end, measure) for run in every_run)
+    highest = max(run.loss_at('tokens', DRAWN_FROM * end, measure) for run in every_run)
     margin = 0.04 * (highest - lowest)
     for axes in (by_tokens, by_minutes):
         axes.set(ylim=(lowest - margin, highest + margin), ylabel=f'val loss ({UNITS[measure]})')
@@ -339,7 +341,7 @@ def draw_difference(
     n_comparisons: int,
 ) -> None:
     """From a quarter of the common length on, at the evaluations of a run of the other group."""
-    places = [p for p in other.runs[0].curve('tokens', measure)[0] if 0.25 * end <= p <= end]
+    places = [p for p in other.runs[0].curve('tokens', measure)[0] if DRAWN_FROM * end <= p <= end]
     found = []
     for place in places:
         both = (group.losses_at('tokens', place, measure) for group in (first, other))

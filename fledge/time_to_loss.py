@@ -85,7 +85,8 @@ def nanogpts_curve(
     """Train nanoGPT as its README does on a CPU, with its random rows of train.
 
     compiles: by torch.compile, whose time is not counted, as it is not in train.py. Returns its
-    curve, [(seconds of training, loss over all of val)]. UserError where path is no checkout.
+    curve, [(seconds of training, loss over all of val)]. UserError where path is no checkout, or
+    a loss is not finite.
     """
     machine = nanogpts_machine(device, dtype)
     torch.manual_seed(seed)
@@ -106,7 +107,10 @@ def nanogpts_curve(
         def loss_of(model, batch):
             return model(batch['inputs'], batch['targets'])[1]
 
-        return evaluate(model, val, machine, 64, 0, None, loss_of)['loss']
+        loss = evaluate(model, val, machine, 64, 0, None, loss_of)['loss']
+        if not math.isfinite(loss):
+            raise UserError(f"nanoGPT's val loss is {loss}: there is no loss to reach")
+        return loss
 
     if compiles:
         step(*random_rows(), learning_rate=0.0)  # which changes no weight

@@ -207,6 +207,15 @@ def test_a_loss_that_is_not_reached(checkout):
     assert 'was not reached' in benchmark.cells(r)[0]
 
 
+def test_a_loss_of_nanogpts_that_is_not_finite_is_one_line(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    write_tiny(checkout / 'data' / 'tiny', n_train=6000, n_val=3000)
+    broken = NANOGPT.replace('return logits, loss', 'return logits, loss * float("nan")')
+    (checkout / 'theirs' / 'model.py').write_text(broken)
+    with pytest.raises(UserError, match="nanoGPT's val loss is nan"):
+        time_to_loss.nanogpts_curve('theirs', 'tiny', 64, 'cpu', 'float32', False, 1)
+
+
 def test_seconds_of_training_are_those_of_its_steps(tmp_path):
     lines = [
         dict(step=0, tokens=0, elapsed=9, val_loss=4.0, tokens_per_second=10, step_losses=[4]),
