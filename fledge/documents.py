@@ -22,6 +22,7 @@ from fledge.tokens import (
     has_masks,
     mask_path,
     read_bin,
+    read_mask,
     split_files,
     spread,
     training_rows,
@@ -116,17 +117,8 @@ class Documents:
         """Map the shards and their masks. All positions below count through all the shards."""
         headerless = not read_meta(folder)
         self.shards = [read_bin(path, headerless) for path in self.paths]
-        self.masks = []
-        for path, ids in zip(self.paths, self.shards, strict=True):
-            path = mask_path(path)
-            if not os.path.exists(path):
-                raise UserError(f'{path} is missing: prepare {folder} again')
-            size = os.path.getsize(path)
-            if size != len(ids):
-                problem = f'{size:,} bytes for {len(ids):,} tokens'
-                raise UserError(f'{path} has {problem}: prepare {folder} again')
-            self.masks.append(np.memmap(path, np.uint8, mode='r'))
         lengths = [len(ids) for ids in self.shards]
+        self.masks = list(map(read_mask, self.paths, lengths))
         self.first_token = np.concatenate([[0], np.cumsum(lengths)])  # of each shard
 
     def _find_documents(self, folder):

@@ -102,6 +102,19 @@ def mask_path(path: str) -> str:
     return path.removesuffix('.bin') + '.mask.bin'
 
 
+def read_mask(path: str, n_tokens: int) -> np.ndarray:
+    """The mask beside the .bin of n_tokens at path, uint8, a read-only memory map."""
+    path = mask_path(path)
+    try:
+        size = os.path.getsize(path)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: prepare its data again') from None
+    if size != n_tokens:
+        problem = f'{size:,} bytes for {n_tokens:,} tokens'
+        raise UserError(f'{path} has {problem}: prepare its data again')
+    return np.memmap(path, np.uint8, mode='r')
+
+
 def spread(items: Sequence, limit: int | None) -> list:
     """`limit` of a sequence, evenly over it and always the same ones; all of it for None."""
     if limit is None or limit >= len(items):

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fledge import UserError, read_meta, replacing
+from fledge import read_meta, replacing
 from fledge.report import new_axes
 from fledge.tokenizer import find_tokenizer
-from fledge.tokens import mask_path, read_bin, split_files
+from fledge.tokens import mask_path, read_bin, read_mask, split_files
 
 CHUNK = 1 << 18
 WINDOW = 50  # the tokens in a stretch of val that is looked for in train
@@ -62,10 +62,7 @@ class Split:
             self.shards.append(ids)
             self.ends.append(ends)
             lengths.append(np.diff(ends, prepend=0) - (ids[ends - 1] == end))
-            path = mask_path(path)
-            mask = np.fromfile(path, np.uint8) if os.path.exists(path) else None
-            if mask is not None and len(mask) != len(ids):
-                raise UserError(f'{path} has {len(mask):,} bytes for {len(ids):,} tokens')
+            mask = read_mask(path, len(ids)) if os.path.exists(mask_path(path)) else None
             self.masks.append(mask)
             self.learned += len(ids) if mask is None else int(np.count_nonzero(mask))
         self.lengths = np.concatenate(lengths)  # without the end of text itself
