@@ -97,6 +97,7 @@ for source in init_from.split(','):
     sources += [(source, folder) for folder in folders]
 
 machine = Machine(device, dtype)
+say = print if machine.main else lambda line: None  # under torchrun one process speaks
 results = {}  # of each model, by the path of its weights
 for source, folder in sources:
     # ---- the model
@@ -136,8 +137,8 @@ for source, folder in sources:
             targets = data
         elif read_meta(data_dir).get('separator'):
             targets = open_split(*of_split, with_sources=True)
-        if common_tokenizer(data_dir, tokenizer, path).begin != tokenizer.begin:
-            print(
+        if common_tokenizer(data_dir, tokenizer, path, say).begin != tokenizer.begin:
+            say(
                 f'documents of {data_dir} do not begin with the tokens that they began with for '
                 f'{path}'
             )
@@ -151,7 +152,7 @@ for source, folder in sources:
         if stride >= row_length:
             raise UserError(f'stride={stride} must be less than block_size={row_length}')
         if objective != 'next_token':
-            print(f'the run learned by {objective}; what is measured here is next-token loss')
+            say(f'the run learned by {objective}; what is measured here is next-token loss')
         if labels:
             # the model may give labels that this split lacks
             paths = sorted({*split_files(data_dir, 'train'), *data.paths})
@@ -172,14 +173,13 @@ for source, folder in sources:
                 f'{computed_in}: its weights are broken, or need --dtype=float32'
             )
         result |= dict(dataset=dataset, split=split) | measured
-        if machine.main:
-            named = f'{path}: ' if len(sources) > 1 else ''
-            print(
-                f'{named}{split} of {dataset}: {in_words(measured)}, accuracy '
-                f'{measured["accuracy"]:.2%}; {measured["tokens"]:,} tokens, '
-                f'{measured["bytes"]:,} bytes, in rows of {row_length}, {computed_in}, '
-                f'{tokens_per_second:,.0f} tokens/s'
-            )
+        named = f'{path}: ' if len(sources) > 1 else ''
+        say(
+            f'{named}{split} of {dataset}: {in_words(measured)}, accuracy '
+            f'{measured["accuracy"]:.2%}; {measured["tokens"]:,} tokens, '
+            f'{measured["bytes"]:,} bytes, in rows of {row_length}, {computed_in}, '
+            f'{tokens_per_second:,.0f} tokens/s'
+        )
         if labels:
             confusion = evaluate_labels(model, data, machine, batch_size, eval_iters, list(words))
             of_labels = label_scores(confusion, list(words.values()))
@@ -225,7 +225,7 @@ for source, folder in sources:
         raise UserError(f'{e}: the weights of {path} are broken') from None
 
 # ---- all of them, for people and for programs
-if not machine.main:  # under torchrun one process speaks
+if not machine.main:
     machine.leave()
     raise SystemExit
 for i, text in enumerate(texts):

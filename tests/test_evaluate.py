@@ -480,6 +480,7 @@ def test_processes_share_the_split_and_the_tasks(stories):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count('do not begin with') == 1  # one of them speaks
     both = json.loads(done.stdout.splitlines()[-1])
     assert both['loss'] == pytest.approx(alone['loss'], rel=1e-6)
     assert both['calibration_error'] == pytest.approx(alone['calibration_error'], rel=1e-4)
