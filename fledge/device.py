@@ -498,7 +498,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
                 return peak
     for n in (256, 1024) if device == 'cpu' else (4096,):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        a @ b  # the first one may have to load or compile what it needs
+        (a @ b)[0, 0].item()  # not timed: it may load kernels, or a library
         best, end = math.inf, time.perf_counter() + 0.1
         while best == math.inf or time.perf_counter() < end:
             start = time.perf_counter()

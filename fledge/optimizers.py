@@ -1,5 +1,6 @@
 """AdamW and Muon over the right parameters, and the learning rate of each step."""
 
+import itertools
 import math
 import sys
 
@@ -66,12 +67,17 @@ def iterate_on_gram(wide: Tensor) -> Tensor:
 def orthogonalize_stacked(x: Tensor, dtype: torch.dtype, stacked: list[int]) -> Tensor:
     """orthogonalize where each of x (n, rows, columns) is matrices of `stacked` rows, in order.
 
-    Rows behind them are padding. One product makes queries, keys and values, and another gate and
-    up, but each has a task of its own, and learns sooner with an orthogonal update of its own.
+    Rows behind them are padding, and come back as 0. One product makes queries, keys and values,
+    and another gate and up, but each has a task of its own, and learns sooner with an orthogonal
+    update of its own.
     """
-    padding = x.shape[1] - sum(stacked)
-    done = [orthogonalize(part, dtype) for part in x.split([*stacked, padding], dim=1)[:-1]]
-    return F.pad(torch.cat(done, dim=1), (0, 0, 0, padding))
+    done, first = torch.zeros_like(x, dtype=dtype), 0
+    for n_rows, neighbours in itertools.groupby(stacked):  # those of one size go together
+        rows = slice(first, first + n_rows * len(list(neighbours)))
+        parts = x[:, rows].reshape(-1, n_rows, x.shape[2])
+        done[:, rows] = orthogonalize(parts, dtype).reshape_as(done[:, rows])
+        first = rows.stop
+    return done
 
 
 def orthogonalize_together(
@@ -250,12 +256,26 @@ def make_optimizers(
     in_blocks = {p for block in model.blocks for p in block.parameters()}
     matrices = [p for _, p in named if p.dim() == 2 and p in in_blocks]
     others = [p for _, p in named if p.dim() != 2 or p not in in_blocks]
-    stacked = {m.weight: m.stacked for m in model.modules() if hasattr(m, 'stacked')}
-    muon = Muon(matrices, learning_rate, weight_decay, dtype, stacked)
+    muon = Muon(matrices, learning_rate, weight_decay, dtype, stacked_in(model))
     if not others:  # adapters are matrices alone
         return [muon]
     adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)
     return [adamw, muon]
+
+
+def stacked_in(model: GPT) -> dict[nn.Parameter, list[int]]:
+    """{weight: rows of each of the matrices in it}, of the layers whose `stacked` says so.
+
+    ValueError where these are not all of its rows: Muon would never move the others.
+    """
+    stacked = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, 'stacked'):
+            n_rows, n_named = len(layer.weight), sum(layer.stacked)
+            if n_rows != n_named:
+                raise ValueError(f'{name}.stacked names {n_named} rows, its weight has {n_rows}')
+            stacked[layer.weight] = layer.stacked
+    return stacked
 
 
 def learning_rate_at(settings: dict, step: int, position: float, end: float) -> float:

@@ -97,6 +97,18 @@ def test_queries_keys_values_gate_and_up_are_orthogonalized_one_by_one(n_kv_head
     assert ungated.transformer.h[0].mlp.c_fc.weight not in muon.stacked
 
 
+@pytest.mark.parametrize('n_more', [-4, 4])
+def test_rows_that_stacked_does_not_name_are_refused(n_more):
+    """Who widens c_attn and forgets what is stacked in it would have rows that never learn."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=10))
+    attention = model.transformer.h[0].attn
+    n_rows = attention.c_attn.out_features + n_more
+    attention.c_attn.weight = torch.nn.Parameter(torch.randn(n_rows, 16))
+    words = f'attn.c_attn.stacked names {n_rows - n_more} rows, its weight has {n_rows}'
+    with pytest.raises(ValueError, match=words):
+        make_optimizers(model, 'muon', 0.01, 0.1, (0.9, 0.95))
+
+
 def test_a_state_of_torchs_muon_is_gone_on_with():
     """Earlier checkpoints have it: momenta alone."""
     torch.manual_seed(0)
