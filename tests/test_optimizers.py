@@ -51,12 +51,13 @@ def test_a_wide_matrix_with_almost_nothing_in_most_directions_is_orthogonalized_
 def test_muons_steps_equal_written_out_ones(together, monkeypatch):
     monkeypatch.setattr(Muon, 'TOGETHER', together)
     torch.manual_seed(0)
-    shapes, lr, decay = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12), (24, 8)], 0.02, 0.1
+    shapes = [(8, 12), (24, 8), (8, 12), (8, 8), (8, 12), (24, 8), (24, 8)]
+    lr, decay = 0.02, 0.1
     parameters = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
     expected = [p.detach().double() for p in parameters]
     momenta = [torch.zeros(s).double() for s in shapes]
     means = [None for s in shapes]
-    stacked = {parameters[2]: [8], parameters[5]: [12, 4, 8]}
+    stacked = {parameters[2]: [8], parameters[5]: [12, 4, 8], parameters[6]: [4, 10, 10]}
     muon = Muon(parameters, lr, decay, torch.float32, stacked)
     for _ in range(3):
         for i, p in enumerate(parameters):
