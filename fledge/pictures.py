@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+from torch import Tensor
 from torch.nn import functional as F
 
 from fledge import UserError
@@ -28,7 +29,7 @@ OTHER_MATRICES = {
 }
 
 
-def position_table(model: GPT) -> np.ndarray:
+def position_table(model: GPT) -> Tensor:
     """What a GPT tells positions by, (positions, columns) float32, of the first MOST_POSITIONS.
 
     The learned vectors, the sinusoids, or RoPE's cosines, one for each pair of dimensions.
@@ -43,7 +44,7 @@ def position_table(model: GPT) -> np.ndarray:
     return table[:MOST_POSITIONS].cpu()
 
 
-def likeness(table: np.ndarray, position: str) -> np.ndarray:
+def likeness(table: Tensor, position: str) -> Tensor:
     """How alike two positions of a position_table are: 1 where they are the same.
 
     learned: (positions, positions), the cosine of the angle between their vectors. Else it depends
