@@ -105,13 +105,13 @@ def mask_path(path: str) -> str:
 def read_mask(path: str, n_tokens: int) -> np.ndarray:
     """The mask beside the .bin of n_tokens at path, uint8, a read-only memory map."""
     path = mask_path(path)
+    remedy = f'prepare {os.path.dirname(path)} again'
     try:
         size = os.path.getsize(path)
     except FileNotFoundError:
-        raise UserError(f'{path} is missing: prepare its data again') from None
+        raise UserError(f'{path} is missing: {remedy}') from None
     if size != n_tokens:
-        problem = f'{size:,} bytes for {n_tokens:,} tokens'
-        raise UserError(f'{path} has {problem}: prepare its data again')
+        raise UserError(f'{path} has {size:,} bytes for {n_tokens:,} tokens: {remedy}')
     return np.memmap(path, np.uint8, mode='r')
 
 
