@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fledge import UserError, read_json
-from fledge.log import ASIDE, RUNS_COLUMNS, read_metrics
+from fledge.log import GROUPED_OVER, RUNS_COLUMNS, read_metrics
 from fledge.report import new_axes, save
 
-GROUPED_OVER = ASIDE | {'seed'}  # settings in which runs of one group may differ
 DRAWN_FROM = 0.25  # of the common length: what comes before would hide how the runs end
 AXES = ('tokens', 'step', 'minutes')
 UNITS = {'val_loss': 'nats a token', 'val_bpb': 'bits a byte'}

@@ -31,6 +31,7 @@ ASIDE = {'out_dir', 'seeds', 'auto_resume', 'keep_checkpoints', 'always_save_che
 ASIDE |= {'log_interval', 'sample_interval', 'sample_start', 'sample_ask', 'sample_tokens'}
 ASIDE |= {'sample_repetition_penalty', 'eval_only', 'dry_run', 'world_size', 'price_per_hour'}
 ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout', 'one_dial'}
+GROUPED_OVER = ASIDE | {'seed'}  # settings in which runs of one group may differ
 PLOT_POINTS = 2000  # of a curve at most; a longer one is thinned out
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from fledge import UserError, depth, optimizers, read_json, saving
 from fledge.configurator import one_of
-from fledge.log import ASIDE, speak
+from fledge.log import GROUPED_OVER, speak
 from model import GPTConfig
 
 # what a run cannot go on without, besides the shape of its model
@@ -167,7 +167,7 @@ def check_seeds(settings: dict, given: set[str], folders: Iterable[str]) -> None
             continue
         before = read_json(os.path.join(folder, 'settings.json'))
         names = given if settings['one_dial'] else set(before)  # the dial chooses the others
-        for name in sorted(names & settings.keys() - ASIDE - {'seed'}):
+        for name in sorted(names & settings.keys() - GROUPED_OVER):
             was, now = before.get(name, settings[name]), settings[name]
             if was != now and now != 'auto':
                 raise UserError(
