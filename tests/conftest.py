@@ -109,20 +109,36 @@ SERVERS = dict(
     ' psutil matplotlib.figure matplotlib.backends.backend_agg matplotlib.font_manager'
     ' safetensors.torch',
 )
-servers = {}  # name: process, and its folder
+# name: its folder; a process that another one started has those of that one
+servers = json.loads(os.environ.get('FORK_SERVERS', '{}'))
+processes = []  # of those that this one started, and that run until it ends
 
 
-def server(name):
-    """The folder of one of SERVERS, which runs until this process ends."""
-    if name not in servers:
-        folder = tempfile.mkdtemp(prefix='fork-')
+def start_servers(*names):
+    """Start some of SERVERS, and wait until they are ready."""
+    begun = len(processes)
+    for name in names:
+        folder = servers[name] = tempfile.mkdtemp(prefix='fork-')
         atexit.register(shutil.rmtree, folder)
         command = [sys.executable, fork_server.__file__, folder, *SERVERS[name].split()]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        process = subprocess.Popen(command, **pipes)
-        assert process.stdout.readline() == b'ready\n', 'the fork server did not start'
-        servers[name] = process, folder
-    return servers[name][1]
+        processes.append(subprocess.Popen(command, **pipes))
+    for process in processes[begun:]:
+        assert process.stdout.readline() == b'ready\n', 'a fork server did not start'
+
+
+def pytest_configure(config):
+    """Where several processes test, as with -n 8, the first one starts the servers of all."""
+    if config.getoption('numprocesses', None) and not servers:
+        start_servers(*SERVERS)
+        os.environ['FORK_SERVERS'] = json.dumps(servers)
+
+
+def server(name):
+    """The folder of one of SERVERS."""
+    if name not in servers:
+        start_servers(name)
+    return servers[name]
 
 
 def python():

@@ -7,14 +7,13 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import gguf_reader
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, forked, run, start, write_tiny
+from conftest import ROOT, TINY, fails, forked, python, run, start, write_tiny
 from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
@@ -270,7 +269,7 @@ def test_the_model_card_tells_what_is_known(trained, exported):
         .replace("'.'", repr(str(trained / 'out/hf')))
     )
     done = subprocess.run(
-        [sys.executable, '-c', code.replace('=100', '=3')], capture_output=True, text=True
+        [python(), '-c', code.replace('=100', '=3')], capture_output=True, text=True
     )
     assert done.returncode == 0 and 'Once upon a time' in done.stdout, done.stderr
 
@@ -955,7 +954,7 @@ def test_what_came_out_wrong_is_not_left_behind(error, trained, exported, tmp_pa
     if 'gguf' in WRONG[error]:
         flags = ['--overwrite', '--format=gguf', '--dtype=q8_0']
     done = subprocess.run(
-        [sys.executable, str(tmp_path / 'broken.py'), *flags],
+        [python(), str(tmp_path / 'broken.py'), *flags],
         cwd=trained,
         capture_output=True,
         text=True,
@@ -983,7 +982,7 @@ def cut(a, b):
 os.rename, sys.argv[0] = cut, {os.path.join(ROOT, 'export.py')!r}
 runpy.run_path(sys.argv[0], run_name='__main__')""")
     done = subprocess.run(
-        [sys.executable, str(tmp_path / 'cut.py'), *flags],
+        [python(), str(tmp_path / 'cut.py'), *flags],
         cwd=trained,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import conftest
 import psutil
 import pytest
 import torch
@@ -85,34 +86,31 @@ def objective(model, batch):
 '''
 
 
-def command(n_processes):
-    train = os.path.join(ROOT, 'train.py')
-    if n_processes == 1:
-        return [sys.executable, train, *FLAGS]
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}']
-    torchrun += [f'--master_port={free_port()}', '--max_restarts=3', train, *FLAGS]
-    return [*torchrun, f'--gradient_accumulation_steps={n_processes}']
-
-
 def start(folder, n_steps, n_processes, fault=''):
+    flags, env = [*FLAGS, f'--max_iters={n_steps}'], dict(FAULT=fault)
+    if n_processes == 1:
+        return conftest.start(folder, 'train.py', *flags, env=env)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n_processes}']
+    torchrun += [f'--master_port={free_port()}', '--max_restarts=3']
+    torchrun += [os.path.join(ROOT, 'train.py'), *flags]
     return subprocess.Popen(
-        [*command(n_processes), f'--max_iters={n_steps}'],
+        [*torchrun, f'--gradient_accumulation_steps={n_processes}'],
         cwd=folder,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | dict(FAULT=fault, OMP_NUM_THREADS='1'),
+        env=os.environ | env,
     )
 
 
 def end(process):
     """Wait for a process; returns its exit code and what it said."""
     try:
-        out, _ = process.communicate(timeout=SECONDS)
+        said = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
         kill_tree(process)
-        raise AssertionError(f'it hangs: {process.communicate()[0]}') from None
-    return process.returncode, out
+        raise AssertionError(f'it hangs: {process.communicate()}') from None
+    return process.returncode, ''.join(said)
 
 
 def last_step(out_dir):
@@ -128,7 +126,7 @@ def wait_for_step(process, out_dir, step):
     while last_step(out_dir) < step and process.poll() is None:
         if time.monotonic() - began > SECONDS:
             kill_tree(process)
-            raise AssertionError(f'step {step} never came: {process.communicate()[0]}')
+            raise AssertionError(f'step {step} never came: {process.communicate()}')
         time.sleep(0.02)
 
 

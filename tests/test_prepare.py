@@ -30,7 +30,11 @@ def texts_of(folder, split):
     """The documents of a prepared split, rebuilt from its tokens."""
     tokenizer, ids = load_tokenizer(folder), read_bin(os.path.join(folder, f'{split}.bin'))
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
-    return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends + 1)[:-1]]
+    parts = [part[:-1] for part in np.split(ids, ends + 1)[:-1]]
+    if tokenizer.hf:
+        return [tokenizer.decode(part) for part in parts]
+    spelled = tokenizer.token_bytes.__getitem__  # decode() takes a second for a million tokens
+    return [b''.join(map(spelled, part.tolist())).decode(errors='replace') for part in parts]
 
 
 @pytest.mark.slow
@@ -51,14 +55,6 @@ def test_stdlib_is_this_pythons_own_source(tmp_path):
         )
     with open(os.__file__, encoding='utf-8') as f:
         assert f.read() in train + val
-    first = {
-        n: (tmp_path / 'data' / 'stdlib' / n).read_bytes()
-        for n in ('train.bin', 'val.bin', 'tokenizer.json')
-    }
-    run(tmp_path, 'prepare/stdlib.py', '--num_proc=1')
-    assert first == {
-        n: (tmp_path / 'data' / 'stdlib' / n).read_bytes() for n in first
-    }  # the same bytes again
 
 
 def test_shakespeare_char_is_nanogpts(tmp_path):
@@ -544,7 +540,7 @@ def test_a_long_text_is_read_in_parts_and_stays_one_document(tmp_path, kind):
     content = {
         'words': lambda: '\n'.join(
             ' '.join(rng.choices(['the', 'naïve', 'x1;', '\t', '  ', 'end.'], k=9))
-            for _ in range(300_000)
+            for _ in range(120_000)
         ).encode(),
         'no newline': lambda: 'é中😀'.encode() * 700_000,
         'broken bytes': lambda: bytes(rng.choices(range(128, 256), k=5_000_000)),

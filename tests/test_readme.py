@@ -125,6 +125,7 @@ def test_readmes_commands_run(tmp_path):
                 '--compile=False',
             ]
             words = [w.replace('../nanoGPT', str(tmp_path / 'theirs')) for w in words]
+            words += ['--dataset=tiny'] if '--only=loss' in words else []  # all of val, each time
         if 'sample.py' in words:
             words += ['--max_new_tokens=5']
         if 'evaluate.py' in words:

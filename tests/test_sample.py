@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, run, start, write_tiny
+from conftest import ROOT, TINY, fails, python, run, start, write_tiny
 
 from fledge import checkpoint
 from model import sample_token
@@ -119,7 +118,7 @@ def test_a_prompt_comes_by_a_flag_a_file_or_standard_input(trained):
     (trained / 'prompt.txt').write_text('012')
     assert greedy(trained, '--start=FILE:prompt.txt')[0] == text
     process = subprocess.run(
-        [sys.executable, f'{ROOT}/sample.py', '--start=-', '--temperature=0', '--num_samples=1']
+        [python(), f'{ROOT}/sample.py', '--start=-', '--temperature=0', '--num_samples=1']
         + ['--max_new_tokens=20'],
         input=b'012',
         cwd=trained,
