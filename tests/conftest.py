@@ -26,6 +26,9 @@ if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
 # small models are fastest on one thread, and two test processes at once do not fight over the cores
 os.environ.update(OMP_NUM_THREADS='1', WANDB_MODE='offline', WANDB_SILENT='true')
 os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '1'  # no processes that import torch to compile
+# what is imported a thousand times is compiled once, even where somebody has turned that off
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 
 # a model that trains in seconds; the settings that every such run shares
 TINY = [
@@ -100,14 +103,21 @@ def kill_tree(process):
             child.kill()
 
 
-# What each server has imported before it forks: the scripts in prepare/ need no torch. datasets and
-# huggingface_hub read the environment when they are imported, and so are not among these.
+# What each server has imported before it forks: the scripts in prepare/ need no torch, and
+# export.py alone opens what it wrote with transformers. datasets and huggingface_hub read the
+# environment when they are imported, and so are not among the others' modules.
+TORCH = (
+    'numpy torch torch._dynamo torch.distributed.launcher.api tokenizers tiktoken jinja2 psutil'
+    ' matplotlib.figure matplotlib.backends.backend_agg matplotlib.font_manager safetensors.torch'
+    ' filelock tqdm PIL.GifImagePlugin PIL.JpegImagePlugin PIL.PngImagePlugin PIL.PpmImagePlugin'
+)
+MODELS = ('auto', 'gpt2', 'llama', 'qwen2', 'qwen3')
 SERVERS = dict(
     prepare='numpy pyarrow.parquet pandas tokenizers tiktoken tqdm filelock jinja2 fsspec httpx'
     ' dill xxhash multiprocess psutil',
-    torch='numpy torch torch._dynamo torch.distributed.launcher.api tokenizers tiktoken jinja2'
-    ' psutil matplotlib.figure matplotlib.backends.backend_agg matplotlib.font_manager'
-    ' safetensors.torch',
+    torch=TORCH,
+    export=f'{TORCH} accelerate gguf transformers.generation '
+    + ' '.join(f'transformers.models.{name}.modeling_{name}' for name in MODELS),
 )
 # name: its folder; a process that another one started has those of that one
 servers = json.loads(os.environ.get('FORK_SERVERS', '{}'))
@@ -153,7 +163,10 @@ class Child:
     """
 
     def __init__(self, cwd, *command, env=None, out=None, err=None):
-        kind = 'prepare' if f'{os.sep}prepare{os.sep}' in ' '.join(command[:3]) else 'torch'
+        script = ' '.join(command[:3])
+        kind = 'prepare' if f'{os.sep}prepare{os.sep}' in script else 'torch'
+        if 'export.py' in script and not env:
+            kind = 'export'
         self.args, self.returncode = command, None
         with contextlib.ExitStack() as theirs:
             streams = {0: os.open(os.devnull, os.O_RDONLY), 1: out, 2: err}

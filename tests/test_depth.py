@@ -131,9 +131,9 @@ def test_a_depth_is_a_run_that_its_settings_make_again(workdir):
 
 @pytest.mark.slow
 def test_a_time_chooses_a_depth_and_ends_the_run(workdir):
-    out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=0.3', '--batch_size=1')
+    out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=0.15', '--batch_size=1')
     settings = json.loads((workdir / 'out' / 'settings.json').read_text())
-    assert settings['n_layer'] in depth.DEPTHS and settings['max_minutes'] == 0.3
+    assert settings['n_layer'] in depth.DEPTHS and settings['max_minutes'] == 0.15
     assert out.startswith(f'depth {settings["n_layer"]}, width 16')
     assert f' depth {settings["n_layer"]} ' in out.splitlines()[3]
     lines = metrics(workdir / 'out')
@@ -148,7 +148,7 @@ def test_a_dry_run_says_four_lines_and_writes_nothing(workdir):
     (minutes,) = shown(out, r'steps take ([\d.,]+) minutes')
     assert 50 < minutes < 60
     (tokens,) = shown(out, r'\n([\d.,]+) tokens in')
-    out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=600', '--n_layer=1', '--dry_run')
+    out = run(workdir, 'train.py', CONFIG, *SMALL, '--max_minutes=6000', '--n_layer=1', '--dry_run')
     assert shown(out, r'\n([\d.,]+) tokens in')[0] > 2 * tokens
 
 

@@ -942,7 +942,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     """All processes together, shared pages counted once, stay far below the input."""
     line = json.dumps({'text': 'some words of a document that is long enough ' * 40})
     with open(tmp_path / 'large.jsonl', 'w') as f:
-        for i in range(150_000):
+        for i in range(100_000):
             f.write(line.replace('document', f'document {i}') + '\n')
     process = start(
         tmp_path,
@@ -965,8 +965,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
                 continue
         peak = max(peak, total)
         time.sleep(0.1)
-    assert process.returncode == 0 and os.path.getsize(tmp_path / 'large.jsonl') > 270e6
-    assert 20e6 < peak < 250e6, f'{peak / 1e6:.0f} MB'
+    assert process.returncode == 0 and os.path.getsize(tmp_path / 'large.jsonl') > 180e6
+    assert 20e6 < peak < 170e6, f'{peak / 1e6:.0f} MB'
 
 
 @pytest.mark.slow

@@ -26,14 +26,14 @@ def last_json(out):
 
 @pytest.fixture(scope='module')
 def copies(tmp_path_factory):
-    """A folder in which the README's quick start has run, for half of its steps."""
+    """A folder in which the README's quick start has run, with half of its steps and width."""
     folder = tmp_path_factory.mktemp('copies')
     out = run(
         folder,
         'train.py',
         CONFIG,
         '--max_iters=400',
-        '--n_embd=128',
+        '--n_embd=64',
         '--n_head=4',
         '--n_layer=2',
     )

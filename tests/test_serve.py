@@ -570,7 +570,7 @@ def test_memory_is_flat(folder):
             return int(f.read().split()[1]) * os.sysconf('SC_PAGESIZE')
 
     with serving(folder) as (process, port):
-        for i in range(1000):
+        for i in range(600):
             prompt = 'x' * chance.randint(1, 200)
             complete(port, prompt=prompt, max_tokens=chance.randint(1, 30), n=chance.randint(1, 3))
             if i == 200:
