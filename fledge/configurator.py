@@ -1,9 +1,9 @@
 """Config files and --key=value over a script's settings, left to right.
 
-A script's settings are the plain assignments at its top, each with a comment. configure(globals())
-below them overrides them from config files (plain Python), .json files and --key=value flags,
-checks names, types and bounds, and prints them all for --help. A mistake costs one line and exit
-code 2.
+A script's settings are the plain assignments at its top, each with a comment; names in CAPITALS are
+constants, and none. configure(globals()) below them overrides them from config files (plain
+Python), .json files and --key=value flags, checks names, types and bounds, and prints them all for
+--help. A mistake costs one line and exit code 2.
 """
 
 import ast
@@ -19,10 +19,11 @@ import traceback
 import types
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TextIO
 
 from fledge import UserError, read_json
 
-HOOKS = ['objective']  # settings that may be a function, which a config file defines by that name
+HOOKS = {'objective'}  # settings that may be a function, which a config file defines by that name
 given = set()  # names of the settings that flags and config files gave
 FULL_OR_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 OPTIONAL_PACKAGES = ['tensorboard', 'transformers']  # used where they are installed
@@ -104,15 +105,18 @@ def configure(
     if also:
         for name, value in read_settings(also).items():
             settings.setdefault(name, value)
-    public = {name: value for name, value in settings.items() if not name.startswith('_')}
-    plain = {name: v for name, v in public.items() if isinstance(v, (bool, int, float, str))}
+    plain = {}
+    for name, value in settings.items():
+        if may_be_set(name) and isinstance(value, tuple(KINDS)):
+            plain[name] = value
     # kept for a second call, which finds the settings overridden already
     defaults = settings.setdefault('_defaults', plain)
     values, functions = {}, {}  # that argv gives
-    hooks = [name for name in HOOKS if name in defaults]
+    hooks = HOOKS & defaults.keys()
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments:
         arg = arguments.pop(0)
+        new, where = {}, f'{arg}: '
         if arg in ('--help', '-h'):
             print_help(settings, also)
             raise SystemExit(0)
@@ -121,35 +125,44 @@ def configure(
             check_name(name, defaults, arg)
             if not equals:
                 text = text_behind(name, defaults[name], arguments, others)
-            values[name] = check(name, parse(name, text, defaults[name]), defaults[name], '--')
-            functions.pop(name, None)
+            new, where = {name: parse(name, text, defaults[name])}, '--'
         elif arg.endswith('.json'):
-            for name, value in read_json(arg, 'object of settings').items():
-                if name.startswith('_'):
-                    continue
-                check_name(name, defaults, arg)
-                values[name] = check(name, value, defaults[name], f'{arg}: ')
+            new = read_json(arg, 'object of settings')
         elif arg.endswith('.py'):
-            for name, value in run_config(arg, defaults | values).items():
-                if name in hooks and callable(value):
-                    values[name], functions[name] = arg, value
-                elif name in defaults:
-                    values[name] = check(name, value, defaults[name], f'{arg}: ')
-                elif name.startswith('_') or isinstance(value, (type, types.ModuleType)):
-                    continue
-                elif not callable(value):
-                    check_name(name, defaults, arg)
-                elif difflib.get_close_matches(name, hooks):
-                    check_name(name, dict.fromkeys(hooks), arg)
+            new = run_config(arg, defaults | values)
         elif others is None:
             refuse(arg, defaults)
         else:
             others.append(arg)
+        for name, value in new.items():
+            if name not in defaults and is_own(name, value, hooks):
+                continue
+            check_name(name, defaults, arg)
+            functions.pop(name, None)
+            if name in hooks and callable(value):
+                values[name], functions[name] = arg, value
+            else:
+                values[name] = check(name, value, defaults[name], where)
     given.update(values)
     saved = {name: value for name, value in (saved or {}).items() if name in defaults}
     values = defaults | saved | values
     settings.update(values | functions)
     return values
+
+
+def may_be_set(name: str) -> bool:
+    """Whether a setting may be called so: _name is private, and NAME a constant of any module."""
+    return not name.startswith('_') and not name.isupper()
+
+
+def is_own(name: str, value: object, hooks: set[str]) -> bool:
+    """Whether a config file has a name for itself: _name, or a module, a class, a function.
+
+    But a function whose name is almost that of a hook is meant to be the hook.
+    """
+    if name.startswith('_') or isinstance(value, (type, types.ModuleType)):
+        return True
+    return callable(value) and not difflib.get_close_matches(name, hooks)
 
 
 def one_of(settings: dict, **known: tuple) -> None:
@@ -178,7 +191,8 @@ def assignments(path: str) -> Iterator[tuple[str, object, str]]:
         is_configure = isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure'
         if is_configure or isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             return
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        is_named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if is_named and may_be_set(node.targets[0].id):
             comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip('# ')
             with suppress(ValueError):  # what is no literal is no setting
                 yield node.targets[0].id, ast.literal_eval(node.value), comment
@@ -335,17 +349,16 @@ def one_line(kind: type, error: BaseException, trace: types.TracebackType | None
 
     A mistake in code that someone is hacking keeps Python's own traceback.
     """
-    missing, install = missing_package(error)
     if isinstance(error, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
         raise SystemExit(130)
     if isinstance(error, BrokenPipeError):  # who read what is printed has read enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         raise SystemExit(141)  # as of a program that SIGPIPE ends
     if isinstance(error, UserError):
         words = str(error)
-    elif missing:
-        words = f'the package {missing} is not installed: {install}'
+    elif missing_package(error):
+        words = missing_package(error)
     elif (
         isinstance(error, MemoryError)
         or kind.__name__ == 'OutOfMemoryError'
@@ -367,21 +380,27 @@ def one_line(kind: type, error: BaseException, trace: types.TracebackType | None
     raise SystemExit(2)
 
 
-def missing_package(error: BaseException) -> tuple[str | None, str | None]:
-    """The package that an import wants, and the command that installs it; None, None of others."""
+def discard(file: TextIO) -> None:
+    """Let what is written to a file from here on go nowhere, for nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def missing_package(error: BaseException) -> str:
+    """Which package an import wants, and the command that installs it; '' for other errors."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
-        return None, None
+        return ''
     package = error.name.partition('.')[0]
     package = BROUGHT_BY.get(package, package)
     if importlib.util.find_spec(package) is not None:
-        return None, None
+        return ''
+    words = f'the package {package} is not installed: pip install '
     if package in OPTIONAL_PACKAGES:
-        return package, f'pip install {package}'
+        return words + package
     folder = os.path.dirname(os.path.dirname(__file__))
     for name in sorted(os.listdir(folder)):
         if not name.startswith('requirements') or name == 'requirements-dev.txt':
             continue
         with open(os.path.join(folder, name), encoding='utf-8') as f:
             if package in [line.partition('==')[0].strip() for line in f]:
-                return package, f'pip install -r {name}'
-    return None, None
+                return f'{words}-r {name}'
+    return ''

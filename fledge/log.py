@@ -13,7 +13,7 @@ import filelock
 import numpy as np
 
 from fledge import UserError, chat_template, lock_folder, release_folder, replacing, saving
-from fledge.configurator import in_shell
+from fledge.configurator import discard, in_shell
 from fledge.report import new_axes
 from fledge.state import RunState
 from fledge.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def speak(text: str, file: TextIO) -> None:
     try:
         print(text, file=file, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        discard(file)
     except OSError:
         pass
 

@@ -68,6 +68,24 @@ def test_overrides_apply_from_left_to_right(files):
     )
 
 
+def test_what_comes_last_is_the_objective(files):
+    """What is said of it and what is done are the same."""
+    (files / 'dpo.py').write_text("objective = 'dpo'\n")
+    (files / 'dpo.json').write_text(json.dumps(dict(objective='dpo')))
+    for last in ('dpo.py', 'dpo.json', '--objective=dpo'):
+        values, settings = configured('a.py', last)
+        assert values['objective'] == settings['objective'] == 'dpo', last
+
+
+def test_a_constant_is_no_setting(files):
+    """Such as one that a script imports."""
+    settings = DEFAULTS | dict(VERSION='3.11', BATCH_BYTES=5)
+    assert configure(dict(settings), []) == PLAIN
+    for arg in ('--VERSION=4', '--BATCH_BYTES=6'):
+        with pytest.raises(UserError, match='no setting is called'):
+            configure(dict(settings), [arg])
+
+
 def test_a_run_that_goes_on_keeps_its_settings(files):
     settings = dict(DEFAULTS)
     configure(settings, ['--steps=3'])
@@ -231,12 +249,12 @@ def test_advice_is_for_packages_that_are_ours():
     def missing(name):
         return missing_package(ModuleNotFoundError(f'No module named {name!r}', name=name))
 
-    none = (None, None)
-    assert missing('mdoel') == none  # a slip of who hacks the code: Python's own traceback
-    assert missing('torch.utils.gone') == none  # torch is there
-    assert missing_package(ImportError('cannot import name', name='torch')) == none
+    assert missing('mdoel') == ''  # a slip of who hacks the code: Python's own traceback
+    assert missing('torch.utils.gone') == ''  # torch is there
+    assert missing_package(ImportError('cannot import name', name='torch')) == ''
     if importlib.util.find_spec('tensorboard') is None:
-        assert missing('tensorboard') == ('tensorboard', 'pip install tensorboard')
+        words = 'the package tensorboard is not installed: pip install tensorboard'
+        assert missing('tensorboard') == words
 
 
 @pytest.mark.parametrize(

@@ -81,5 +81,5 @@ def stage_of(documents_about: Callable) -> Stage:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
                 found.append(documents_about(f'{dotted}.{node.name}', node))
     found = [documents for documents in found if documents]
-    source = Made("the standard library's docstrings", len(found), lambda i: found[i])
+    source = Made(f'the docstrings of Python {VERSION}', len(found), lambda i: found[i])
     return Stage(source, lambda documents: documents)
