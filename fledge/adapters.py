@@ -43,17 +43,11 @@ def add(
     the vocabulary are new, and their rows of the embedding and of the head are trained as well.
     saved: the tensors of a checkpoint's adapters, to go on with. dtype: which the model computes
     in: the blocks' weights, which stay as they are, are kept in it. UserError for targets that the
-    model does not have, for numbers that no adapter can have, and for saved ones of another shape.
+    model does not have, for a rank above their width, and for saved ones of another shape.
     """
     if saved:
         n_new_tokens = len(saved.get(f'{EMBEDDING}.lora_rows', ()))
     names = layers_of(targets)
-    if rank < 1:
-        raise UserError(f'lora_rank={rank} must be at least 1')
-    if not 0 < alpha < math.inf:
-        raise UserError(f'lora_alpha={alpha} must be above 0')
-    if not 0 <= dropout < 1:
-        raise UserError(f'lora_dropout={dropout} is not in [0, 1)')
     layers = []
     for block in model.blocks:
         for name, layer in block.named_modules():

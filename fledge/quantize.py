@@ -5,7 +5,6 @@ half the time. A frozen base of either, by bitsandbytes, leaves memory for adapt
 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -49,17 +48,13 @@ def quantize_base(model: GPT, kind: str, device: torch.device | str = 'cpu') -> 
 
     One layer after the other goes to device and is quantized there; all else stays where it is, to
     be moved afterwards. kind: nf4 (4.1 bits a weight) or int8. Adapters may be added then, and
-    layers compute in the type of their input, or autocast's. UserError where bitsandbytes is
-    missing, and for another kind.
+    layers compute in the type of their input, or autocast's. UserError for another kind,
+    ModuleNotFoundError where bitsandbytes is missing.
     """
     if kind not in ('nf4', 'int8'):
         raise UserError(f'quantize_base={kind!r} is none of nf4, int8')
     # it warns of kernels that are not there, and of types that it turns into others
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
-    if not importlib.util.find_spec('bitsandbytes'):
-        raise UserError(
-            f'a base in {kind} needs bitsandbytes: pip install -r requirements-qlora.txt'
-        )
     for block in model.blocks:
         replace_linear_layers(block, lambda linear: frozen_linear(linear, kind, device))
     return model

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -187,10 +186,6 @@ def test_targets_are_the_layers_that_they_name():
         (dict(targets='attn,head'), "'head', which is none of attn, mlp, attn.c_attn, attn.c_proj"),
         (dict(targets=''), "lora_targets has ''"),
         (dict(rank=33), 'lora_rank=33 is above the width of attn.c_attn, which is 32'),
-        (dict(rank=0), 'lora_rank=0 must be at least 1'),
-        (dict(alpha=0), 'lora_alpha=0 must be above 0'),
-        (dict(alpha=float('nan')), 'lora_alpha=nan must be above 0'),
-        (dict(dropout=1.0), r'lora_dropout=1.0 is not in \[0, 1\)'),
     ],
 )
 def test_what_no_adapter_can_be_leaves_the_model_alone(change, message):
@@ -403,12 +398,9 @@ def test_a_quantized_base_is_small_and_trains_after_an_evaluation_too(shape, kin
     assert 0 < abs(without(IDS, IDS)[1].item() - exact) < 0.1 * exact
 
 
-def test_a_missing_bitsandbytes_and_another_kind_cost_a_line(monkeypatch):
+def test_another_kind_of_base_is_refused():
     with pytest.raises(UserError, match="quantize_base='fp4' is none of nf4, int8"):
         quantize.quantize_base(random_model('gpt2'), 'fp4')
-    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
-    with pytest.raises(UserError, match='pip install -r requirements-qlora.txt'):
-        quantize.quantize_base(random_model('gpt2'), 'nf4')
 
 
 # ---- peft
