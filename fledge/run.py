@@ -217,11 +217,16 @@ def check_resume(path: str, start: dict, changed: dict, settings: dict) -> None:
 
 def check_settings(settings: dict) -> None:
     """UserError for a setting of train.py that no run can have."""
-    one_of(settings, lr_schedule=optimizers.SCHEDULES)
-    one_of(settings, compile=('auto', True, False), backend=('auto', 'nccl', 'gloo'))
-    one_of(settings, parallel=('ddp', 'fsdp'))
-    known = dict.fromkeys(name for name, _ in optimizers.RATES)
-    one_of(settings, optimizer=('auto', *known), quantize_base=('none', 'nf4', 'int8'))
+    known = dict.fromkeys(name for name, _ in optimizers.RATES)  # each once
+    one_of(
+        settings,
+        lr_schedule=optimizers.SCHEDULES,
+        compile=('auto', True, False),
+        backend=('auto', 'nccl', 'gloo'),
+        parallel=('ddp', 'fsdp'),
+        optimizer=('auto', *known),
+        quantize_base=('none', 'nf4', 'int8'),
+    )
     if settings['quantize_base'] != 'none' and not settings['lora_rank']:
         raise UserError(
             'quantize_base freezes the weights: adapters beside them learn, by --lora_rank=8'
@@ -229,10 +234,12 @@ def check_settings(settings: dict) -> None:
     if settings['lora_rank'] and settings['init_from'] == 'scratch' and not settings['dry_run']:
         raise UserError('lora_rank adds to weights that are there: name them with --init_from')
     base = settings['init_from']
+    if base == 'scratch' or not os.path.exists(base):
+        return
     is_folder = os.path.isdir(base)  # of a Hugging Face model, whose files a run would mix with
     folder = base if is_folder else os.path.dirname(base) or '.'
     same = os.path.realpath(folder) == os.path.realpath(settings['out_dir'])
-    if os.path.exists(base) and same and (is_folder or settings['lora_rank']):
+    if same and (is_folder or settings['lora_rank']):
         raise UserError(
             f'{settings["out_dir"]} has the weights that are begun with, and stays as it is: '
             'name another folder with --out_dir'

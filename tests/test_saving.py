@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, fails, metrics, run, start
+from conftest import ROOT, TINY, fails, metrics, run, start
 
 from fledge import UserError, checkpoint, saving
+from fledge.configurator import read_settings
+from fledge.run import check_settings
 from model import GPT, GPTConfig
 
 PLAIN = [*TINY, '--sample_interval=0', '--eval_interval=5']
@@ -137,6 +139,17 @@ def test_the_newest_whole_one_is_taken(tmp_path):
     (tmp_path / 'best.pt').write_bytes(b'')
     with pytest.raises(UserError, match='no checkpoint of .* is whole: .*ckpt.pt is broken'):
         saving.newest(str(tmp_path), skipped.append)
+
+
+def test_a_run_may_be_in_a_folder_called_scratch(tmp_path, monkeypatch):
+    """The name is no base to begin with, even where there is such a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'scratch').mkdir()
+    settings = read_settings(f'{ROOT}/train.py') | dict(out_dir='scratch')
+    check_settings(settings)
+    (tmp_path / 'base').mkdir()
+    with pytest.raises(UserError, match='base has the weights that are begun with'):
+        check_settings(settings | dict(init_from='base', out_dir='base'))
 
 
 @pytest.mark.slow
