@@ -33,7 +33,9 @@ def save(path: str, checkpoint: dict, older: str | None = None) -> None:
 
     older: the name that the old file takes then. UserError for a full disk; NotFinite.
     """
-    check_finite(checkpoint, path)
+    for name, tensor in checkpoint['model'].items():
+        if not tensor.isfinite().all():
+            raise NotFinite(f'{name} has weights that are not finite: {path} is not written')
     try:
         with replacing(path, 'wb') as f:
             torch.save(checkpoint, f.name)  # by its name: through f it takes twice as long
@@ -50,13 +52,6 @@ def save(path: str, checkpoint: dict, older: str | None = None) -> None:
     except (OSError, RuntimeError) as e:  # torch has no words for a full disk
         why = getattr(e, 'strerror', None) or 'the disk is full or broken'
         raise UserError(f'cannot write {path}: {why}; what was there before is as it was') from None
-
-
-def check_finite(checkpoint: dict, path: str) -> None:
-    """NotFinite where a checkpoint has such weights."""
-    for name, tensor in checkpoint['model'].items():
-        if not tensor.isfinite().all():
-            raise NotFinite(f'{name} has weights that are not finite: {path} is not written')
 
 
 def load(path: str) -> dict:
@@ -112,17 +107,17 @@ def check_sums(path: str) -> None:
         try:
             archive = zipfile.ZipFile(f)
             records = archive.infolist()
-            for record in records:
-                # of what says that it is a folder, torch.load reads whatever is in memory
-                is_folder = record.external_attr & 0x10
-                if is_folder or record.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(f'{path} is broken, or torch.save has not written it')
+            # of what says that it is a folder, torch.load reads whatever is in memory
+            is_torchs = all(
+                record.compress_type == zipfile.ZIP_STORED and not record.external_attr & 0x10
+                for record in records
+            )
             has_sums = any(record.CRC for record in records)
-            broken = archive.testzip() if has_sums else None
-        except UserError:
-            raise
+            broken = archive.testzip() if is_torchs and has_sums else None
         except Exception as e:  # broken bytes fail in any way
             raise UserError(f'{path} is cut short or broken: {e}') from None
+    if not is_torchs:
+        raise UserError(f'{path} is broken, or torch.save has not written it')
     if broken:
         raise UserError(
             f'{path} is broken: the checksum of {broken!r} does not match what is there; '

@@ -74,9 +74,8 @@ class RunState:
     ) -> None:
         """Go on from a checkpoint under settings, of which `changed` has the values before.
 
-        UserError where its data is not what it was, or its own objective is missing.
+        UserError where its data is not what it was.
         """
-        objective = checkpoint['config'].get('objective', 'next_token')
         if 'rows' not in checkpoint.get('run', ()):  # nanoGPT's, or older: all steps were alike
             s = settings | checkpoint['config']
             self.rows = self.step * s['gradient_accumulation_steps'] * s['batch_size']
@@ -86,15 +85,12 @@ class RunState:
                 f'data/{settings["dataset"]} is not what this run was trained on any more: put it '
                 'back, or begin another run from its weights (--init_from=FILE, another --out_dir)'
             )
-        if objective == 'own.py' and settings['objective'] == 'next_token':
-            raise UserError(
-                'this run has an objective of its own: name the config file that defines it again'
-            )
         if 'block_size' in changed:  # about as much of the data stays behind
             self.rows = math.ceil(self.rows * changed['block_size'] / settings['block_size'])
-        evaluates = {'block_size', 'eval_iters', 'dpo_beta', 'quantize_base'}
-        evaluates |= {'batch_size'} if settings['eval_iters'] else set()
-        if changed.keys() & evaluates or objective != settings['objective']:
+        of_evaluations = {'objective', 'dpo_beta', 'block_size', 'eval_iters', 'quantize_base'}
+        if settings['eval_iters']:  # of so many batches
+            of_evaluations.add('batch_size')
+        if changed.keys() & of_evaluations:
             # evaluations come out differently now, and do not compare with those before
             self.evaluated_step, self.best_step, self.best_val_loss = -1, -1, math.inf
             self.evaluations_since_best = 0
