@@ -125,34 +125,40 @@ class Machine:
             if broken and (self.is_asked_to_stop() or self.store.check(['ended'])):
                 os._exit(0)
         if broken:
-            missing = [0]  # whose machine has the store, if that has gone as well
-            with contextlib.suppress(Exception):
-                self.store.set(f'alive/{self.rank}', '')
-                # those who wait for this one give up too; it may itself wait for one that is gone
-                threading.Thread(target=dist.destroy_process_group, daemon=True).start()
-                time.sleep(2)
-                ranks = range(self.world_size)
-                missing = [rank for rank in ranks if not self.store.check([f'alive/{rank}'])]
+            names = ' and '.join(map(str, self.missing_processes())) or 'of unknown number'
             why = 'is gone: it was killed, or its connection broke'
             if 'imed out' in str(error):
                 why = f'did not come along in {self.ddp_timeout:g} s (ddp_timeout)'
-            names = ' and '.join(map(str, missing)) or 'of unknown number'
             error = UserError(f'process {names} {why}')
-            kind, trace = UserError, None
         elif self.is_sharded and 'mixed torch.Tensor and DTensor' in str(error):
             error = UserError(
                 'the objective reads parameters, of which parallel=fsdp gives each process a part: '
                 'take --parallel=ddp'
             )
-            kind, trace = UserError, None
         first = str(self.rank)
         with contextlib.suppress(Exception):  # the store ends with torchrun
             first = self.store.compare_set('failed', '', first).decode()
         if first != str(self.rank):
             os._exit(1)
-        self.previous_hook(kind, error, trace)
+        self.previous_hook(type(error), error, error.__traceback__)
         sys.stderr.flush()
         os._exit(1)  # threads of torch.distributed would hold up a process that returns
+
+    def missing_processes(self) -> list[int]:
+        """The ranks of those that do not say in the store, within 2 s, that they are alive."""
+        try:
+            self.store.set(f'alive/{self.rank}', '')
+            self.break_connections()
+            ranks = range(self.world_size)
+            return [rank for rank in ranks if not self.store.check([f'alive/{rank}'])]
+        except Exception:  # the store is gone as well, with the machine of process 0
+            return [0]
+
+    def break_connections(self) -> None:
+        """Have those that wait for this process give up, and give them 2 s to read the store."""
+        # not in this thread, for it may itself wait for one that is gone
+        threading.Thread(target=dist.destroy_process_group, daemon=True).start()
+        time.sleep(2)
 
     def autocast(self) -> AbstractContextManager:
         """The context in which a forward pass computes in dtype."""
@@ -349,9 +355,7 @@ class Machine:
         """End this process at once with exit code 0; so do the others when they find it gone."""
         if self.world_size > 1:
             self.store.set('ended', '')
-            # their connections break while they can still read the store, which may end with this
-            threading.Thread(target=dist.destroy_process_group, daemon=True).start()
-            time.sleep(2)
+            self.break_connections()  # while they can read the store, which may end with this one
         os._exit(0)
 
     def hardware(self) -> str:
