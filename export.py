@@ -47,13 +47,7 @@ configure(globals())
 # -----------------------------------------------------------------------------
 OUTPUTS = dict(hf='hf', gguf='model.gguf', onnx='model.onnx', ckpt='model.pt', peft='peft')
 FOLDERS = dict(hf='config.json', peft=peft.CONFIG)  # of formats that are folders, a file in each
-DTYPES = dict(
-    hf=('float32', 'float16', 'bfloat16'),
-    gguf=tuple(gguf.TYPES),
-    onnx=('float32',),
-    ckpt=('float32',),
-    peft=('float32',),
-)
+DTYPES = dict(hf=('float32', 'float16', 'bfloat16'), gguf=tuple(gguf.TYPES))  # else float32 alone
 # How far logits may be off, as a share of the largest: after writing and reading back, and because
 # the weights are rounded to a type.
 READ_BACK = 1e-5
@@ -80,9 +74,9 @@ if quantize == 'int8' and format != 'ckpt':
 if dtype == 'auto':
     dtype = 'float16' if format == 'gguf' else 'float32'
 dtype = dict(f32='float32', f16='float16', bf16='bfloat16').get(dtype, dtype)  # GGUF's own names
-if dtype not in DTYPES[format]:
-    known = ', '.join(DTYPES[format])
-    raise UserError(f'dtype={dtype!r} is none of {known}, which --format={format} has')
+known = DTYPES.get(format, ('float32',))
+if dtype not in known:
+    raise UserError(f'dtype={dtype!r} is none of {", ".join(known)}, which --format={format} has')
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
 idle = set()
@@ -105,6 +99,13 @@ if config.n_encoder_layer and format != 'ckpt':
         f'{path} is an encoder-decoder, for which --format={format} has no place: its checkpoint '
         'is what there is, and --quantize=int8 makes one of 8 bits'
     )
+if format in ('hf', 'gguf', 'peft'):  # which know a model by its family's name
+    edited = families.edited(families.config_of(config)['model_type'], config.activation)
+    if edited:
+        raise UserError(
+            f'{edited}: others would load another model than this one; '
+            '--format=onnx holds it as it is'
+        )
 _, own = adapters.split(state.pop('model'))
 if format == 'peft':
     if 'base' not in state:
@@ -151,18 +152,8 @@ output = output.rstrip('/') or '/'
 if os.path.islink(output) or os.path.basename(output) in ('', '.', '..'):
     output = os.path.realpath(output)
 folder, file = os.path.split(output)
-folder, ending = folder or '.', os.path.splitext(OUTPUTS[format])[1]
-set_aside = f'{folder}/.replaced-{file}'
-
-
-def settle():
-    """What was set aside gets its name back where nothing has taken its place; else it goes."""
-    if os.path.exists(set_aside) and not os.path.exists(output):
-        os.rename(set_aside, output)
-    shutil.rmtree(set_aside, ignore_errors=True)
-
-
-settle()  # what a process was killed over
+folder = folder or '.'
+ending = os.path.splitext(OUTPUTS[format])[1]  # '' of a folder
 if os.path.isdir(output) and format not in FOLDERS:
     raise UserError(
         f'{output} is a folder; --format={format} writes a file: '
@@ -172,8 +163,8 @@ if os.path.isfile(output) and format in FOLDERS:
     raise UserError(f'{output} is a file; --format={format} writes a folder')
 if not file.endswith(ending):
     raise UserError(f'--output={output}: what --format={format} writes is called *{ending}')
-exported, replaced = (os.path.join(os.path.realpath(p), '') for p in (source or path, output))
-if exported.startswith(replaced):
+exported = os.path.join(os.path.realpath(source or path), '')
+if exported.startswith(os.path.join(os.path.realpath(output), '')):
     raise UserError(f'{output} holds the very model that is exported: name another --output')
 if os.path.isdir(output) and os.listdir(output) and FOLDERS[format] not in os.listdir(output):
     raise UserError(f'{output} is a folder of something else: name another --output')
@@ -195,8 +186,8 @@ if format == 'gguf':
 elif quantize == 'int8':  # the linear layers in 8 bits, embeddings in 16
     quantization.apply(meant)
     for embedding in [m for m in meant.modules() if isinstance(m, torch.nn.Embedding)]:
-        rounded = embedding.weight.bfloat16().float()
-        embedding.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        weight = embedding.weight.bfloat16().float()
+        embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
 elif meant is not model:
     for p in meant.parameters():
         p.copy_(p.to(getattr(torch, dtype)))
@@ -205,6 +196,14 @@ for n, p in meant.named_parameters():
         is_finite = model.get_parameter(n).isfinite().all()
         advice = '; take a larger type' if is_finite else ''
         raise UserError(f'{n} of {path} has weights that are not finite in {written}{advice}')
+expected = model(ids, ids, **source_ids)[0]  # logits, (1, T, vocab_size)
+rounded = expected if meant is model else meant(ids, ids, **source_ids)[0]
+largest = max(expected.abs().max().item(), 1e-3)
+rounding = (rounded - expected).abs().max().item()
+if not rounding <= ROUNDED[written] * largest:
+    raise UserError(
+        f'{written} would move the logits by {rounding:.3g}, of {largest:.3g}: take a larger type'
+    )
 
 
 def write_modelfile(path):
@@ -225,46 +224,49 @@ def write_modelfile(path):
 
 @torch.no_grad()  # a graph would hold the files that were read: Windows renames no open one
 def write(target):
-    """Write target, a folder or a file, and read it back: its logits and by what they were read.
+    """Write target, a folder or a file, and read it back: how far off it is, and what read it.
 
-    Of GGUF it is how far its weights are off, in place of logits.
+    What is off are the logits of ids or, of GGUF, the weights.
     """
-    if format in ('hf', 'gguf', 'peft'):  # which know models by their family's name
-        edited = families.edited(families.config_of(config)['model_type'], config.activation)
-        if edited:
-            raise UserError(
-                f'{edited}: others would load another model than this one; '
-                '--format=onnx holds it as it is'
-            )
-    if format == 'hf':
-        began = init_from if source else run.get('init_from', 'scratch')
-        card = huggingface.card(name, model, state, meta, began)
-        huggingface.write(target, model, tokenizer, getattr(torch, dtype), card, source)
-        return huggingface.read(target, ids, start, tokenizer)
     if format == 'gguf':
         template = huggingface.chat_template(tokenizer)
         huggingface.check_template(template, tokenizer)
         gguf.write(target, model, tokenizer, dtype, name, template)
         return gguf.largest_error(target, model, dtype), 'the file alone'
-    if format == 'peft':
+    if format == 'hf':
+        began = init_from if source else run.get('init_from', 'scratch')
+        card = huggingface.card(name, model, state, meta, began)
+        huggingface.write(target, model, tokenizer, getattr(torch, dtype), card, source)
+        found, by = huggingface.read(target, ids, start, tokenizer)
+    elif format == 'peft':
         peft.write(target, own, config, run, base)
-        again = huggingface.load(target)
-        return checkpoint.load_model(again, target).eval()(ids, ids)[0], f'it on {base}'
-    if format == 'onnx':
+        again = checkpoint.load_model(huggingface.load(target), target).eval()
+        found, by = again(ids, ids)[0], f'it on {base}'
+    elif format == 'onnx':
         onnx.write(target, model, kv_cache)
-        return onnx.run(target, ids, kv_cache), 'onnxruntime'
+        found, by = onnx.run(target, ids, kv_cache), 'onnxruntime'
+    else:
+        checkpoint.save(target, weights_alone())
+        again = checkpoint.load_model(checkpoint.load(target), target).eval()
+        found, by = again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
+    return (found - rounded).abs().max().item(), by
+
+
+def weights_alone():
+    """The checkpoint of --format=ckpt: no optimizer, nothing of a run but its settings."""
     tensors = meant.state_dict()
     if quantize == 'int8':
         for n in tensors:
             if n.startswith(('transformer.wte', 'transformer.wpe')):
                 tensors[n] = tensors[n].bfloat16()
-    settings = {k: v for k, v in run.items() if k != 'lora_alpha'}
-    args = checkpoint.model_args(config)
-    spelling = dict(begin=tokenizer.begin, separator=tokenizer.separator)
-    spelling['tokenizer'] = tokenizer.digest()
-    checkpoint.save(target, dict(model=tensors, model_args=args, config=settings, **spelling))
-    again = checkpoint.load_model(checkpoint.load(target), target).eval()
-    return again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
+    return dict(
+        model=tensors,
+        model_args=checkpoint.model_args(config),
+        config={k: v for k, v in run.items() if k != 'lora_alpha'},  # adapters are merged
+        begin=tokenizer.begin,
+        separator=tokenizer.separator,
+        tokenizer=tokenizer.digest(),
+    )
 
 
 # ---- write into a folder of this process alone, read it back, compare, and only then rename
@@ -272,62 +274,52 @@ parent = folder
 while not os.path.exists(parent):
     parent = os.path.dirname(parent) or '.'
 workplace = f'{parent}/.export-{file}'
-temporary = f'{workplace}/{file}'
+new, replaced = f'{workplace}/new', f'{workplace}/replaced'
 try:
     os.makedirs(workplace, exist_ok=True)
     lock = lock_folder(workplace, wait=False)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    os.mkdir(temporary)
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.mkdir(new)
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror}') from None
 try:
-    found, by = write(temporary if format in FOLDERS else f'{temporary}/{file}')
-    if format in ('onnx', 'ckpt', 'peft'):
-        tokenizer.save(f'{temporary}/tokenizer.json')
-    if format == 'gguf' and os.path.exists(f'{folder}/Modelfile') and not overwrite:
-        print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
-    elif format == 'gguf':
-        write_modelfile(f'{temporary}/Modelfile')
-    expected = model(ids, ids, **source_ids)[0]
-    rounded = expected if meant is model else meant(ids, ids, **source_ids)[0]
-    largest = max(expected.abs().max().item(), 1e-3)
-    rounding = (rounded - expected).abs().max().item()
+    difference, by = write(new if format in FOLDERS else f'{new}/{file}')
+    what, tolerance = 'logits', max(READ_BACK * largest, 1e-5)
     if format == 'gguf':
-        what, difference, tolerance = 'weights', found, 0.0
-    else:
-        what, difference = 'logits', (found - rounded).abs().max().item()
-        tolerance = max(READ_BACK * largest, 1e-5)
+        what, tolerance = 'weights', 0.0
     if not difference <= tolerance:
         raise UserError(
             f'the {what} read back from {by} are off by {difference:.3g}, more than '
             f'{tolerance:.3g}: nothing is left of the export'
         )
-    if not rounding <= ROUNDED[written] * largest:
-        raise UserError(
-            f'{written} would move the logits by {rounding:.3g}, of {largest:.3g}: '
-            'nothing is left of the export; take a larger type'
-        )
-    names = sorted(os.listdir(temporary))
-    n_bytes = sum(os.path.getsize(f'{temporary}/{n}') for n in names)
+    if format in ('onnx', 'ckpt', 'peft'):
+        tokenizer.save(f'{new}/tokenizer.json')
+    if format == 'gguf' and os.path.exists(f'{folder}/Modelfile') and not overwrite:
+        print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
+    elif format == 'gguf':
+        write_modelfile(f'{new}/Modelfile')
+    names = sorted(os.listdir(new))
+    n_bytes = sum(os.path.getsize(f'{new}/{n}') for n in names)
     for n in names:
-        with open(f'{temporary}/{n}', 'rb+') as f:
+        with open(f'{new}/{n}', 'rb+') as f:
             os.fsync(f.fileno())
     os.makedirs(folder, exist_ok=True)
     if format in FOLDERS:
         if os.path.exists(output):
-            os.rename(output, set_aside)
-        os.rename(temporary, output)
+            os.rename(output, replaced)
+        os.rename(new, output)
     else:
         for n in sorted(names, key=lambda n: n == file):  # the model itself is last
-            os.replace(f'{temporary}/{n}', f'{folder}/{n}')
+            os.replace(f'{new}/{n}', f'{folder}/{n}')
         if format == 'onnx' and f'{file}.data' not in names:
             with suppress(FileNotFoundError):
                 os.remove(f'{output}.data')  # of an earlier, larger model
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-    settle()
+    if os.path.exists(replaced) and not os.path.exists(output):  # it ended between the two renames
+        os.rename(replaced, output)
     release_folder(lock)
     shutil.rmtree(workplace, ignore_errors=True)
 if format == 'peft':
