@@ -921,6 +921,9 @@ def wrong(model, kind):
         name = name.replace('k_proj', 'X').replace('v_proj', 'k_proj').replace('X', 'v_proj')
         yield name, tensor
 huggingface.their_tensors = wrong""",
+    'weights that are no numbers': """
+whole = huggingface.their_tensors
+huggingface.their_tensors = lambda *of: ((n, t * math.nan) for n, t in whole(*of))""",
     'another rope_theta': """
 whole = families.config_of
 families.config_of = lambda c: whole(c) | dict(rope_theta=1.2 * c.rope_theta)""",
@@ -943,7 +946,7 @@ gguf.GGUFReader._build_tensors = fewer""",
 def test_what_came_out_wrong_is_not_left_behind(error, trained, exported, tmp_path):
     before = (trained / 'out/hf/model.safetensors').read_bytes()
     (tmp_path / 'broken.py').write_text(
-        f'import runpy, sys\nsys.path.insert(0, {ROOT!r})\n'
+        f'import math, runpy, sys\nsys.path.insert(0, {ROOT!r})\n'
         f'from fledge.formats import families, huggingface\n{WRONG[error]}\n'
         f'sys.argv[0] = {os.path.join(ROOT, "export.py")!r}\n'
         f'runpy.run_path(sys.argv[0], run_name="__main__")\n'

@@ -1,5 +1,6 @@
 """A run's checkpoints: which are kept, what a full disk does, which one a run goes on from."""
 
+import math
 import os
 import resource
 import signal
@@ -11,7 +12,8 @@ from conftest import ROOT, TINY, fails, metrics, run, start
 
 from fledge import UserError, checkpoint, saving
 from fledge.configurator import read_settings
-from fledge.run import check_settings
+from fledge.run import Clock, changes_since, check_settings
+from fledge.state import RunState
 from model import GPT, GPTConfig
 
 PLAIN = [*TINY, '--sample_interval=0', '--eval_interval=5']
@@ -38,6 +40,9 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     for step in (10, 20, 30, 40, 50):
         saver.save(a_checkpoint(step), is_best=step == 20)
     saver.finish()
+    assert (
+        saver.latest is None and saver.best is None
+    )  # no copy stays in memory, to be written again
     assert steps_in(tmp_path) == {
         'ckpt.pt': 50,
         'ckpt_step_000040.pt': 40,
@@ -150,6 +155,41 @@ def test_a_run_may_be_in_a_folder_called_scratch(tmp_path, monkeypatch):
     (tmp_path / 'base').mkdir()
     with pytest.raises(UserError, match='base has the weights that are begun with'):
         check_settings(settings | dict(init_from='base', out_dir='base'))
+
+
+def test_losses_compare_with_those_of_before_unless_they_come_out_differently():
+    before = dict(objective='next_token', dpo_beta=0.1, block_size=16, quantize_base='none')
+    before |= dict(dataset='tiny', learning_rate=0.1)
+
+    def resumed(of_batches, **changes):
+        saved = dict(config=before | dict(batch_size=4, eval_iters=of_batches), run=dict(rows=100))
+        settings = saved['config'] | changes
+        state = RunState(rows=100, evaluated_step=5, best_step=5, best_val_loss=2.0)
+        state.meet_changes(saved, changes_since(saved, settings), settings, 'digest')
+        return state
+
+    for changes in (dict(objective='dpo'), dict(eval_iters=3), dict(block_size=8)):
+        state = resumed(2, **changes)
+        assert (state.evaluated_step, state.best_step) == (-1, -1), changes
+        assert state.best_val_loss == math.inf
+    assert state.rows == 200  # as many tokens of the data are behind it
+    assert resumed(2, learning_rate=0.2).best_val_loss == 2.0
+    assert resumed(2, batch_size=8).best_val_loss == math.inf
+    assert resumed(0, batch_size=8).best_val_loss == 2.0  # all of val
+
+
+def test_an_evaluation_is_no_time_of_training(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr('fledge.run.time.monotonic', lambda: now)
+    clock = Clock(elapsed=7.0)  # before a resume
+    now += 3
+    with clock.not_training():
+        now += 5
+    now += 2
+    assert (clock.interval(), clock.aside, clock.elapsed()) == (5, 5, 17)
+    clock.start_interval()
+    now += 1
+    assert (clock.interval(), clock.aside) == (1, 5)
 
 
 @pytest.mark.slow

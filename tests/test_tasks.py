@@ -13,7 +13,15 @@ from conftest import fails, run, shared
 from fledge import UserError, checkpoint
 from fledge.device import Machine
 from fledge.formats import huggingface
-from fledge.tasks import measures, read_task, run_task, score_ends, share_interval
+from fledge.tasks import (
+    Example,
+    measures,
+    read_task,
+    run_task,
+    score_ends,
+    score_example,
+    share_interval,
+)
 from fledge.tokenizer import train_bpe
 from model import GPT, GPTConfig
 
@@ -141,6 +149,14 @@ def test_questions_get_the_harness_choices(models, tmp_path):
             by_length = np.array(logs) / [len(c) for c in choices]
             assert found['accuracy'] == (np.argmax(logs) == record['answer'])
             assert found['accuracy_norm'] == (np.argmax(by_length) == record['answer'])
+
+
+def test_a_long_answer_is_compared_by_its_characters():
+    """As the harness does it, and not by the three bytes that each of the first ones takes."""
+    example = Example('', '', ['☀☀', 'abcd'], 0, '')
+    greedy = np.array([False, False])
+    assert score_example(example, np.array([2.0, 3.0]), greedy)[:2] == (True, False)
+    assert score_example(example, np.array([2.0, 5.0]), greedy)[:2] == (True, True)
 
 
 LM_EVAL_TASK = """
