@@ -4,39 +4,35 @@ import contextlib
 import os
 import pickle
 import random
-import resource
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from test_saving import FullDisk
 
 from fledge import UserError, checkpoint, optimizers
 from model import GPT, GPTConfig
 
 
-def a_checkpoint(**more):
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
-    return (
-        dict(
-            model=model.state_dict(),
-            model_args=checkpoint.model_args(model.config),
-            iter_num=3,
-            best_val_loss=2.5,
-        )
-        | more
-    )
+def small_model(**others):
+    sizes = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8)
+    return GPT(GPTConfig(**sizes | others))
+
+
+def a_checkpoint(**others):
+    model = small_model()
+    saved = dict(model=model.state_dict(), model_args=checkpoint.model_args(model.config))
+    return saved | dict(iter_num=3, best_val_loss=2.5) | others
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
     checkpoint.save(path, saved)
     loaded = checkpoint.load(path)
-    assert loaded['iter_num'] == 3 and all(
-        torch.equal(v, loaded['model'][k]) for k, v in saved['model'].items()
-    )
+    assert loaded['iter_num'] == 3
+    assert all(torch.equal(v, loaded['model'][k]) for k, v in saved['model'].items())
     checkpoint.load_model(loaded, path)
     assert os.listdir(tmp_path) == ['ckpt.pt']
 
@@ -52,9 +48,8 @@ def test_it_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 
 def test_what_older_scripts_left_in_is_taken_out(tmp_path):
     path, saved = str(tmp_path / 'ckpt.pt'), a_checkpoint()
-    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()} | {
-        '_orig_mod.transformer.h.0.attn.bias': torch.ones(1)
-    }
+    saved['model'] = {f'_orig_mod.{k}': v for k, v in saved['model'].items()}
+    saved['model']['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1)
     torch.save(saved, path)
     checkpoint.load_model(checkpoint.load(path), path)
 
@@ -91,69 +86,38 @@ def test_one_cut_short_is_named(tmp_path, keep):
 
 
 def test_one_that_does_not_fit_is_named(tmp_path):
-    path = str(tmp_path / 'ckpt.pt')
-    torch.save({'weights': 1}, path)
-    with pytest.raises(UserError, match='lacks model or model_args'):
-        checkpoint.load(path)
-    torch.save({'model': 3, 'model_args': {}}, path)
-    with pytest.raises(UserError, match='lacks model or model_args'):
-        checkpoint.load(path)
-    saved = a_checkpoint()
-    saved['model_args']['n_embd'] = 16
-    with pytest.raises(UserError, match='does not fit this model: .*size mismatch'):
-        checkpoint.load_model(saved, path)
-    with pytest.raises(UserError, match='unexpected keyword'):
-        checkpoint.load_model(a_checkpoint(model_args={'width': 3}), path)
-    good = a_checkpoint()
-    for odd in (
-        dict(config=None),
-        dict(config=dict(dataset=5)),
-        dict(model={'a': 'b'}),
-        dict(model={5: torch.zeros(1)}),
-    ):
-        torch.save(good | odd, path)
-        with pytest.raises(UserError, match='holds more than named tensors|config is no settings'):
-            checkpoint.load(path)
-    with pytest.raises(UserError, match='does not fit this model'):
-        checkpoint.load_model(
-            a_checkpoint(
-                model_args=good['model_args']
-                | dict(position='rope', rope_scaling=dict(rope_type='linear'))
-            ),
-            path,
-        )
-    with pytest.raises(UserError, match='does not fit'):
-        checkpoint.load_model(
-            a_checkpoint(
-                model={
-                    'x.lora_A': torch.tensor(1.0),
-                    'x.lora_B': torch.tensor(1.0),
-                    'x.weight': torch.zeros(1),
-                },
-                config=dict(lora_alpha=1),
-            ),
-            path,
-        )
     with pytest.raises(UserError, match='no checkpoint at .*nowhere'):
         checkpoint.load(str(tmp_path / 'nowhere.pt'))
+    path, good = str(tmp_path / 'ckpt.pt'), a_checkpoint()
+    for content, words in (
+        ({'weights': 1}, 'lacks model or model_args'),
+        ({'model': 3, 'model_args': {}}, 'lacks model or model_args'),
+        (good | dict(config=None), 'config is no settings'),
+        (good | dict(config=dict(dataset=5)), 'config is no settings'),
+        (good | dict(model={'a': 'b'}), 'holds more than named tensors'),
+        (good | dict(model={5: torch.zeros(1)}), 'holds more than named tensors'),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(path)
+    args, one = good['model_args'], torch.tensor(1.0)
+    scaling = dict(position='rope', rope_scaling=dict(rope_type='linear'))
+    adapter = {'x.lora_A': one, 'x.lora_B': one, 'x.weight': torch.zeros(1)}
+    for others, words in (
+        (dict(model_args=args | dict(n_embd=16)), 'does not fit this model: .*size mismatch'),
+        (dict(model_args={'width': 3}), 'unexpected keyword'),
+        (dict(model_args=args | scaling), 'does not fit this model'),
+        (dict(model=adapter, config=dict(lora_alpha=1)), 'does not fit'),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_model(good | others, path)
 
 
 def test_a_full_disk_leaves_the_previous_one(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, a_checkpoint())
-    limits, handler = (
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4000, limits[1])
-    )  # a file may not grow past this, as on a full disk
-    try:
-        with pytest.raises(UserError, match='what was there before is as it was'):
-            checkpoint.save(path, a_checkpoint(iter_num=99))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with FullDisk(4000), pytest.raises(UserError, match='what was there before is as it was'):
+        checkpoint.save(path, a_checkpoint(iter_num=99))
     assert checkpoint.load(path)['iter_num'] == 3 and os.listdir(tmp_path) == ['ckpt.pt']
 
 
@@ -190,7 +154,7 @@ def test_broken_bytes_are_a_mistake_not_a_traceback(tmp_path, seed):
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_optimizer_state_comes_back_but_settings_stay(name):
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8))
+    model = small_model()
     idx = torch.randint(20, (2, 9))
 
     def step(opts):
@@ -204,35 +168,27 @@ def test_optimizer_state_comes_back_but_settings_stay(name):
     saved = optimizers.state_dict(first)
     second = optimizers.make_optimizers(model, name, 0.3, 0.4, (0.8, 0.9))
     optimizers.load_state_dict(second, saved)
-    assert (
-        second[0].param_groups[0]['betas'] == (0.8, 0.9) and second[-1].param_groups[0]['lr'] == 0.3
-    )
+    assert second[0].param_groups[0]['betas'] == (0.8, 0.9)
+    assert second[-1].param_groups[0]['lr'] == 0.3
     for a, b in zip(first, second, strict=True):
-        for s, t in zip(
-            a.state_dict()['state'].values(), b.state_dict()['state'].values(), strict=True
-        ):
+        states = a.state_dict()['state'].values(), b.state_dict()['state'].values()
+        for s, t in zip(*states, strict=True):
             assert all(torch.equal(s[k], t[k]) for k in s)
     step(second)
+    other = 'muon' if name == 'adamw' else 'adamw'
     with pytest.raises(UserError, match="another optimizer's"):
-        optimizers.load_state_dict(
-            optimizers.make_optimizers(
-                model, 'muon' if name == 'adamw' else 'adamw', 0.1, 0, (0.9, 0.95)
-            ),
-            saved,
-        )
+        opts = optimizers.make_optimizers(model, other, 0.1, 0, (0.9, 0.95))
+        optimizers.load_state_dict(opts, saved)
 
 
 def test_every_parameter_is_in_one_group():
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, qk_norm=True))
+    model = small_model(n_layer=2, qk_norm=True)
     for name in ('adamw', 'muon'):
         opts = optimizers.make_optimizers(model, name, 0.1, 0.2, (0.9, 0.95))
         ids = [id(p) for o in opts for g in o.param_groups for p in g['params']]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    muon = {id(p) for p in opts[1].param_groups[0]['params']}
-    assert muon == {
-        id(p)
-        for n, p in model.named_parameters()
-        if n.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
-    }
+    matrices = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')
+    expected = {id(p) for n, p in model.named_parameters() if n.endswith(matrices)}
+    assert {id(p) for p in opts[1].param_groups[0]['params']} == expected
     with pytest.raises(UserError, match='none of adamw, muon'):
         optimizers.make_optimizers(model, 'sgd', 0.1, 0, (0.9, 0.95))
