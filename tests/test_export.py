@@ -13,7 +13,7 @@ import gguf_reader
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, forked, python, run, start, write_tiny
+from conftest import ROOT, TINY, fails, forked, metrics, python, run, start, write_tiny
 from safetensors.torch import load_file, save_file
 from test_pretrained import FAMILIES, make
 from test_tokenizer import random_texts
@@ -58,49 +58,32 @@ FLAGS = {
 }
 
 
+PREPARING = '--input=notes.jsonl --name=notes --tokenizer=train --vocab_size=400'
+PREPARING += ' --val_fraction=0.1 --num_proc=1'
+TRAINING = '--dataset=notes --eval_iters=1 --sample_interval=0 --device=cpu'
+WIDE = '--batch_size=4 --n_layer=2 --n_embd=192 --n_head=3 --block_size=128'
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run of few steps on text in a tokenizer of its own, and its exports by each of FLAGS."""
     base = tmp_path_factory.getbasetemp()
-    made = (
-        base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
-    ) / 'exported'  # one test process makes it, for all
+    if 'PYTEST_XDIST_WORKER' in os.environ:  # one test process makes it, for all
+        base = base.parent
+    made = base / 'exported'
     with open(f'{made}.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (made / 'said.json').exists():
             made.mkdir()
-            (made / 'notes.jsonl').write_text(
-                ''.join(json.dumps(dict(text=f'{i} {TEXT}{i * i}')) + '\n' for i in range(300))
-            )
-            run(
-                made,
-                'prepare/text.py',
-                '--input=notes.jsonl',
-                '--name=notes',
-                '--tokenizer=train',
-                '--vocab_size=400',
-                '--val_fraction=0.1',
-                '--num_proc=1',
-            )
-            run(
-                made,
-                'train.py',
-                '--batch_size=4',
-                '--n_embd=192',
-                '--n_head=3',
-                '--learning_rate=0.01',
-                '--dataset=notes',
-                '--max_iters=12',
-                '--eval_iters=1',
-                '--sample_interval=0',
-                '--device=cpu',
-                '--block_size=128',
-                '--n_layer=2',
-            )
-            said = {
-                name: json.loads(run(made, 'export.py', '--json', *flags).splitlines()[-1])
-                for name, flags in FLAGS.items()
-            }
+            with open(made / 'notes.jsonl', 'w') as f:
+                f.writelines(json.dumps(dict(text=f'{i} {TEXT}{i * i}')) + '\n' for i in range(300))
+            run(made, 'prepare/text.py', *PREPARING.split())
+            steps = ['--max_iters=12', '--learning_rate=0.01']
+            run(made, 'train.py', *TRAINING.split(), *WIDE.split(), *steps)
+            said = {}
+            for name, flags in FLAGS.items():
+                out = run(made, 'export.py', '--json', *flags)
+                said[name] = json.loads(out.splitlines()[-1])
             (made / 'said.json').write_text(json.dumps(said))
     own = tmp_path_factory.mktemp('trained') / 'copy'
     shutil.copytree(made, own)
@@ -115,9 +98,8 @@ def exported(trained):
 
 def test_every_export_says_how_far_off_it_is(trained, exported):
     for name, said in exported.items():
-        assert (trained / said['output']).exists() and 0 <= said['difference'] <= said[
-            'tolerance'
-        ] < 2e-4, name
+        assert (trained / said['output']).exists(), name
+        assert 0 <= said['difference'] <= said['tolerance'] < 2e-4, name
     assert exported['hf']['read_by'] == f'transformers {transformers.__version__}'
     rounding = {name: said['rounding'] for name, said in exported.items()}
     assert rounding['hf'] == 0 < rounding['gguf'] < rounding['q8_0'] and rounding['int8'] > 0
@@ -126,9 +108,8 @@ def test_every_export_says_how_far_off_it_is(trained, exported):
 
 
 def debris(folder):
-    return [
-        name for name in os.listdir(folder) if name.startswith('.export') or name.endswith('.tmp')
-    ]
+    names = os.listdir(folder)
+    return [name for name in names if name.startswith('.export') or name.endswith('.tmp')]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -297,46 +278,19 @@ def test_in_trained_out_and_in_again_the_losses_are_the_same(tmp_path):
     (tmp_path / 'base/tokenizer.json').write_bytes(
         (tmp_path / 'data/tiny/tokenizer.json').read_bytes()
     )
-    flags = [
-        '--dataset=tiny',
-        '--block_size=32',
-        '--batch_size=4',
-        '--eval_interval=10',
-        '--eval_iters=3',
-        '--log_interval=1',
-        '--device=cpu',
-        '--dtype=float32',
-        '--sample_interval=0',
-        '--max_minutes=0',
-        '--learning_rate=0.001',
-        '--gradient_accumulation_steps=1',
-        '--dropout=0.1',
-    ]
-    run(tmp_path, 'train.py', '--init_from=base', '--max_iters=20', '--out_dir=first', *flags)
+    flags = '--dataset=tiny --block_size=32 --batch_size=4 --gradient_accumulation_steps=1'
+    flags += ' --max_iters=20 --max_minutes=0 --learning_rate=0.001 --dropout=0.1'
+    flags += ' --eval_interval=10 --eval_iters=3 --log_interval=1 --sample_interval=0'
+    flags = [*flags.split(), '--device=cpu', '--dtype=float32']
+    run(tmp_path, 'train.py', '--init_from=base', '--out_dir=first', *flags)
     run(tmp_path, 'export.py', '--out_dir=first', '--output=exported')
     losses = []
-    for source in (
-        'first/ckpt.pt',
-        'exported',
-    ):  # both go on from the same weights with the same rows
-        run(
-            tmp_path,
-            'train.py',
-            f'--init_from={source}',
-            '--max_iters=20',
-            f'--out_dir=out-{source[:2]}',
-            *flags,
-        )
-        lines = [
-            json.loads(line)
-            for line in (tmp_path / f'out-{source[:2]}' / 'metrics.jsonl').read_text().splitlines()
-        ]
-        losses.append([(line.get('train_loss'), line.get('val_loss')) for line in lines])
+    # both go on from the same weights with the same rows
+    for source, out_dir in (('first/ckpt.pt', 'out-ckpt'), ('exported', 'out-hf')):
+        run(tmp_path, 'train.py', f'--init_from={source}', f'--out_dir={out_dir}', *flags)
+        losses.append([(m['train_loss'], m['val_loss']) for m in metrics(tmp_path / out_dir)])
     assert losses[0] == losses[1] and len(losses[0]) == 21 and losses[0][-1][1] < losses[0][0][1]
-    first = [
-        json.loads(line) for line in (tmp_path / 'first/metrics.jsonl').read_text().splitlines()
-    ]
-    assert abs(first[-1]['val_loss'] - losses[1][0][1]) < 1e-6
+    assert abs(metrics(tmp_path / 'first')[-1]['val_loss'] - losses[1][0][1]) < 1e-6
     card = (tmp_path / 'exported/README.md').read_text()
     assert '| began from | base |' in card and 'LlamaForCausalLM' in card
 
@@ -885,18 +839,9 @@ def test_mistakes_cost_a_line(flags, message, trained, exported):
 @pytest.mark.slow
 def test_a_model_of_characters(tmp_path):
     write_tiny(tmp_path / 'data/tiny')
+    gpt2 = '--position=learned --norm=layernorm --activation=gelu --qk_norm=False --n_kv_head=0'
     run(
-        tmp_path,
-        'train.py',
-        *TINY,
-        '--max_iters=2',
-        '--sample_interval=0',
-        '--position=learned',
-        '--norm=layernorm',
-        '--activation=gelu',
-        '--qk_norm=False',
-        '--n_kv_head=0',
-        '--bias=True',
+        tmp_path, 'train.py', *TINY, *gpt2.split(), '--bias', '--max_iters=2', '--sample_interval=0'
     )
     assert 'transformers' in run(tmp_path, 'export.py')
     text = '(' + chr(70) + chr(80)
@@ -1002,18 +947,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
 def test_what_is_there_is_replaced_where_that_is_asked_for(trained, exported, tmp_path):
     trained = shutil.copytree(trained, tmp_path / 'own')
     small = ['--init_from=small/ckpt.pt']
-    run(
-        trained,
-        'train.py',
-        '--dataset=notes',
-        '--max_iters=1',
-        '--eval_iters=1',
-        '--sample_interval=0',
-        '--device=cpu',
-        '--n_layer=1',
-        '--block_size=64',
-        '--out_dir=small',
-    )
+    shape = ['--n_layer=1', '--block_size=64']
+    run(trained, 'train.py', *TRAINING.split(), *shape, '--max_iters=1', '--out_dir=small')
     # of a larger model
     (trained / 'out/model.onnx').write_bytes(bytes(10_000_000))
     (trained / 'out/model.onnx.data').write_text('weights')
