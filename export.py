@@ -275,11 +275,20 @@ while not os.path.exists(parent):
     parent = os.path.dirname(parent) or '.'
 workplace = f'{parent}/.export-{file}'
 new, replaced = f'{workplace}/new', f'{workplace}/replaced'
+
+
+def put_back():
+    """The old folder gets its name back where the export ended between the two renames."""
+    if os.path.exists(replaced) and not os.path.exists(output):
+        os.rename(replaced, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 try:
     os.makedirs(workplace, exist_ok=True)
     lock = lock_folder(workplace, wait=False)
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_back()  # what a process was killed over
+    shutil.rmtree(new, ignore_errors=True)
     os.mkdir(new)
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror}') from None
@@ -318,8 +327,7 @@ try:
 except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
-    if os.path.exists(replaced) and not os.path.exists(output):  # it ended between the two renames
-        os.rename(replaced, output)
+    put_back()
     release_folder(lock)
     shutil.rmtree(workplace, ignore_errors=True)
 if format == 'peft':

@@ -935,9 +935,12 @@ runpy.run_path(sys.argv[0], run_name='__main__')""")
     )
     assert done.returncode == 130, done.stderr
     assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
-    # what a process that was killed between the two renames leaves is no hindrance
+    # of a process that was killed between the two renames, the next one puts the old one back
     shutil.copytree(trained / 'kept', trained / '.export-kept/new')
-    shutil.copytree(trained / 'kept', trained / '.export-kept/replaced')
+    (trained / 'kept').rename(trained / '.export-kept/replaced')
+    done = subprocess.run([python(), str(tmp_path / 'cut.py'), *flags], cwd=trained)
+    assert done.returncode == 130
+    assert (trained / 'kept/model.safetensors').read_bytes() == before and not debris(trained)
     run(trained, 'export.py', *flags)
     assert (trained / 'kept/model.safetensors').stat().st_size < 0.6 * len(before)
     assert not debris(trained)
