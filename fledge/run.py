@@ -104,8 +104,9 @@ class StopSignals:
                 timer.daemon = True  # a loop that has ended by itself does not wait for it
                 timer.start()
             if self.speaks:
-                words = '\nsaving and stopping after this step; once more stops at once'
-                speak(words, sys.stderr)
+                words = b'\nsaving and stopping after this step; once more stops at once\n'
+                with contextlib.suppress(OSError):  # print() may be what the signal interrupts
+                    os.write(2, words)
         # one request may come as several signals: from the terminal, a launcher, a scheduler
         elif now - self.asked_at > 1:
             os._exit(128 + number)
