@@ -280,6 +280,10 @@ def test_another_base_or_none_is_refused_in_a_line(tmp_path, monkeypatch):
     shutil.copytree('out-lora', 'out', dirs_exist_ok=True)
     with pytest.raises(UserError, match='out/ckpt.pt holds adapters alone, and replaced the base'):
         huggingface.load('out/ckpt.pt')
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir('/')
+        with pytest.raises(UserError, match='out/ckpt.pt holds adapters alone, and replaced'):
+            huggingface.load(str(tmp_path / 'out/ckpt.pt'))
     saved = checkpoint.load('out-lora/ckpt.pt')
     for broken in ('out/ckpt.pt', dict(source='out/ckpt.pt'), dict(source=1, digest='x')):
         torch.save(saved | dict(base=broken), 'broken.pt')
@@ -588,6 +592,7 @@ def test_peft_adapters_of_other_kinds_are_refused_by_name(tmp_path, monkeypatch)
         (dict(lora_alpha=0), 'lora_alpha=0 is no number above 0'),
         (dict(base_model_name_or_path=None), 'names no base'),
         (dict(base_model_name_or_path='no/such/base'), 'adapter needs its base: no/such/base'),
+        (dict(base_model_name_or_path='adapter'), 'adapter holds adapters alone, and replaced'),
     ):
         with open('adapter/adapter_config.json', 'w') as f:
             json.dump(saved | change, f)

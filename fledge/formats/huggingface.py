@@ -189,14 +189,18 @@ def load(source: str, block_size: int = 0) -> dict:
     return dict(model=state, model_args=args, config={}, folder=folder)
 
 
-def load_base(source: str, folder: str, block_size: int = 0) -> dict:
-    """What the adapter in folder was trained on, by the source that it names: as load gives it.
+def load_base(source: str, path: str, block_size: int = 0) -> dict:
+    """What the adapter at path was trained on, by the source that it names: as load gives it.
 
-    A relative path counts from here, or else from the folder that the adapter's folder is in.
+    path: a checkpoint file, or a folder of peft's. A relative source counts from here, or else from
+    the folder that the adapter's folder is in.
     """
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     beside = os.path.join(os.path.dirname(os.path.abspath(folder)), source)
     if not os.path.exists(source) and os.path.exists(beside):
         source = beside
+    if os.path.exists(source) and os.path.samefile(source, path):
+        raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
     if source.endswith('.pt') and not os.path.exists(source):
         raise UserError(
             f'the adapter in {folder} needs its base, and {source} is not there: put it back'
@@ -223,9 +227,7 @@ def with_base(loaded: dict, path: str) -> dict:
     has_sizes = all(type(n) is int and 0 < n < 2**31 for n in (vocab_size, context))
     if not hub.may_be_source(source) or not isinstance(digest, str) or not has_sizes:
         raise UserError(f'{path} is no checkpoint: its base or its model_args are broken')
-    if os.path.exists(source) and os.path.samefile(source, path):
-        raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
-    base = load_base(source, os.path.dirname(path) or '.')
+    base = load_base(source, path)
     if adapters.digest(base) != digest:
         raise UserError(
             f'{path} was trained on another {source} than the one that is there: '
