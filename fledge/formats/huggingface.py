@@ -34,8 +34,9 @@ WANTED = ['*config.json', 'model*.safetensors*', peft.WEIGHTS]
 WANTED += ['tokenizer.json', 'merges.txt', 'chat_*.jinja']
 # Buffers that older versions of transformers saved.
 BUFFERS = re.compile(r'(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$')
-SETTINGS_ON_CARD = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps')
-SETTINGS_ON_CARD += ('weight_decay', 'dropout', 'seed')
+# Settings of a run that its model card shows.
+SHOWN = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps')
+SHOWN += ('weight_decay', 'dropout', 'seed')
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -459,38 +460,45 @@ def read(
     return logits, by
 
 
+def training_facts(state: dict, meta: dict, began: str) -> dict[str, object]:
+    """{what: value} that a model card tells of a checkpoint's run; {} where no run made it."""
+    if state.get('iter_num') is None:
+        return {}
+    settings, run = state['config'], state.get('run', {})
+    source = meta.get('source', '')
+    if os.path.exists(source):
+        source = os.path.basename(source.rstrip('/'))
+    facts = {'data': settings.get('dataset', '?') + (f' ({source})' if source else '')}
+    facts['began from'] = began
+    facts['steps'] = f'{state["iter_num"]:,}'
+    if 'tokens' in run:
+        facts['tokens seen'] = f'{run["tokens"]:,}'
+    if run.get('evaluation'):
+        loss, bits = run['evaluation']['loss'], run['evaluation'].get('bits_per_byte')
+        bits = f', {bits:.4f} bits a byte' if bits else ''
+        at = f'at step {run["evaluated_step"]:,}'
+        facts['validation loss'] = f'{loss:.4f} nats a token{bits}, {at}'
+    return facts | {key.replace('_', ' '): settings[key] for key in SHOWN if key in settings}
+
+
 def card(name: str, model: GPT, state: dict, meta: dict, began: str) -> str:
     """The model card: what is known of the model and of its training, and no more.
 
     state: a checkpoint, with the facts of its run where it has them; meta: of its data; began: what
     the weights began from, a name or a path, of which the last part says enough.
     """
-    c, run, source = model.config, state['config'], meta.get('source', '')
-    named = hub.is_name(began) and not began.endswith('.pt')
-    base = f'base_model: {began}\n' if named and '/' in began else ''
-    architecture = families.config_of(c)['architectures'][0]
-    facts = {}
-    if state.get('iter_num') is not None:
-        if os.path.exists(source):
-            source = os.path.basename(source.rstrip('/'))
-        rows = run.get('gradient_accumulation_steps', 1) * run.get('batch_size', 1)
-        facts['data'] = run.get('dataset', '?') + (f' ({source})' if source else '')
-        facts['began from'] = began if named else os.path.basename(began.rstrip('/'))
-        facts['steps'] = f'{state["iter_num"]:,}'
-        tokens = state['iter_num'] * rows * run.get('block_size', c.block_size)  # of an older run
-        tokens = state.get('run', {}).get('tokens', tokens)
-        facts['tokens seen'] = f'{tokens:,}'
-        evaluation = state.get('run', {}).get('evaluation')
-        if evaluation:
-            bits = evaluation.get('bits_per_byte')
-            bits = f', {bits:.4f} bits a byte' if bits else ''
-            at = f'{bits}, at step {state["run"]["evaluated_step"]:,}'
-            facts['validation loss'] = f'{evaluation["loss"]:.4f} nats a token{at}'
-        facts |= {key.replace('_', ' '): run[key] for key in SETTINGS_ON_CARD if key in run}
+    c = model.config
+    is_name = hub.is_name(began) and not began.endswith('.pt')
+    base = f'base_model: {began}\n' if is_name and '/' in began else ''
+    facts = training_facts(state, meta, began if is_name else os.path.basename(began.rstrip('/')))
     training = ''.join(f'| {key} | {value} |\n' for key, value in facts.items())
     if facts:
         training = f'| training | |\n|---|---|\n{training}\n'
-    n_params = model.get_num_params(non_embedding=False)
     return CARD.format(
-        name=name, base=base, n_params=n_params, architecture=architecture, c=c, training=training
+        name=name,
+        base=base,
+        n_params=model.get_num_params(non_embedding=False),
+        architecture=families.config_of(c)['architectures'][0],
+        c=c,
+        training=training,
     )
