@@ -5,6 +5,7 @@ dictionary, anything else on the `tokenizers` package.
 """
 
 import codecs
+import copy
 import functools
 import hashlib
 import io
@@ -151,8 +152,8 @@ class Tokenizer:
     @functools.cached_property
     def before_texts(self) -> set[int]:
         """The ids of the special tokens behind which a text begins, and so has that space."""
-        found = {self.end_of_text, *self.begin}
-        return found | {self.special[IM_START]} if self.puts_space_behind(IM_START) else found
+        within = {i for token, i in self.special.items() if self.puts_space_behind(token)}
+        return {self.end_of_text, *self.begin} | within
 
     def puts_space_behind(self, token: str) -> bool:
         """Whether that space is also put in front of a text that stands behind a special token."""
@@ -408,7 +409,9 @@ class Tokenizer:
 
     def changed(self, **entries) -> 'Tokenizer':
         """This tokenizer, with other entries of its tokenizer.json."""
-        return Tokenizer(self.spec | entries, self.template)
+        changed = Tokenizer(self.spec | entries, self.template)
+        changed.separator = self.separator
+        return changed
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
@@ -739,7 +742,7 @@ def common_tokenizer(
         )
     if theirs and not tokenizer and theirs.vocab_size != GPT2_SIZE:
         say(f'{data_dir} has no tokenizer.json: its tokens are taken for those of {weights}')
-    common = tokenizer or theirs
+    common = copy.copy(tokenizer or theirs)
     meta = read_meta(data_dir)
     if common and common.begin and not meta.get('begin'):
         common = common.without_begin()

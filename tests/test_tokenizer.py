@@ -20,6 +20,7 @@ from fledge.tokenizer import (
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
+    common_tokenizer,
     find_tokenizer,
     gpt2_tokenizer,
     is_gpt2_size,
@@ -185,6 +186,24 @@ def test_a_chat_has_the_tokens_of_its_template(name, request):
             assert answer in (content + IM_END, f'\n{content}{IM_END}')
             straddling += answer != content + IM_END
     assert bool(straddling) == (name in ('trained', 'gpt2'))
+
+
+def test_behind_which_tokens_a_text_begins_with_a_space():
+    llamas = load_tokenizer(shared('stories260k')).with_special()
+    assert llamas.before_texts == set(llamas.special.values())
+    spaces = dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False)
+    newer = llamas.changed(normalizer=None, pre_tokenizer=spaces)
+    assert newer.before_texts == {newer.end_of_text, *newer.begin}
+    assert byte_tokenizer().before_texts == {byte_tokenizer().end_of_text}
+
+
+def test_the_separator_is_that_of_the_data_or_the_model(trained, tmp_path):
+    theirs = Tokenizer(trained.spec)
+    theirs.separator = '>'
+    assert theirs.with_special(['<pad>']).separator == '>'
+    # data that have none leave the model's own as it was
+    common = common_tokenizer(str(tmp_path), theirs, 'the weights')
+    assert common.separator == '' and theirs.separator == '>'
 
 
 @pytest.mark.parametrize('option', ['lstrip', 'rstrip', 'single_word', 'normalized'])
