@@ -229,9 +229,7 @@ def write(target):
     What is off are the logits of ids or, of GGUF, the weights.
     """
     if format == 'gguf':
-        template = huggingface.chat_template(tokenizer)
-        huggingface.check_template(template, tokenizer)
-        gguf.write(target, model, tokenizer, dtype, name, template)
+        gguf.write(target, model, tokenizer, dtype, name)
         return gguf.largest_error(target, model, dtype), 'the file alone'
     if format == 'hf':
         began = init_from if source else run.get('init_from', 'scratch')

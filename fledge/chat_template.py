@@ -25,8 +25,8 @@ class ChatTemplate(NamedTuple):
 
 def read(folder: str) -> ChatTemplate | None:
     """The ChatTemplate of a Hugging Face folder, or None. UserError for a broken file."""
-    path, config = (os.path.join(folder, name) for name in FILES)
-    config = read_json(config) if os.path.exists(config) else {}
+    path, config_path = (os.path.join(folder, name) for name in FILES)
+    config = read_json(config_path) if os.path.exists(config_path) else {}
     text = config.get('chat_template')
     if isinstance(text, list):  # of several, the one without a purpose of its own
         named = {t.get('name'): t.get('template') for t in text if isinstance(t, dict)}
@@ -152,7 +152,8 @@ def lay_out(
         if not last_token:
             raise UserError("no special token ends an answer in the chat template's form")
         end = at + last_token.end()
-        as_said = render(template, messages[: i + 1]).startswith(text[:end])
+        is_last = i == len(messages) - 1
+        as_said = is_last or render(template, messages[: i + 1]).startswith(text[:end])
         if as_said and messages[i].get('learned', True):
             learned.append((len(prompt), end))
     return pieces, learned

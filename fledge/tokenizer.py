@@ -34,7 +34,8 @@ CHAT_TEMPLATE = (
     " + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OWN_TEMPLATES = (CHAT_TEMPLATE, '{{ bos_token }}' + CHAT_TEMPLATE)
+CHAT_TEMPLATE_WITH_BEGIN = '{{ bos_token }}' + CHAT_TEMPLATE
+OWN_TEMPLATES = (CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_BEGIN)
 # A conversation that shows whether a chat template suits a tokenizer.
 TRIAL = [
     dict(role='user', content='Où est\r\n the café?'),
@@ -78,8 +79,9 @@ def byte_to_unicode() -> dict[int, str]:
 
 
 class Tokenizer:
-    """One interface over the backends.
+    """One interface over three backends, of which one is at work and the others are None.
 
+    `bpe` is tiktoken's Encoding, `chars` {character: id}, `hf` the Tokenizer of `tokenizers`.
     spec: the parsed tokenizer.json; template: the ChatTemplate that came with it, None where there
     is none or it is ChatML's own. `vocab_size` counts every id, special tokens included;
     `special` maps the text of each special token to its id; `end_of_text` is the id that ends a
@@ -107,7 +109,8 @@ class Tokenizer:
         for i in ids:
             if type(i) is not int or not 0 <= i < 2**24:
                 raise ValueError(f'{i!r} is no id of a token')
-        self.n_ids, self.vocab_size = len(ids), max(ids) + 1
+        self.vocab_size = max(ids) + 1
+        self.has_gaps = len(ids) < self.vocab_size
         self.bpe = self.chars = self.hf = None
         pattern = _byte_level_pattern(spec)
         if pattern is not None:
@@ -189,15 +192,15 @@ class Tokenizer:
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of text, a list. Special tokens spelled out are text unless allow_special."""
-        if allow_special and self.special and not self.hf:
+        if self.hf:
+            return self._encode_by_tokenizers(text, allow_special).ids
+        if allow_special:
             ids = []
             for piece in self.special_pattern.split(text):
                 ids += [self.special[piece]] if piece in self.special else self.encode(piece)
             return ids
         if self.bpe:
             return self.encode_array(text).tolist()
-        if self.hf:
-            return self._encode_by_tokenizers(text, allow_special).ids
         try:
             return [self.chars[c] for c in text]
         except KeyError as e:
@@ -261,10 +264,7 @@ class Tokenizer:
         that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
         Raises UserError for messages that the template does not take, and where there is no form.
         """
-        if self.template:
-            laid_out = chat_template.lay_out(self.template, messages, self.special_pattern)
-        else:
-            laid_out = self._lay_out_chatml(messages)
+        laid_out = chat_template.lay_out(self.chat_form, messages, self.special_pattern)
         ids, learned = self._encode_pieces(*laid_out)
         whole = self._after_begin(ids)
         learned = [0] * (len(whole) - len(ids)) + learned
@@ -276,15 +276,12 @@ class Tokenizer:
         Special tokens spelled out in what they say are text. UserError where the model has no form
         for conversations, or the template does not take these.
         """
-        if self.template:
-            try:
-                pieces = chat_template.split_at_messages(self.template, messages, to_answer=True)
-            except UserError:  # it changes a message, as Qwen3's leaves out what was thought
-                text = chat_template.render(self.template, messages, add_generation_prompt=True)
-                return self.encode_prompt(text)
-        else:
-            pieces, _ = self._lay_out_chatml(messages)
-            pieces.append((f'{IM_START}assistant\n', None))
+        form = self.chat_form
+        try:
+            pieces = chat_template.split_at_messages(form, messages, to_answer=True)
+        except UserError:  # it changes a message, as Qwen3's leaves out what was thought
+            text = chat_template.render(form, messages, add_generation_prompt=True)
+            return self.encode_prompt(text)
         ids, _ = self._encode_pieces(pieces, [])
         return self._after_begin(ids)
 
@@ -293,62 +290,70 @@ class Tokenizer:
         """Whether conversations have a form: a chat template, or ChatML's tokens."""
         return bool(self.template) or {IM_START, IM_END} <= self.special.keys()
 
-    def _lay_out_chatml(self, messages):
-        """What chat_template.lay_out gives of CHAT_TEMPLATE, without the time that Jinja takes.
-
-        Here a message of anybody may be learned. UserError where ChatML's tokens are missing.
-        """
+    @functools.cached_property
+    def chat_form(self) -> chat_template.ChatTemplate:
+        """The template that conversations are laid out by; UserError where they have no form."""
+        if self.template:
+            return self.template
         if not self.has_chat_form:
             raise UserError(
                 'this model has no form for conversations: it was never tuned for them; '
                 'a text that it can go on with is --start'
             )
-        pieces, learned, at = [], [], 0
-        for i, message in enumerate(messages):
-            role = f'{message["role"]}\n'
-            said = role + message['content']
-            pieces += [(IM_START, None), (said, i), (f'{IM_END}\n', None)]
-            start, end = at + len(IM_START + role), at + len(IM_START + said + IM_END)
-            if message.get('learned', message['role'] == 'assistant'):
-                learned.append((start, end))
-            at = end + 1
-        return pieces, learned
+        if not self.begin:
+            return chat_template.ChatTemplate(CHAT_TEMPLATE, {})
+        begin = dict(bos_token=self.decode(self.begin))
+        return chat_template.ChatTemplate(CHAT_TEMPLATE_WITH_BEGIN, begin)
+
+    def check_chat_form(self) -> None:
+        """UserError where others, who encode a conversation as one text, get other ids."""
+        whole = self.encode(chat_template.render(self.chat_form, TRIAL), allow_special=True)
+        if self._after_begin(whole) != self.encode_chat(TRIAL)[0].tolist():
+            raise UserError(
+                'this tokenizer reads a whole conversation as other tokens than message by '
+                'message: others would prompt the model with what it never saw'
+            )
 
     def _encode_pieces(self, pieces, spans):
         """encode_chat's two lists of what lay_out gives: no message has special tokens."""
         parts = ['']  # plain text, a special token, plain text, a special token, ..., plain text
         for piece, message in pieces:
-            own = message is None
-            text, *others = self.special_pattern.split(piece) if own else [piece]
+            text, *others = self.special_pattern.split(piece) if message is None else [piece]
             parts[-1] += text  # tokens may hold the end of one piece and the beginning of the next
             parts += others
-        ids, learned, at = [], [], 0
+        ids, learned, end = [], [], 0
         for i, part in enumerate(parts):
-            start, at = at, at + len(part)  # in the whole text
+            start, end = end, end + len(part)  # in the whole text
             # a span ends with a special token: from somewhere on all of a part is learned, or none
-            firsts = [first for first, end in spans if first < at and start < end]
-            unlearned = part[: max(firsts[0] - start, 0)] if firsts else part
+            n_unlearned = len(part)
+            for first, behind in spans:
+                if first < end and start < behind:
+                    n_unlearned = max(first - start, 0)
             if i % 2:
                 ids.append(self.special[part])
-                learned.append(unlearned != part)
+                learned.append(n_unlearned == 0)
             elif part:
                 # in front of a whole text, and behind some special tokens, a space is put
                 spaced = i == 0 or self.puts_space_behind(parts[i - 1])
                 found, ends = self.encode_inside(part, spaced)
-                n = len(unlearned if self.hf else unlearned.encode())
+                if not self.hf:  # whose ends count bytes
+                    n_unlearned = len(part[:n_unlearned].encode())
                 ids += found
-                learned += [end > n for end in ends]
+                learned += [token_end > n_unlearned for token_end in ends]
         return ids, learned
 
     @functools.cached_property
     def turn_end(self) -> int | None:
-        """The id that ends an answer by the chat template; None without one, or if it fails."""
+        """The id that ends an answer: as the chat template has it, else ChatML's, or None."""
+        chatmls = self.special.get(IM_END)
+        if not self.template:
+            return chatmls
         try:
-            ids, learned = self.encode_chat(TRIAL) if self.template else ([], [])
+            ids, learned = self.encode_chat(TRIAL)
         except UserError:
-            return None
-        answers = [int(i) for i, is_learned in zip(ids, learned, strict=True) if is_learned]
-        return answers[-1] if answers else None
+            return chatmls
+        answers = ids[learned == 1].tolist()
+        return answers[-1] if answers else chatmls
 
     def for_chats(self) -> 'tuple[Tokenizer, str]':
         """This tokenizer with what conversations need, and why they are in ChatML all the same.
@@ -361,17 +366,12 @@ class Tokenizer:
             for name, token in self.template.tokens.items():
                 if name in self.template.text and token not in self.special:
                     raise UserError(f'the chat template has {token!r}, which is no special token')
-            pieces, _ = chat_template.lay_out(self.template, TRIAL, self.special_pattern)
-            ids, _ = self._encode_pieces(pieces, [])
-            whole = chat_template.render(self.template, TRIAL)
-            if self.encode(whole, allow_special=True) != ids:
-                raise UserError(
-                    'this tokenizer reads a conversation as other tokens than its parts'
-                )
+            self.check_chat_form()
         except UserError as e:
             return Tokenizer(self.spec).with_special(), f'conversations are in ChatML, since {e}'
-        # a document ends with a token that is nowhere else in it
-        ends_turns = self.end_of_text in ids
+        # a document ends with a token that is nowhere else in it, but perhaps in its begin
+        ids, _ = self.encode_chat(TRIAL)
+        ends_turns = self.end_of_text in ids[len(self.begin) :]
         return self.with_special([END_OF_DOCUMENT if ends_turns else END_OF_TEXT]), ''
 
     def encode_inside(self, text: str, space_in_front: bool = False) -> tuple[list[int], list[int]]:
@@ -389,8 +389,8 @@ class Tokenizer:
             ids, ends = found.ids, [end for _, end in found.offsets]
         else:
             ids = self.encode(before + text)
-            ends = list(itertools.accumulate(len(self.token_bytes[i]) for i in ids))
-        return ids[skipped:], [end - len(before) for end in ends[skipped:]]
+            ends = itertools.accumulate(map(len, map(self.token_bytes.__getitem__, ids)))
+        return ids[skipped:], [end - len(before) for end in ends][skipped:]
 
     def with_special(self, tokens: Iterable[str] = SPECIAL) -> 'Tokenizer':
         """This tokenizer, with those special tokens that it lacks added after its last id."""
@@ -399,7 +399,7 @@ class Tokenizer:
             missing = [t for t in missing if t != END_OF_TEXT]
         if not missing:
             return self
-        if self.n_ids != self.vocab_size:
+        if self.has_gaps:
             raise UserError(
                 f'this tokenizer lacks {", ".join(missing)}, which cannot be added: '
                 'its ids have gaps, and `tokenizers` would give others'
@@ -415,11 +415,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are no UTF-8 and ids that are no token's become U+FFFD."""
-        return self.decode_behind([], ids)
-
-    def decode_behind(self, prompt: Sequence[int], ids: Iterable[int]) -> str:
-        """The text that ids add to the text of prompt, ids as well."""
-        stream = TextStream(self, prompt)
+        stream = TextStream(self)
         return ''.join(map(stream.add, map(int, ids))) + stream.end()
 
     def text_bytes(self, vocab_size: int) -> np.ndarray:
@@ -498,10 +494,11 @@ def _begin(spec):
 
 def _bytes_of(vocab):
     """{id: bytes} of a byte-level vocabulary; a token that is no stand-in for bytes is its text."""
-    byte_of, found = {c: b for b, c in byte_to_unicode().items()}.__getitem__, {}
+    byte_of = {letter: byte for byte, letter in byte_to_unicode().items()}
+    found = {}
     for token, i in vocab.items():
         try:
-            found[i] = bytes(map(byte_of, token))
+            found[i] = bytes(map(byte_of.__getitem__, token))
         except KeyError:
             found[i] = token.encode()
     return found
@@ -672,21 +669,20 @@ def load_tokenizer(source: str) -> Tokenizer:
         return gpt2_tokenizer() if source == 'gpt2' else byte_tokenizer()
     if '/' in source and hub.is_name(source):
         source = hub.download(source, TOKENIZER_FILES + chat_template.FILES)
-    path, is_folder = source, os.path.isdir(source)
-    if is_folder:
-        paths = [os.path.join(source, name) for name in TOKENIZER_FILES]
-        path = next(filter(os.path.exists, paths), paths[0])
-    if is_folder and path.endswith('merges.txt'):
-        raise UserError(
-            f'{source} has merges.txt and no tokenizer.json: '
-            'load and save its tokenizer with transformers'
-        )
+    path, template = source, None
     try:
-        if is_folder and path.endswith('meta.pkl'):
+        if os.path.isdir(source):
+            path = file_in(source) or os.path.join(source, 'tokenizer.json')
+            template = chat_template.read(source)
+        if path.endswith('merges.txt'):
+            raise UserError(
+                f'{source} has merges.txt and no tokenizer.json: '
+                'load and save its tokenizer with transformers'
+            )
+        if path.endswith('meta.pkl'):
             return _read_meta_pkl(path)
         with open(path, encoding='utf-8') as f:
-            spec = json.load(f)
-        return Tokenizer(spec, chat_template.read(source) if is_folder else None)
+            return Tokenizer(json.load(f), template)
     except FileNotFoundError:
         raise UserError(
             f'no tokenizer at {source}: it is gpt2, bytes, a tokenizer.json, a folder that holds '
@@ -699,6 +695,12 @@ def load_tokenizer(source: str) -> Tokenizer:
         raise UserError(f'{path} is not a readable tokenizer: {why}') from None
 
 
+def file_in(folder: str) -> str | None:
+    """The path of the first of TOKENIZER_FILES that folder holds, or None."""
+    paths = [os.path.join(folder, name) for name in TOKENIZER_FILES]
+    return next(filter(os.path.exists, paths), None)
+
+
 def find_tokenizer(*folders, vocab_size: int = 0) -> Tokenizer | None:
     """The tokenizer of the first folder that holds one, or None.
 
@@ -706,7 +708,7 @@ def find_tokenizer(*folders, vocab_size: int = 0) -> Tokenizer | None:
     nanoGPT's folders say nothing then.
     """
     for folder in folders:
-        if any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+        if file_in(folder):
             # a folder may have the name of a tokenizer that is built in
             return load_tokenizer(os.path.join('.', folder) if folder in BUILT_IN else folder)
     return gpt2_tokenizer() if is_gpt2_size(vocab_size) else None

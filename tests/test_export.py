@@ -22,6 +22,7 @@ from fledge import UserError, adapters, checkpoint, quantize
 from fledge.formats import families, gguf, huggingface, onnx
 from fledge.tokenizer import (
     CHAT_TEMPLATE,
+    Tokenizer,
     byte_tokenizer,
     char_tokenizer,
     find_tokenizer,
@@ -310,7 +311,7 @@ def test_gguf_holds_every_tensor_and_what_llama_cpp_asks_for(name, tmp_path):
     kind, path, tokenizer = theirs.config.model_type, str(tmp_path / 'm.gguf'), byte_tokenizer()
     ids = torch.randint(0, 259, (1, 60), generator=torch.Generator().manual_seed(0))
     for dtype, most in (('float16', 4e-3), ('bfloat16', 4e-2), ('float32', 1e-6)):
-        gguf.write(path, model, tokenizer, dtype, 'a name', CHAT_TEMPLATE)
+        gguf.write(path, model, tokenizer, dtype, 'a name')
         off = (logits(gguf_reader.read(path).eval(), ids) - logits(model, ids)).abs().max()
         assert off < (
             1e-3 if name == 'gpt2 gelu untied' and most < 1e-3 else most
@@ -1140,18 +1141,24 @@ def test_an_edited_model_is_not_handed_to_others(edit, tmp_path):
 @pytest.mark.slow
 def test_gguf_takes_no_chat_template_that_gives_other_tokens(tmp_path):
     """Such as where the token that ends a turn takes the space in front of it, as Phi's do."""
-    huggingface.check_template(CHAT_TEMPLATE, byte_tokenizer())
-    kind = type(byte_tokenizer())
-    spec = kind(sentencepiece()).with_special().spec
-    huggingface.check_template(CHAT_TEMPLATE, kind(spec))
-    tokens = [t | dict(lstrip=t['content'] == '<|im_end|>') for t in spec['added_tokens']]
-    tokenizer = kind(spec | dict(added_tokens=tokens))
-    huggingface.check_template(None, tokenizer)
-    huggingface.check_template('{{ 1 / 0 }}' + CHAT_TEMPLATE, tokenizer)  # is not run
-    begin = '{{ bos_token }}' + CHAT_TEMPLATE
-    for template in (CHAT_TEMPLATE, begin):
+    byte_tokenizer().check_chat_form()
+    begin = dict(
+        type='TemplateProcessing',
+        single=[
+            dict(SpecialToken=dict(id='<s>', type_id=0)),
+            dict(Sequence=dict(id='A', type_id=0)),
+        ],
+        pair=[],
+        special_tokens={'<s>': dict(id='<s>', ids=[1], tokens=['<s>'])},
+    )
+    for post_processor in (begin, None):
+        spec = sentencepiece() | dict(post_processor=post_processor)
+        ours = Tokenizer(spec).with_special()
+        ours.check_chat_form()
+        tokens = [t | dict(lstrip=t['content'] == '<|im_end|>') for t in ours.spec['added_tokens']]
+        tokenizer = ours.changed(added_tokens=tokens)
         with pytest.raises(UserError, match='other tokens than message by message'):
-            huggingface.check_template(template, tokenizer)
+            tokenizer.check_chat_form()
     config = GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16)
     state = dict(model=GPT(config).state_dict(), model_args=checkpoint.model_args(config))
     checkpoint.save(str(tmp_path / 'ckpt.pt'), state)

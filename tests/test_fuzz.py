@@ -291,7 +291,6 @@ def read_tokenizer(folder):
     tokenizer.for_chats()
     tokenizer.text_bytes(100)
     huggingface.ends(tokenizer)
-    huggingface.chat_template(tokenizer)
 
 
 # of the kind that Llama's and Qwen's are

@@ -172,8 +172,9 @@ def test_sentencepieces_tokens_stream_as_transformers_decodes():
         ids = tokenizer.encode(text)
         theirs = tokenizer.hf.decode(ids, skip_special_tokens=False)
         assert tokenizer.decode(ids) == theirs == text
-        behind = tokenizer.encode_inside(text)[0]
-        assert tokenizer.decode_behind([403], behind) == text
+        stream = TextStream(tokenizer, [403])
+        behind, _ = tokenizer.encode_inside(text)
+        assert ''.join(map(stream.add, behind)) + stream.end() == text
 
 
 def test_a_broken_prompt_is_named():

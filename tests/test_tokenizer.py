@@ -155,8 +155,8 @@ def test_chats_and_the_special_tokens_they_need(trained):
         trained.decode(ids) == rendered and (ids == 999).sum() == 3
     )  # one that is spelled out in a message is text
     assert trained.decode(ids[learned == 1]) == 'Hello!<|im_end|>'
-    ids, learned = trained.encode_chat([m | dict(learned=m['role'] == 'user') for m in messages])
-    assert trained.decode(ids[learned == 1]) == 'Hi <|im_end|><|im_end|>'
+    _, learned = trained.encode_chat([m | dict(learned=False) for m in messages])
+    assert not learned.any()
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'trained', 'bytes', 'stories260k', 'first'])

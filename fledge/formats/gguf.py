@@ -13,7 +13,7 @@ import torch
 
 from fledge import UserError
 from fledge.formats import families
-from fledge.tokenizer import IM_END, PATTERNS, Tokenizer, merges_of
+from fledge.tokenizer import PATTERNS, Tokenizer, merges_of
 from model import GPT, GPTConfig, rope_frequencies
 
 TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}  # ours: GGUF's
@@ -64,8 +64,11 @@ def begins_with_a_space(spec: dict) -> bool:
     return 'Prepend' in kinds or any(scheme != 'never' for scheme in schemes)
 
 
-def add_sentencepiece(writer: object, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """What llama.cpp goes by in SentencePiece's BPE: what is merged first has the highest score."""
+def add_sentencepiece(writer: object, tokenizer: Tokenizer, tokens: list[tuple]) -> None:
+    """What llama.cpp goes by in SentencePiece's BPE: what is merged first has the highest score.
+
+    tokens: [(text, kind), ...] by id, of which bytes and the unknown token get kinds of their own.
+    """
     model = tokenizer.spec['model']
     made = [model['vocab'][''.join(merge)] for merge in merges_of(model)]
     if made != sorted(made):
@@ -81,12 +84,11 @@ def add_sentencepiece(writer: object, tokenizer: Tokenizer, tokens: list[str]) -
             tokens[i] = token, UNKNOWN
 
 
-def add_tokenizer(
-    writer: object, tokenizer: Tokenizer, vocab_size: int, chat_template: str | None
-) -> None:
+def add_tokenizer(writer: object, tokenizer: Tokenizer, vocab_size: int) -> None:
     """The tokenizer's part of the metadata, padded to the vocab_size of the model's embedding.
 
-    Raises UserError for what llama.cpp does not do: characters, WordPiece, splits it does not know.
+    Raises UserError for what llama.cpp does not do: characters, WordPiece, splits it does not know,
+    conversations of which it would read other tokens.
     """
     model, end = tokenizer.spec['model'], tokenizer.end_of_text
     if model['type'] != 'BPE':
@@ -118,13 +120,12 @@ def add_tokenizer(
         writer.add_eos_token_id(end)
         writer.add_pad_token_id(end)
     writer.add_add_bos_token(bool(tokenizer.begin))
-    turn_end = tokenizer.turn_end
-    if turn_end is None:
-        turn_end = tokenizer.special.get(IM_END)
-    if turn_end is not None:
-        writer.add_eot_token_id(turn_end)
-    if chat_template:
-        writer.add_chat_template(chat_template)
+    if tokenizer.turn_end is not None:
+        writer.add_eot_token_id(tokenizer.turn_end)
+    if tokenizer.has_chat_form:
+        if not tokenizer.template:  # one of another's making would be code to run
+            tokenizer.check_chat_form()
+        writer.add_chat_template(tokenizer.chat_form.text)
 
 
 def add_settings(writer: object, c: GPTConfig, kind: str) -> None:
@@ -197,14 +198,7 @@ def tensors(model: GPT, kind: str, dtype: str) -> Iterator[tuple[str, int, np.nd
         yield 'rope_freqs.weight', gguf.GGMLQuantizationType.F32, factors.numpy()
 
 
-def write(
-    path: str,
-    model: GPT,
-    tokenizer: Tokenizer,
-    dtype: str,
-    name: str,
-    chat_template: str | None = None,
-) -> None:
+def write(path: str, model: GPT, tokenizer: Tokenizer, dtype: str, name: str) -> None:
     """Write path: model's weights in dtype (see type_of), its tokenizer, the chat template.
 
     name is for people. Raises UserError for a model or a tokenizer that llama.cpp has no name for.
@@ -219,11 +213,11 @@ def write(
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_settings(writer, model.config, kind)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size, chat_template)
-    for name, stored, array in tensors(model, kind, dtype):
+    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    for tensor_name, stored, array in tensors(model, kind, dtype):
         block, size = gguf.GGML_QUANT_SIZES[stored]
         n_bytes = array.size // block * size
-        writer.add_tensor_info(name, array.shape, np.float32, n_bytes, stored)
+        writer.add_tensor_info(tensor_name, array.shape, np.float32, n_bytes, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -14,20 +14,10 @@ from collections.abc import Iterator
 
 import torch
 
-from fledge import UserError, adapters, checkpoint, read_json
-from fledge import chat_template as templates
+from fledge import UserError, adapters, chat_template, checkpoint, read_json
 from fledge.configurator import given
 from fledge.formats import families, hub, peft, save_tensors
-from fledge.tokenizer import (
-    CHAT_TEMPLATE,
-    IM_END,
-    IM_START,
-    OWN_TEMPLATES,
-    PATTERNS,
-    TRIAL,
-    Tokenizer,
-    find_tokenizer,
-)
+from fledge.tokenizer import CHAT_TEMPLATE, IM_END, PATTERNS, TRIAL, Tokenizer, find_tokenizer
 from model import GPT, GPTConfig
 
 WANTED = ['*config.json', 'model*.safetensors*', peft.WEIGHTS]
@@ -318,31 +308,6 @@ def read_if_there(source: str, name: str) -> dict:
     return read_json(path) if source and os.path.exists(path) else {}
 
 
-def chat_template(tokenizer: Tokenizer) -> str | None:
-    """The text of the tokenizer's template, else ChatML's if its tokens are there, or None."""
-    if tokenizer.template:
-        return tokenizer.template.text
-    if not {IM_START, IM_END} <= tokenizer.special.keys():
-        return None
-    return '{{ bos_token }}' + CHAT_TEMPLATE if tokenizer.begin else CHAT_TEMPLATE
-
-
-def check_template(template: str | None, tokenizer: Tokenizer) -> None:
-    """UserError where our chat template, rendered, gives other tokens than encode_chat.
-
-    One of another's making is left alone: it would be code to run.
-    """
-    if template not in OWN_TEMPLATES or tokenizer.chars:
-        return
-    begin = tokenizer.decode(tokenizer.begin)
-    text = templates.render(templates.ChatTemplate(template, dict(bos_token=begin)), TRIAL)
-    if tokenizer.encode(text, allow_special=True) != tokenizer.encode_chat(TRIAL)[0].tolist():
-        raise UserError(
-            'this tokenizer reads a whole conversation as other tokens than message by message, '
-            'as it was learned: others would prompt the model with what it never saw'
-        )
-
-
 def special_tokens(tokenizer: Tokenizer, source: str) -> tuple[dict, dict]:
     """What begins, ends and pads a text: ids for config.json, texts for tokenizer_config.json.
 
@@ -359,7 +324,7 @@ def special_tokens(tokenizer: Tokenizer, source: str) -> tuple[dict, dict]:
     texts['pad_token'] = texts['eos_token']
     before = read_if_there(source, 'tokenizer_config.json')
     for key in texts:
-        token = templates.special_token(before, key)
+        token = chat_template.special_token(before, key)
         if token in tokenizer.special:
             texts[key] = token
     before = read_if_there(source, 'config.json')
@@ -399,9 +364,8 @@ def write(
         clean_up_tokenization_spaces=False,
     )
     tokenizer_config |= texts
-    template = chat_template(tokenizer)
-    if template:
-        tokenizer_config['chat_template'] = template
+    if tokenizer.has_chat_form:
+        tokenizer_config['chat_template'] = tokenizer.chat_form.text
     generation = read_if_there(source, 'generation_config.json')
     generation = generation or ids | dict(do_sample=True, temperature=0.8, top_k=200)
     for saved in (ids, generation):
