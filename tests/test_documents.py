@@ -11,7 +11,7 @@ from conftest import run, shared
 
 import fledge.documents
 from fledge import UserError, read_meta
-from fledge.documents import Documents, open_split
+from fledge.documents import Documents, open_split, pack
 from fledge.tokenizer import byte_tokenizer, char_tokenizer
 from fledge.tokens import Tokens, read_bin, split_files, write_bin
 
@@ -341,6 +341,11 @@ def test_rows_of_real_conversations_are_full(talks, name, block_size):
     assert data.used > 0.97
     meta = read_meta(str(talks / name))['splits']['train']
     assert data.n_documents == meta['documents'] and data.n_learned == meta['learned']
+
+
+def test_each_length_is_packed_into_the_fullest_row_that_it_fits_in():
+    rows, n_rows = pack(np.array([2, 7, 3, 6, 2]), 10)  # 3 beside 7, so that 6 has room for both 2
+    assert rows.tolist() == [1, 0, 0, 1, 1] and n_rows == 2
 
 
 def test_documents_of_more_than_half_a_row_are_packed_in_hardly_more_rows_than_they_need(talks):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import model as model_py
 from fledge import UserError
 from fledge.checkpoint import load, load_model
-from fledge.formats import families, gguf, huggingface
+from fledge.formats import families, gguf, hub, huggingface
 from fledge.tokenizer import byte_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip('transformers')
@@ -344,6 +344,17 @@ def test_old_files_without_a_prefix_and_with_buffers(tmp_path):
     save_file(tensors, tmp_path / 'model.safetensors')
     after = huggingface.load(str(tmp_path))
     assert all(torch.equal(t, after['model'][n]) for n, t in before['model'].items())
+
+
+def test_a_name_on_the_hub_is_no_path_into_a_folder_that_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_name('gpt2') and hub.is_name('owner/model') and not hub.is_name('a/b/c')
+    (tmp_path / 'owner').mkdir()
+    assert not hub.is_name('owner/model')
+    with pytest.raises(UserError, match='no name on the .* hub while there is a folder owner'):
+        huggingface.load('owner/model')
+    with pytest.raises(UserError, match='no tokenizer at owner/model'):
+        load_tokenizer('owner/model')
 
 
 def test_fewer_positions_and_with_rope_more(tmp_path):

@@ -197,6 +197,16 @@ def test_behind_which_tokens_a_text_begins_with_a_space():
     assert byte_tokenizer().before_texts == {byte_tokenizer().end_of_text}
 
 
+def test_data_in_other_tokens_than_those_of_the_weights_are_refused(trained, tmp_path):
+    byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
+    with pytest.raises(
+        UserError, match="another tokenizer than .* prepare it with --tokenizer='a b'"
+    ):
+        common_tokenizer(str(tmp_path), trained, 'a b')
+    theirs = byte_tokenizer().with_special(['<pad>'])  # which has more, and no other ones
+    assert common_tokenizer(str(tmp_path), theirs, 'a b').spec == byte_tokenizer().spec
+
+
 def test_the_separator_is_that_of_the_data_or_the_model(trained, tmp_path):
     theirs = Tokenizer(trained.spec)
     theirs.separator = '>'
@@ -255,6 +265,21 @@ def test_trained_vocabulary_has_the_size_asked_for(trained):
     assert len(trained.encode('    def __init__(self):\n')) < 10
     with pytest.raises(UserError, match='at least 259'):
         train_bpe(['abc'], 200)
+
+
+def test_a_long_word_is_learned_from_in_pieces_of_a_thousand():
+    """Whole, one of a million characters would take the trainer hours."""
+    for longest, is_whole in ((999, False), (400, True)):
+        tokens = train_bpe(['a' * longest + 'xy' + 'a' * longest] * 50, 300).spec['model']['vocab']
+        assert any('xy' in token for token in tokens) == is_whole
+
+
+def test_a_vocabulary_with_gaps_gets_no_new_tokens():
+    spec = char_tokenizer('abc').spec
+    spec['model']['vocab']['c'] = 7
+    with pytest.raises(UserError, match='cannot be added: its ids have gaps'):
+        Tokenizer(spec).with_special()
+    assert char_tokenizer('abc').with_special().special['<|endoftext|>'] == 3
 
 
 def test_characters(tmp_path):
