@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fledge import checkpoint
 from fledge.formats import huggingface
-from fledge.tokenizer import TextStream, load_tokenizer
+from fledge.tokenizer import TextStream, common_tokenizer, load_tokenizer
 from fledge.tokens import read_bin
 
 STORIES = ['Once upon a time, there was a cat.', 'The dog ran.\nIt sat down.', 'Lily was happy.']
@@ -97,6 +97,19 @@ def test_a_prompt_begins_as_a_document_does(folder):
     assert tokenizer.encode_prompt('<|endoftext|>the cat') == [2, 1, *cat]
     assert tokenizer.encode_prompt('') == [1]
     assert tokenizer.without_begin().encode_prompt('') == [2]
+
+
+def test_data_of_before_there_was_a_begin_have_none(folder):
+    theirs, data = load_tokenizer(str(folder / 'base')), folder / 'data/stories'
+    assert common_tokenizer(str(data), theirs, 'base').begin == [1]
+    meta = json.loads((data / 'meta.json').read_text())
+    del meta['begin']
+    (data / 'meta.json').write_text(json.dumps(meta))
+    assert common_tokenizer(str(data), theirs, 'base').begin == []
+    assert theirs.begin == theirs.as_trained({}).begin == [1]
+    # and so have runs on such data, unlike weights from elsewhere
+    assert theirs.as_trained(dict(iter_num=5)).begin == []
+    assert theirs.as_trained(dict(iter_num=5, begin=[1])).begin == [1]
 
 
 @pytest.mark.slow

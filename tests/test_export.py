@@ -147,16 +147,15 @@ def test_gpt2_without_biases_gets_zeros(tmp_path):
     ).eval()
     config = families.config_of(model.config)
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    save_file(
-        {n: t.contiguous() for n, t in huggingface.their_tensors(model, 'gpt2')},
-        tmp_path / 'model.safetensors',
-        {'format': 'pt'},
-    )
+    tensors = {n: t.contiguous() for n, t in huggingface.their_tensors(model, 'gpt2')}
+    save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
     theirs, ids = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(),
         torch.arange(20)[None],
     )
     assert (theirs(ids).logits - logits(model, ids)).abs().max() < 1e-5
+    # transformers makes up what a file lacks, and others do not
+    assert tensors.keys() == theirs.state_dict().keys() - {'lm_head.weight'}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +166,15 @@ def test_gpt2_without_biases_gets_zeros(tmp_path):
         dict(bias=True),
         dict(position='learned'),
         dict(qkv_bias=True),
+        # a GPT-2 whose heads are not as wide as the model
+        dict(
+            position='learned',
+            norm='layernorm',
+            activation='gelu',
+            qk_norm=False,
+            n_head=3,
+            head_dim=8,
+        ),
     ],
 )
 def test_a_model_of_no_family_is_refused(change):
@@ -417,11 +425,11 @@ def test_q8_0_of_each_family(kind, tmp_path):
         p.add_(0.05 * torch.randn_like(p))
     ids = torch.randint(0, 259, (1, 60))
     gguf.write(str(tmp_path / 'm.gguf'), model, byte_tokenizer(), 'q8_0', 'x')
-    types = {
-        t.tensor_type.name
-        for t in gguf_package.GGUFReader(str(tmp_path / 'm.gguf')).tensors
-        if len(t.shape) > 1 and 'position' not in t.name
-    }
+    held = gguf_package.GGUFReader(str(tmp_path / 'm.gguf')).tensors
+    is_matrix = [len(t.shape) > 1 and t.name != 'position_embd.weight' for t in held]
+    types = {t.tensor_type.name for t, matrix in zip(held, is_matrix, strict=True) if matrix}
+    others = {t.tensor_type.name for t, matrix in zip(held, is_matrix, strict=True) if not matrix}
+    assert others == {'F32'}  # vectors, and learned positions
     exact = logits(model, ids)
     gguf.round_weights(model, 'q8_0')
     off = logits(gguf_reader.read(str(tmp_path / 'm.gguf')).eval(), ids) - logits(model, ids)

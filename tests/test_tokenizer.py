@@ -197,6 +197,14 @@ def test_behind_which_tokens_a_text_begins_with_a_space():
     assert byte_tokenizer().before_texts == {byte_tokenizer().end_of_text}
 
 
+def test_the_digest_is_of_all_that_a_tokenizer_does(trained, tmp_path):
+    trained.save(str(tmp_path / 'tokenizer.json'))
+    assert load_tokenizer(str(tmp_path)).digest() == trained.digest()
+    others = [trained.with_special(['<pad>']), trained.changed(normalizer=dict(type='NFC'))]
+    others += [byte_tokenizer()]
+    assert len({tokenizer.digest() for tokenizer in (trained, *others)}) == 4
+
+
 def test_data_in_other_tokens_than_those_of_the_weights_are_refused(trained, tmp_path):
     byte_tokenizer().save(str(tmp_path / 'tokenizer.json'))
     with pytest.raises(
