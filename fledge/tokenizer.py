@@ -35,7 +35,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHAT_TEMPLATE_WITH_BEGIN = '{{ bos_token }}' + CHAT_TEMPLATE
-OWN_TEMPLATES = (CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_BEGIN)
 # A conversation that shows whether a chat template suits a tokenizer.
 TRIAL = [
     dict(role='user', content='Où est\r\n the café?'),
@@ -93,7 +92,8 @@ class Tokenizer:
     separator = ''
 
     def __init__(self, spec: dict, template: chat_template.ChatTemplate | None = None):
-        self.template = template if template and template.text not in OWN_TEMPLATES else None
+        is_chatml = template and template.text in (CHAT_TEMPLATE, CHAT_TEMPLATE_WITH_BEGIN)
+        self.template = None if is_chatml else template
         # these two would cut a document, or fill it up
         self.spec = spec = spec | dict(truncation=None, padding=None)
         model, added = spec['model'], spec.get('added_tokens') or []
