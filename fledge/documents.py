@@ -210,27 +210,25 @@ class Documents:
 
         Of a document without any, the first two mean nothing.
         """
-        first_learned, lengths = starts + 1, lengths.copy()
-        learned = np.zeros(len(starts), np.int64)
         last_targets = starts + lengths
-        first = 0
-        while first < len(starts):
-            upto = np.searchsorted(last_targets, starts[first] + TOKENS_AT_ONCE)
-            upto = max(int(upto), first + 1)
-            here = slice(first, upto)
-            begin, end = starts[first], last_targets[upto - 1] + 1
-            parts = []  # of each shard what is between begin and end, mostly nothing
-            for mask, offset in zip(self.masks, self.first_token, strict=False):
-                parts.append(mask[max(begin - offset, 0) : max(end - offset, 0)])
-            places = begin + np.flatnonzero(np.concatenate(parts))  # of learned tokens
-            before = np.searchsorted(places, starts[here], side='right')  # t0 is no target
-            up_to = np.searchsorted(places, last_targets[here], side='right')
-            learned[here] = up_to - before
-            teaches = np.flatnonzero(up_to > before)
-            first_learned[first + teaches] = places[before[teaches]]
-            lengths[first + teaches] = places[up_to[teaches] - 1] - starts[first + teaches]
-            first = upto
-        return first_learned, lengths, learned
+        first_learned, last_learned = starts.copy(), starts.copy()
+        learned = np.zeros(len(starts), np.int64)
+        for mask, shard_start in zip(self.masks, self.first_token, strict=False):
+            for begin in range(shard_start, shard_start + len(mask), TOKENS_AT_ONCE):
+                part = mask[begin - shard_start :][:TOKENS_AT_ONCE]
+                places = begin + np.flatnonzero(part)  # of learned tokens
+                first = np.searchsorted(last_targets, begin)
+                behind = np.searchsorted(starts, begin + len(part))
+                here = np.arange(first, behind)  # the documents that may have targets in this part
+                before = np.searchsorted(places, starts[here], side='right')  # t0 is no target
+                up_to = np.searchsorted(places, last_targets[here], side='right')
+                teaches = up_to > before
+                here, before, up_to = here[teaches], before[teaches], up_to[teaches]
+                is_first = learned[here] == 0
+                first_learned[here[is_first]] = places[before[is_first]]
+                last_learned[here] = places[up_to - 1]
+                learned[here] += up_to - before
+        return first_learned, last_learned - starts, learned
 
     def _pack(self):
         """Put the documents, or pairs, into rows."""

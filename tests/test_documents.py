@@ -95,6 +95,17 @@ def test_each_learned_target_is_predicted_once_an_epoch_from_the_tokens_before_i
     )  # loaded bit by bit, it is the same
     in_parts = Documents(folder, 'train', block_size, VOCAB_SIZE, 5)
     assert predictions(in_parts.rows(0, in_parts.n_rows)) == wanted
+    assert in_parts.n_learned == data.n_learned
+
+
+def test_sources_and_targets_are_the_same_loaded_bit_by_bit(tmp_path, monkeypatch):
+    folder = write(tmp_path, some_documents(150, 60), cuts=(700, 701, 1500))
+    whole = Documents(folder, 'train', 64, VOCAB_SIZE, with_sources=True)
+    monkeypatch.setattr(fledge.documents, 'TOKENS_AT_ONCE', 7)
+    in_parts = Documents(folder, 'train', 64, VOCAB_SIZE, with_sources=True)
+    assert in_parts.n_documents == whole.n_documents > 50
+    for number in range(whole.n_documents):
+        assert in_parts.source_and_target(number) == whole.source_and_target(number)
 
 
 def test_a_batch_counts_its_documents_and_padding_belongs_to_none(tmp_path):
