@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -149,15 +150,18 @@ def gradient_norms(model: GPT, batch: Batch) -> tuple[float, dict[str, float]]:
     return loss.item(), norms
 
 
-def gradient_table(
-    norms: dict[str, float], tied: bool
-) -> tuple[list[str], list[str], list[list[float]], dict[str, float]]:
-    """The norms of gradient_norms as a table: layers, kinds, rows, others.
+@dataclass
+class GradientTable:
+    """The norms of gradient_norms by layer and kind of matrix."""
 
-    layers, kinds: the labels of its rows and columns. rows: lists of norms, NaN where a layer has
-    no matrix of that kind. others: {label: norm} of what is in no layer. tied: whether the
-    embedding is the head as well.
-    """
+    layers: list[str]  # the labels of the rows
+    kinds: list[str]  # the labels of the columns
+    rows: list[list[float]]  # the norms; NaN where a layer has no matrix of that kind
+    others: dict[str, float]  # by label: the norms of what is in no layer
+
+
+def gradient_table(norms: dict[str, float], tied: bool) -> GradientTable:
+    """The table of the norms; tied: whether the token embedding is the head as well."""
     by_layer, others = {}, {}
     for name, norm in norms.items():
         found = re.fullmatch(r'transformer\.(encoder|h)\.(\d+)\.(.+)', name)
@@ -174,29 +178,31 @@ def gradient_table(
     has_encoder = places[0][0] == 'encoder'
     stacks = {'encoder': 'encoder', 'h': 'decoder' if has_encoder else 'layer'}
     layers = [f'{stacks[stack]} {layer}' for stack, layer in places]
-    return layers, kinds, rows, others
+    return GradientTable(layers, kinds, rows, others)
 
 
 def draw_gradients(norms: dict[str, float], tied: bool, title: str, path: str) -> None:
     """Draw the norms of gradient_norms as a PNG at path; tied: see gradient_table."""
     from matplotlib.colors import LogNorm
 
-    layers, kinds, rows, others = gradient_table(norms, tied)
+    table = gradient_table(norms, tied)
     known = [norm for norm in norms.values() if 0 < norm < math.inf] or [1.0]
     low, high = min(known), max(known)
     middle = math.sqrt(low * high)
     # a factor of 100 at least, so that small differences look small
     scale = LogNorm(min(low, middle / 10), max(high, middle * 10))
-    size = (3 + 1.1 * len(kinds), 2.5 + 0.35 * len(layers))
-    both = new_axes(size, nrows=2, height_ratios=(len(layers), 1))
-    figure = both[0].figure
+    size = (3 + 1.1 * len(table.kinds), 2.5 + 0.35 * len(table.layers))
+    top, bottom = new_axes(size, nrows=2, height_ratios=(len(table.layers), 1))
+    figure = top.figure
     figure.set_layout_engine('constrained')
     figure.suptitle(
         f'{title}\nmuch smaller in the first layers: it vanishes; much larger: it explodes'
     )
-    draw_numbers(both[0], rows, layers, [kind.replace('.', '\n') for kind in kinds], scale)
-    image = draw_numbers(both[1], [list(others.values())], [''], list(others), scale)
-    figure.colorbar(image, ax=both, label='norm of the gradient')
+    columns = [kind.replace('.', '\n') for kind in table.kinds]
+    draw_numbers(top, table.rows, table.layers, columns, scale)
+    others = table.others
+    image = draw_numbers(bottom, [list(others.values())], [''], list(others), scale)
+    figure.colorbar(image, ax=[top, bottom], label='norm of the gradient')
     save(figure, path)
 
 

@@ -168,18 +168,18 @@ def test_an_encoder_has_a_gradient_through_cross_attention():
 
 def test_the_table_names_every_matrix():
     _, norms = gradient_norms(GPT(GPTConfig(**SMALL)).eval(), numbers())
-    layers, kinds, rows, others = gradient_table(norms, tied=True)
-    assert layers == ['layer 0', 'layer 1']
-    assert kinds == ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
-    assert rows[1][2] == norms['transformer.h.1.mlp.c_fc'] and np.shape(rows) == (2, 4)
-    assert list(others) == ['learned positions', 'token embedding = head']
-    assert others['learned positions'] == norms['transformer.wpe']
+    table = gradient_table(norms, tied=True)
+    assert table.layers == ['layer 0', 'layer 1']
+    assert table.kinds == ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+    assert table.rows[1][2] == norms['transformer.h.1.mlp.c_fc'] and np.shape(table.rows) == (2, 4)
+    assert list(table.others) == ['learned positions', 'token embedding = head']
+    assert table.others['learned positions'] == norms['transformer.wpe']
     norms |= {'lm_head': 1.0, 'transformer.encoder.0.attn.c_attn': 2.0}
     norms['transformer.h.10.cross_attn.q_attn'] = 3.0
-    layers, kinds, rows, others = gradient_table(norms, tied=False)
-    assert layers == ['encoder 0', 'decoder 0', 'decoder 1', 'decoder 10']
-    assert rows[3][kinds.index('cross_attn.q_attn')] == 3 and rows[0][0] == 2
-    assert np.isnan(rows[0][1:]).all() and others['head'] == 1
+    table = gradient_table(norms, tied=False)
+    assert table.layers == ['encoder 0', 'decoder 0', 'decoder 1', 'decoder 10']
+    assert table.rows[3][table.kinds.index('cross_attn.q_attn')] == 3 and table.rows[0][0] == 2
+    assert np.isnan(table.rows[0][1:]).all() and table.others['head'] == 1
 
 
 @pytest.mark.slow
