@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,16 @@ LABEL_INCHES = 0.1  # of its label, which is left out where tokens are closer
 LABEL_CHARACTERS = 12
 GAP_INCHES = 1.6  # between the parts of a picture
 FONT = 'DejaVu Sans Mono'  # matplotlib's own, at hand everywhere
+
+
+@dataclass
+class Maps:
+    """The attention of some layers, as one part of a picture."""
+
+    title: str
+    layers: list[Tensor]  # probabilities, each (n_head, len(queries), len(keys))
+    queries: list[bytes]  # the tokens that read
+    keys: list[bytes]  # the tokens that are read
 
 
 @torch.no_grad()
@@ -77,7 +88,7 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: list[int], path: str) 
     tokens = [tokenizer.token_bytes.get(i, b'') for i in ids[:n_most]]
     if not model.config.n_encoder_layer:
         idx = torch.tensor([ids[:n_most]], device=device)
-        draw([('', attention_of(model, idx), tokens, tokens)], path)
+        draw([Maps('', attention_of(model, idx), tokens, tokens)], path)
         return
     source = torch.tensor([ids], device=device)  # all of it: an encoder sees what is not drawn
     start, options = [[tokenizer.end_of_text]], dict(temperature=0, stop=tokenizer.end_of_text)
@@ -94,30 +105,28 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: list[int], path: str) 
     ):
         layers = attention_of(model, idx, modules, source)
         shown = [layer[:, : len(queries), : len(keys)] for layer in layers]
-        parts.append((title, shown, queries, keys))
+        parts.append(Maps(title, shown, queries, keys))
     draw(parts, path)
 
 
-def draw(parts: list[tuple], path: str) -> None:
+def draw(parts: list[Maps], path: str) -> None:
     """Write attention as a PNG at path: a row of heat maps a layer, and in it one a head.
 
-    parts: one below the other, (title, layers, queries, keys). layers: tensors (n_head,
-    len(queries), len(keys)) of probabilities. queries, keys: the bytes of the tokens that read and
-    of those that are read. UserError where path cannot be written.
+    The parts are one below the other. UserError where path cannot be written.
     """
     from matplotlib.figure import Figure  # without pyplot: faster to import, and never a window
 
-    pictures = [in_one_picture(layers) for _, layers, _, _ in parts]
+    pictures = [in_one_picture(maps.layers) for maps in parts]
     n_rows = sum(len(picture) for picture in pictures)
-    token_inches = MOST_INCHES / max(n_rows, *(picture.shape[1] for picture in pictures))
-    token_inches = min(TOKEN_INCHES, token_inches)
-    inches = [[token_inches * n for n in picture.shape] for picture in pictures]
-    width = max(width for _, width in inches)
-    height = sum(height for height, _ in inches) + GAP_INCHES * (len(parts) - 1)
+    n_columns = max(picture.shape[1] for picture in pictures)
+    token_inches = min(TOKEN_INCHES, MOST_INCHES / max(n_rows, n_columns))
+    width = token_inches * n_columns
+    height = token_inches * n_rows + GAP_INCHES * (len(parts) - 1)
     figure, top = Figure((width, height)), height
-    for picture, part, (part_height, part_width) in zip(pictures, parts, inches, strict=True):
+    for maps, picture in zip(parts, pictures, strict=True):
+        part_height, part_width = (token_inches * n for n in picture.shape)
         place = (0, (top - part_height) / height, part_width / width, part_height / height)
-        image = draw_part(figure.add_axes(place), picture, *part, token_inches)
+        image = draw_part(figure.add_axes(place), maps, picture, token_inches)
         top -= part_height + GAP_INCHES
     bar = figure.add_axes((1 + 0.8 / width, 0, 0.15 / width, 1))
     figure.colorbar(image, cax=bar, label='probability')
@@ -139,31 +148,24 @@ def in_one_picture(layers: list[Tensor]) -> np.ndarray:
     return picture[:-1, :-1]  # nothing is behind the last gaps
 
 
-def draw_part(
-    axes: object,
-    picture: np.ndarray,
-    title: str,
-    layers: list[Tensor],
-    queries: list[bytes],
-    keys: list[bytes],
-    token_inches: float,
-) -> object:
-    """Draw in_one_picture() of layers, with the names of tokens, heads and layers around it."""
+def draw_part(axes: object, maps: Maps, picture: np.ndarray, token_inches: float) -> object:
+    """Draw maps, which in_one_picture() has joined, with names of tokens, heads and layers."""
     from matplotlib.colors import PowerNorm
 
-    n_layer, n_head, rows, columns = len(layers), len(layers[0]), len(queries) + 1, len(keys) + 1
+    n_layer, n_head = len(maps.layers), len(maps.layers[0])
     axes.set_facecolor('silver')  # the colour of the gaps
     # most probabilities are small, and their square roots differ more
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     image = axes.imshow(picture, norm=norm, cmap='Blues', aspect='auto')
     axes.set(xlabel='token that is read', ylabel='token that reads')
     step = math.ceil(LABEL_INCHES / token_inches)  # from a token with a label to the next
-    name_tokens(axes.xaxis, keys, n_head, step, rotation=90)
-    name_tokens(axes.yaxis, queries, n_layer, step)
+    name_tokens(axes.xaxis, maps.keys, n_head, step, rotation=90)
+    name_tokens(axes.yaxis, maps.queries, n_layer, step)
     head_axis, layer_axis = axes.secondary_xaxis('top'), axes.secondary_yaxis('right')
-    head_axis.set_xticks((np.arange(n_head) + 0.5) * columns - 1, range(n_head))
-    layer_axis.set_yticks((np.arange(n_layer) + 0.5) * rows - 1, range(n_layer))
-    head_axis.set_xlabel(f'{title}: head' if title else 'head')
+    map_width, map_height = len(maps.keys) + 1, len(maps.queries) + 1  # with the gap behind it
+    head_axis.set_xticks((np.arange(n_head) + 0.5) * map_width - 1, range(n_head))
+    layer_axis.set_yticks((np.arange(n_layer) + 0.5) * map_height - 1, range(n_layer))
+    head_axis.set_xlabel(f'{maps.title}: head' if maps.title else 'head')
     layer_axis.set_ylabel('layer')
     return image
 

@@ -5,7 +5,7 @@ import torch
 from conftest import shared
 
 from fledge import UserError, checkpoint, cpu, quantize
-from fledge.attention import attention_of, draw, draw_attention, label
+from fledge.attention import Maps, attention_of, draw, draw_attention, label
 from fledge.formats import huggingface
 from fledge.tokenizer import byte_tokenizer, load_tokenizer
 from model import GPT, GPTConfig
@@ -121,7 +121,7 @@ def test_a_picture_has_room_for_each_token_and_no_more_than_fits(tmp_path, capsy
 
 def test_those_that_read_need_not_be_those_that_are_read(tmp_path):
     layers = [torch.full((1, 3, 30), 1 / 30)] * 2
-    draw([('', layers, [b'a'] * 3, [b'b'] * 30)], str(tmp_path / 'cross.png'))
+    draw([Maps('', layers, [b'a'] * 3, [b'b'] * 30)], str(tmp_path / 'cross.png'))
     width, height = size_of_png(tmp_path / 'cross.png')
     assert width > 2 * height
 
