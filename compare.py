@@ -18,7 +18,7 @@ import json as json_
 import statistics
 
 from fledge import comparison
-from fledge.comparison import AXES, UNITS, in_words, is_number
+from fledge.comparison import AXES, UNITS, is_number
 from fledge.configurator import configure, one_of
 from fledge.report import aligned
 
@@ -66,28 +66,29 @@ elif others:
     print('no setting differs: the code may')
 
 # ---- the losses
-places = {axis: comparison.common_place(runs, axis, measure) for axis in AXES}
+places = [comparison.common_end(runs, axis, measure) for axis in AXES]
 has_bpb = all(is_number(line['val_bpb']) for run in runs for line in run.evaluations)
-losses = {name: {} for name in names}  # of each group by measure and place, for --json
+losses = {name: {} for name in names}  # of each group by measure and axis, for --json
+columns = ['seeds', *(place.in_words() for place in places), 'its end']
 for shown in UNITS if has_bpb else ['val_loss']:
-    header = [f'{shown}, {UNITS[shown]}', 'seeds', *(in_words(*place) for place in places.items())]
-    lines = [[*header, 'its end']]
+    lines = [[f'{shown}, {UNITS[shown]}', *columns]]
     for group in groups:
-        cells, by_place = [group.name, str(len(group.runs))], {}
-        for axis, place in places.items():
-            by_place[axis] = group.losses_at(axis, place, shown)
-            was_evaluated = group.was_evaluated_at(axis, place, shown)
-            cells.append(cell(by_place[axis], '' if was_evaluated else '~'))
-        by_place['end'] = [run.curve('tokens', shown)[1][-1] for run in group.runs]
-        lines.append([*cells, cell(by_place['end'])])
-        losses[group.name][shown] = by_place
+        cells, by_axis = [group.name, str(len(group.runs))], {}
+        for place in places:
+            by_axis[place.axis] = group.losses_at(place, shown)
+            was_evaluated = group.was_evaluated_at(place, shown)
+            cells.append(cell(by_axis[place.axis], '' if was_evaluated else '~'))
+        at_end = [run.curve('tokens', shown)[1][-1] for run in group.runs]
+        lines.append([*cells, cell(at_end)])
+        losses[group.name][shown] = by_axis | dict(end=at_end)
     print(f'\n{aligned(lines)}')
 print('(mean ± standard deviation of the seeds; ~ is between two evaluations)\n')
 if picture:
     comparison.draw(groups, measure, picture)
 
 # ---- the verdict
-notes = comparison.notes_on(groups, by, places[by], measure)
+place = places[AXES.index(by)]
+notes = comparison.notes_on(groups, place, measure)
 if len(others) > 1 and min(len(group.runs) for group in groups) > 1:
     notes.append(f'the {len(others)} intervals hold together in 95% of cases')
 for note in notes:
@@ -100,10 +101,10 @@ elif why_not:
     print(f'no verdict: {why_not}')
 else:
     for other in others:
-        of_two = (first, other, by, places[by], measure, len(others))
-        verdicts.append(comparison.verdict(*of_two))
+        verdicts.append(comparison.verdict(first, other, place, measure, len(others)))
         print(verdicts[-1]['text'])
 if json:
     members = {group.name: [run.folder for run in group.runs] for group in groups}
-    result = dict(groups=members, differences=differing, places=places, losses=losses, by=by)
+    ends = {place.axis: place.position for place in places}
+    result = dict(groups=members, differences=differing, places=ends, losses=losses, by=by)
     print(json_.dumps(result | dict(notes=notes, verdicts=verdicts, no_verdict=why_not)))

@@ -22,6 +22,21 @@ UNITS = {'val_loss': 'nats a token', 'val_bpb': 'bits a byte'}
 
 
 @dataclass
+class Place:
+    """So far along one of AXES: where losses are compared."""
+
+    axis: str
+    position: float
+
+    def in_words(self) -> str:
+        if self.axis == 'step':
+            return f'step {self.position:,.0f}'
+        if self.axis == 'minutes':
+            return f'{self.position:.2f} minutes'
+        return f'{self.position:,.0f} tokens'
+
+
+@dataclass
 class Run:
     """A run's folder, its settings, and the lines of metrics.jsonl that have an evaluation."""
 
@@ -32,13 +47,13 @@ class Run:
     has_ended: bool
 
     def curve(self, axis: str, measure: str) -> tuple[list[float], list[float]]:
-        """Two lists: the places of the evaluations, and the losses there."""
+        """Two lists: how far along the axis the evaluations are, and the losses there."""
         known = [line for line in self.evaluations if is_number(line[measure])]
         return [line[axis] for line in known], [line[measure] for line in known]
 
-    def loss_at(self, axis: str, place: float, measure: str) -> float:
+    def loss_at(self, place: Place, measure: str) -> float:
         """On the straight line between the evaluations before and after the place."""
-        return float(np.interp(place, *self.curve(axis, measure)))
+        return float(np.interp(place.position, *self.curve(place.axis, measure)))
 
 
 @dataclass
@@ -46,19 +61,18 @@ class Group:
     """Runs of the same settings but the seed."""
 
     name: str
-    runs: list
+    runs: list[Run]
 
-    def losses_at(self, axis: str, place: float, measure: str) -> list[float]:
-        return [run.loss_at(axis, place, measure) for run in self.runs]
+    @property
+    def settings(self) -> dict:
+        """The first run's; the others' differ from them in GROUPED_OVER alone."""
+        return self.runs[0].settings
 
-    def was_evaluated_at(self, axis: str, place: float, measure: str) -> bool:
-        return all(place in run.curve(axis, measure)[0] for run in self.runs)
+    def losses_at(self, place: Place, measure: str) -> list[float]:
+        return [run.loss_at(place, measure) for run in self.runs]
 
-
-def in_words(axis: str, place: float) -> str:
-    if axis == 'step':
-        return f'step {place:,.0f}'
-    return f'{place:.2f} minutes' if axis == 'minutes' else f'{place:,.0f} tokens'
+    def was_evaluated_at(self, place: Place, measure: str) -> bool:
+        return all(place.position in run.curve(place.axis, measure)[0] for run in self.runs)
 
 
 def is_number(value: float | None) -> bool:
@@ -138,22 +152,22 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 def differences(groups: list[Group]) -> dict[str, list]:
     """{setting: [its value in each group]} of the settings that matter and are not all alike."""
-    names = dict.fromkeys(name for group in groups for name in group.runs[0].settings)
+    names = dict.fromkeys(name for group in groups for name in group.settings)
     found = {}
     for name in names:
-        values = [group.runs[0].settings.get(name) for group in groups]
+        values = [group.settings.get(name) for group in groups]
         if name not in GROUPED_OVER and any(value != values[0] for value in values):
             found[name] = values
     return found
 
 
-def common_place(runs: list[Run], axis: str, measure: str) -> float:
-    """How far all runs came along an axis; UserError where one begins behind another's end."""
+def common_end(runs: list[Run], axis: str, measure: str) -> Place:
+    """The Place on an axis to which all runs came; UserError: one begins behind another's end."""
     curves = [run.curve(axis, measure)[0] for run in runs]
     end, begin = min(curve[-1] for curve in curves), max(curve[0] for curve in curves)
     if begin > end:
         raise UserError(f'no {axis} is common to all: one begins at {begin:g}, one ends at {end:g}')
-    return end
+    return Place(axis, end)
 
 
 def likest_axis(runs: list[Run], measure: str) -> str:
@@ -172,7 +186,7 @@ def measure_of(groups: list[Group]) -> str:
     UserError where those differ and not all have bits per byte.
     """
     evaluations = [line for group in groups for run in group.runs for line in run.evaluations]
-    settings = [group.runs[0].settings for group in groups]
+    settings = [group.settings for group in groups]
     knows_data = all(s.get('_data') for s in settings)  # an older run has the name alone
     if len({s.get('_data' if knows_data else 'dataset') for s in settings}) == 1:
         return 'val_loss'
@@ -186,7 +200,7 @@ def measure_of(groups: list[Group]) -> str:
 
 def why_not_comparable(groups: list[Group]) -> str:
     """Why no verdict on the groups' losses can be given, '' where one can."""
-    settings = [group.runs[0].settings for group in groups]
+    settings = [group.settings for group in groups]
     if len({s.get('objective', 'next_token') for s in settings}) > 1:
         return 'they learned by other objectives, whose losses do not compare'
     of_val = set()
@@ -235,25 +249,21 @@ def difference(
     return mean_difference, (mean_difference - half, mean_difference + half)
 
 
-def verdict(
-    first: Group, other: Group, axis: str, place: float, measure: str, n_comparisons: int
-) -> dict:
+def verdict(first: Group, other: Group, place: Place, measure: str, n_comparisons: int) -> dict:
     """Whether one group is better than another at a place, a dict; `text` says it in one line.
 
     difference is other - first, in UNITS of the measure; interval and more_than_chance are None
     where there is no telling.
     """
-    before, after = (group.losses_at(axis, place, measure) for group in (first, other))
+    before, after = (group.losses_at(place, measure) for group in (first, other))
     by, interval = difference(before, after, n_comparisons)
     text = f'{other.name} is {"better" if by < 0 else "worse"} than {first.name} by {abs(by):.4f} '
-    text += f'{UNITS[measure]} at {in_words(axis, place)}'
+    text += f'{UNITS[measure]} at {place.in_words()}'
     seeds = f'{len(after)} and {len(before)} seeds'
     more_than_chance = None
     if interval:
         more_than_chance = not interval[0] <= 0 <= interval[1]
-        low, high = sorted(abs(end) if more_than_chance else end for end in interval)
-        if not more_than_chance and by < 0:
-            low, high = -high, -low
+        low, high = interval if by >= 0 else (-interval[1], -interval[0])  # of abs(by)
         text += f' (95% interval {low:.4f} to {high:.4f}, {seeds}): '
         text += 'more than chance' if more_than_chance else 'no more than chance may do'
     elif min(len(before), len(after)) == 1:
@@ -270,7 +280,7 @@ def verdict(
     )
 
 
-def notes_on(groups: list[Group], axis: str, place: float, measure: str) -> list[str]:
+def notes_on(groups: list[Group], place: Place, measure: str) -> list[str]:
     """What a reader of the comparison has to know besides, lines of text."""
     notes = []
     runs = [run for group in groups for run in group.runs]
@@ -284,10 +294,11 @@ def notes_on(groups: list[Group], axis: str, place: float, measure: str) -> list
             )
         if run.skipped_steps:
             notes.append(f'{run.folder} skipped {run.skipped_steps} steps that were not finite')
-        if last[axis] > 1.02 * place:
+        end = Place(place.axis, last[place.axis])
+        if end.position > 1.02 * place.position:
             notes.append(
-                f'{run.folder} goes on to {in_words(axis, last[axis])}: before its end a loss is '
-                'above that of a run which ends there, for its learning rate is still high'
+                f'{run.folder} goes on to {end.in_words()}: before its end a loss is above that of '
+                'a run which ends there, for its learning rate is still high'
             )
     return notes
 
@@ -300,14 +311,15 @@ def draw(groups: list[Group], measure: str, path: str) -> None:
     """
     by_tokens, by_minutes, apart = new_axes((19, 5), ncols=3)
     every_run = [run for group in groups for run in group.runs]
-    end = common_place(every_run, 'tokens', measure)
+    end = common_end(every_run, 'tokens', measure).position
+    begin = Place('tokens', DRAWN_FROM * end)
     for number, group in enumerate(groups):
         draw_group(by_tokens, group, 'tokens', measure, f'C{number}')
         draw_group(by_minutes, group, 'minutes', measure, f'C{number}')
         if number:
             draw_difference(apart, groups[0], group, end, measure, f'C{number}', len(groups) - 1)
     lowest = min(min(run.curve('tokens', measure)[1]) for run in every_run)
-    highest = max(run.loss_at('tokens', DRAWN_FROM * end, measure) for run in every_run)
+    highest = max(run.loss_at(begin, measure) for run in every_run)
     margin = 0.04 * (highest - lowest)
     for axes in (by_tokens, by_minutes):
         axes.set(ylim=(lowest - margin, highest + margin), ylabel=f'val loss ({UNITS[measure]})')
@@ -321,12 +333,12 @@ def draw(groups: list[Group], measure: str, path: str) -> None:
 
 def draw_group(axes: object, group: Group, axis: str, measure: str, color: str) -> None:
     curves = [run.curve(axis, measure) for run in group.runs]
-    end = min(places[-1] for places, _ in curves)
-    places = sorted({place for places, _ in curves for place in places if place <= end})
-    means = [statistics.fmean(group.losses_at(axis, place, measure)) for place in places]
+    end = min(positions[-1] for positions, _ in curves)
+    shown = sorted({p for positions, _ in curves for p in positions if p <= end})
+    means = [statistics.fmean(group.losses_at(Place(axis, p), measure)) for p in shown]
     for curve in curves:
         axes.plot(*curve, marker='.', linewidth=0.6, color=color)
-    axes.plot(places, means, linewidth=1.8, color=color, label=group.name)
+    axes.plot(shown, means, linewidth=1.8, color=color, label=group.name)
     axes.set(xlabel=axis)
 
 
@@ -340,15 +352,16 @@ def draw_difference(
     n_comparisons: int,
 ) -> None:
     """From a quarter of the common length on, at the evaluations of a run of the other group."""
-    places = [p for p in other.runs[0].curve('tokens', measure)[0] if DRAWN_FROM * end <= p <= end]
+    positions, _ = other.runs[0].curve('tokens', measure)
+    shown = [p for p in positions if DRAWN_FROM * end <= p <= end]
     found = []
-    for place in places:
-        both = (group.losses_at('tokens', place, measure) for group in (first, other))
+    for position in shown:
+        both = (group.losses_at(Place('tokens', position), measure) for group in (first, other))
         found.append(difference(*both, n_comparisons))
-    axes.plot(places, [by for by, _ in found], marker='.', color=color)
+    axes.plot(shown, [by for by, _ in found], marker='.', color=color)
     if found and all(interval for _, interval in found):
         lows, highs = zip(*(interval for _, interval in found), strict=True)
-        axes.fill_between(places, lows, highs, color=color, alpha=0.12)
+        axes.fill_between(shown, lows, highs, color=color, alpha=0.12)
 
 
 def read_runs_tsv() -> list[dict]:
