@@ -73,8 +73,8 @@ def settle(settings: dict, given: set[str], machine: Machine) -> tuple[dict, lis
 
     settings: train.py's; given: names of those that the user gave. The processes of machine measure
     together and choose the same. Returns the chosen settings, and four lines that say what they are
-    and why. UserError where there is nothing that they could
-    follow from, or too little time or memory.
+    and why. UserError where there is nothing that they could follow from, or too little time or
+    memory.
     """
     for name in ('n_encoder_layer', 'lora_rank', 'world_size', 'init_from'):
         value = settings[name]
@@ -88,7 +88,8 @@ def settle(settings: dict, given: set[str], machine: Machine) -> tuple[dict, lis
     settings, n_train, n_val = with_data(settings, machine)
     began, runs = time.monotonic(), []
     (flop,) = machine.largest([1 / peak_flops(machine.device, machine.dtype)])  # seconds
-    for depth in [settings['n_layer']] if 'n_layer' in given else DEPTHS:
+    depths = [settings['n_layer']] if 'n_layer' in given else DEPTHS
+    for depth in depths:
         shape = shape_of(settings, given, depth)
         most_rows = rows_that_fit(shape, machine)
         if not most_rows:
@@ -98,8 +99,10 @@ def settle(settings: dict, given: set[str], machine: Machine) -> tuple[dict, lis
         runs.append(run_of(shape, given, most_rows, speed, seconds, data, machine.world_size))
         best = min(runs, key=lambda run: run.loss)
         (spent,) = machine.largest([time.monotonic() - began])
-        if len(runs) - runs.index(best) > 2 or spent > MEASURING * seconds:
-            break  # the two after the best were worse
+        takes_too_long = spent > MEASURING * seconds
+        two_were_worse = len(runs) - runs.index(best) > 2
+        if takes_too_long or two_were_worse:
+            break
     if not runs:
         raise UserError(
             f'depth {depth} does not fit: training may take half of the '
@@ -112,7 +115,7 @@ def settle(settings: dict, given: set[str], machine: Machine) -> tuple[dict, lis
         )
     chosen = {name: best.settings[name] for name in CHOSEN if name not in given}
     reasons = in_words(best, runs, n_train)
-    if spent > MEASURING * seconds and best is runs[-1]:
+    if takes_too_long and best is runs[-1] and depth != depths[-1]:
         reasons[-1] += f'; deeper ones would take more than {MEASURING:.0%} of the time to measure'
     return chosen | dict(one_dial=False), reasons
 
@@ -217,27 +220,26 @@ def run_of(
     """
     s = shape
     n_train, n_val = data
+    overhead, row_seconds = speed
     model = plan.shape_of_model(shape)
     n_matmul = matmul_params(model)
     tokens = TOKENS_PER_PARAMETER * n_matmul
-    allowed = math.inf  # tokens that the time allows
     for _ in range(10):  # the batch follows from the tokens, and these from its speed
         s = with_batch(s, given, tokens, most_rows, n_processes)
         rows = plan.rows_per_step(s)
         step_tokens = rows * s['block_size']
-        step_seconds = speed[0] + speed[1] * rows / n_processes
-        if seconds < math.inf:
-            val_rows = n_val / s['block_size']
-            if s['eval_iters']:
-                val_rows = min(val_rows, s['eval_iters'] * s['batch_size'])
-            evaluation = val_rows * speed[1] / 3 / n_processes  # forward is a third of a step
-            few = (seconds - EVALUATIONS * evaluation) / step_seconds
-            many = (seconds - 2 * evaluation) / (step_seconds + evaluation / s['eval_interval'])
-            tokens = allowed = max(0, min(few, many)) * TRAINING * step_tokens
+        step_seconds = overhead + row_seconds * rows / n_processes
+        val_rows = n_val / s['block_size']
+        if s['eval_iters']:
+            val_rows = min(val_rows, s['eval_iters'] * s['batch_size'])
+        evaluation = val_rows * row_seconds / 3 / n_processes  # forward is a third of a step
+        allowed = step_tokens * steps_in(seconds, step_seconds, evaluation, s['eval_interval'])
         if s['target_tokens'] or s['target_epochs']:
             tokens = min(allowed, s['target_tokens'] or s['target_epochs'] * n_train)
         elif 'max_iters' in given:
             tokens = min(allowed, s['max_iters'] * step_tokens)
+        elif seconds < math.inf:
+            tokens = allowed
     steps = math.ceil(tokens / step_tokens)
     spare = SPARE_STEPS if seconds < math.inf else 1
     s = unless_given(s, given, max_iters=steps * spare)
@@ -246,6 +248,16 @@ def run_of(
         loss = math.inf
     s = with_rates(s, given, step_tokens, steps)
     return Run(s, model.get_num_params(non_embedding=False), tokens, steps, step_seconds, loss)
+
+
+def steps_in(
+    seconds: float, step_seconds: float, evaluation_seconds: float, eval_interval: int
+) -> float:
+    """How many steps a time allows beside EVALUATIONS, or one every eval_interval: the fewer."""
+    beside_the_fewest = (seconds - EVALUATIONS * evaluation_seconds) / step_seconds
+    step_and_its_share = step_seconds + evaluation_seconds / eval_interval
+    beside_regular_ones = (seconds - 2 * evaluation_seconds) / step_and_its_share
+    return TRAINING * max(0, min(beside_the_fewest, beside_regular_ones))
 
 
 def with_batch(

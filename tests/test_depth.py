@@ -22,8 +22,6 @@ SMALL += ['--eval_iters=2', '--sample_interval=0', '--dtype=float32']
 def follow(n_layer, **given):
     """The settings of a depth, with those that are given, where memory and data have no end."""
     settings = settings_of(vocab_size=4096, **given, n_layer=n_layer)
-    if settings['optimizer'] == 'auto':
-        settings['optimizer'] = 'muon'
     names = {'n_layer', *given}
     shape = depth.shape_of(settings, names, n_layer)
     run = depth.run_of(shape, names, 10**5, (0.01, 0.01), math.inf, (10**12, 10**6), 1)
@@ -152,18 +150,20 @@ def test_a_dry_run_says_four_lines_and_writes_nothing(workdir):
     assert shown(out, r'\n([\d.,]+) tokens in')[0] > 2 * tokens
 
 
+def speed(shape):
+    """What depth.measure would find on a machine of 1e9 FLOP/s, whatever the depth."""
+    n_tokens = shape['block_size']
+    return 0.01, flops_per_token(plan.shape_of_model(shape), n_tokens) * n_tokens / 1e9
+
+
 @pytest.mark.slow
 def test_more_time_makes_a_deeper_model():
-    """On a machine that computes 1e9 FLOP/s whatever the depth."""
-
     def best_in(seconds, n_train):
         runs = []
         for n_layer in depth.DEPTHS:
             shape = depth.shape_of(settings_of(vocab_size=4096), {'max_minutes'}, n_layer)
-            n_tokens = shape['block_size']
-            row = flops_per_token(plan.shape_of_model(shape), n_tokens) * n_tokens / 1e9
-            arguments = 100, (0.01, row), seconds, (n_train, n_tokens), 1
-            runs.append(depth.run_of(shape | dict(optimizer='muon'), {'max_minutes'}, *arguments))
+            arguments = 100, speed(shape), seconds, (n_train, shape['block_size']), 1
+            runs.append(depth.run_of(shape, {'max_minutes'}, *arguments))
         return runs, min(runs, key=lambda run: run.loss)
 
     runs, short = best_in(600, 10**12)
@@ -173,6 +173,42 @@ def test_more_time_makes_a_deeper_model():
     assert long.steps * long.step_seconds == pytest.approx(depth.TRAINING * 6_000_000, rel=0.01)
     _, repeating = best_in(6_000_000, 10**7)  # data seen often teaches less: a smaller model
     assert repeating.loss > long.loss
+
+
+@pytest.mark.slow
+def test_no_deeper_model_is_measured_than_need_be(monkeypatch):
+    measured = []
+
+    def measure(shape, *_):
+        measured.append(shape['n_layer'])
+        return speed(shape)
+
+    monkeypatch.setattr(depth, 'measure', measure)
+    monkeypatch.setattr(depth, 'with_data', lambda settings, _: (settings, 10**12, 256))
+    monkeypatch.setattr(depth, 'rows_that_fit', lambda *_: 100)
+    arguments = settings_of(vocab_size=4096, max_minutes=100.0), {'max_minutes'}
+    machine = Machine('cpu', 'float32')
+    chosen, reasons = depth.settle(*arguments, machine)
+    place = depth.DEPTHS.index(chosen['n_layer'])
+    assert measured == depth.DEPTHS[: place + 3]  # the two behind the best were worse
+    assert 'deeper' not in reasons[-1]
+    measured.clear()
+    monkeypatch.setattr(depth, 'MEASURING', 0)  # of the time
+    chosen, reasons = depth.settle(*arguments, machine)
+    assert measured == [1] and chosen['n_layer'] == 1
+    assert reasons[-1].endswith('deeper ones would take more than 0% of the time to measure')
+    _, reasons = depth.settle(arguments[0], {'max_minutes', 'n_layer'}, machine)
+    assert 'deeper' not in reasons[-1]  # which nobody asked for
+
+
+def test_rows_fill_half_of_the_memory(monkeypatch):
+    settings = settings_of(vocab_size=500)
+    parts = plan.memory(plan.shape_of_model(settings), settings | dict(batch_size=1))
+    of_row = 2 * parts.pop('activations')  # in float32 they have twice the bytes
+    for n in (0, 7):
+        bytes_there = 2 * (sum(parts.values()) + (n + 0.5) * of_row)
+        monkeypatch.setattr(plan, 'memory_of', lambda machine, n=bytes_there: n)
+        assert depth.rows_that_fit(settings, Machine('cpu', 'float32')) == n
 
 
 @pytest.mark.slow
