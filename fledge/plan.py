@@ -31,7 +31,6 @@ GPUS = {
 NETWORK = 1.25e9  # bytes a second where it is none of these: 10 Gbit/s
 MEMORY_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141, 192)  # GB, of GPUs that there are
 OVERHEAD = 1e9  # bytes that CUDA, its libraries and torch's allocator take besides
-PARTS = ('weights', 'gradients', 'optimizer', 'copies', 'activations', 'logits')
 
 
 def plan_report(settings: dict) -> str:
@@ -56,7 +55,7 @@ def plan_report(settings: dict) -> str:
     if n_gpus > 1:
         ways += [(n_gpus, 'DDP'), (n_gpus, 'FSDP')]
 
-    memory_rows = [('GB on each GPU', *PARTS, 'all', 'fits in')]
+    memory_rows = []
     time_rows = [('GPUs', 's a step', 'on links', 'tokens/s', 'hours', 'days', 'price')]
     for n, parallel in ways:
         parts = memory(model, settings, n, parallel)
@@ -74,11 +73,12 @@ def plan_report(settings: dict) -> str:
             seconds = computing + sending
             cost = time_and_price(seconds, n_steps, tokens_per_step, n, price)
             time_rows.append((name, f'{seconds:.3f}', f'{sending:.3f}', *cost))
+    memory_head = ('GB on each GPU', *parts, 'all', 'fits in')
     tokens = n_steps * tokens_per_step
     lines = [
         f'the plan of {n_params:,} parameters and {tokens:,} tokens, '
         f'{6 * n_params * tokens:.3g} FLOPs (6ND); all of it is computed, nothing measured',
-        *markdown(memory_rows),
+        *markdown([memory_head, *memory_rows]),
         '',
         *markdown(time_rows),
         f"by 6ND at {UTILISATION:.0%} of the data sheets' FLOP/s, and what the links take, added",
@@ -126,7 +126,7 @@ def rows_of(settings: dict, n_gpus: int) -> tuple[int, int]:
 
 
 def memory(model: GPT, settings: dict, n_gpus: int = 1, parallel: str = '') -> dict[str, float]:
-    """Bytes on each GPU by part, with PARTS as keys; the matrix products are in 16 bits.
+    """Bytes on each GPU by part; the matrix products are in 16 bits.
 
     model may be on the meta device. parallel: 'DDP', 'FSDP' (Zhao et al. 2023, arXiv:2304.11277),
     or '' for one GPU.
@@ -160,8 +160,14 @@ def memory(model: GPT, settings: dict, n_gpus: int = 1, parallel: str = '') -> d
     around = 8 * c.n_embd + (c.n_embd if c.dropout else 0)  # the last norm, the embeddings' dropout
     # of each logit its log-probability, the gradient of that, and its own, in float32
     logits = 12 * min(model.LOSS_ROWS, n_tokens) * c.vocab_size
-    values = (weights, gradients, state, copies, n_tokens * (kept + around), logits)
-    return dict(zip(PARTS, values, strict=True))
+    return dict(
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        copies=copies,
+        activations=n_tokens * (kept + around),
+        logits=logits,
+    )
 
 
 def bytes_of_block(config: GPTConfig) -> int:
