@@ -44,7 +44,7 @@ from fledge.generation import Sampling
 from fledge.labels import draw_confusion, find_labels, label_scores, label_tables
 from fledge.prompts import read_prompts
 from fledge.replies import PROMPTS, measure_answers, measure_prompts, measure_speed, read_questions
-from fledge.report import draw_positions, draw_tasks, folder_of_pictures, table
+from fledge.report import draw_loss_by_position, draw_tasks, folder_of_pictures, table
 from fledge.targets import measure_targets
 from fledge.tasks import read_task, run_task
 from fledge.tokenizer import common_tokenizer
@@ -235,7 +235,7 @@ for i, text in enumerate(texts):
 print(table(results))
 pictures = folder_of_pictures(next(iter(results)))
 if measures_split:
-    draw_positions(results, os.path.join(pictures, 'loss_by_position.png'))
+    draw_loss_by_position(results, os.path.join(pictures, 'loss_by_position.png'))
 if examples:
     draw_tasks(results, os.path.join(pictures, 'tasks.png'))
 if json:

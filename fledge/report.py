@@ -56,7 +56,7 @@ def aligned(lines: list[list[str]]) -> str:
     return '\n'.join(text)
 
 
-def draw_positions(results: dict[str, dict], path: str) -> None:
+def draw_loss_by_position(results: dict[str, dict], path: str) -> None:
     """Draw the loss by position of each model as a PNG at path. results: see table."""
     axes = new_axes((7, 4.5))
     for model, result in results.items():
