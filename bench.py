@@ -7,32 +7,29 @@ python bench.py --all --compare=../nanoGPT
 """
 
 import contextlib
+import functools
 import importlib.util
+import itertools
 import json as json_
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from encoder_decoder import make_model
 from fledge import UserError, benchmark, checkpoint, cpu, depth, time_to_loss
 from fledge import quantize as quantization
 from fledge.configurator import configure, given, one_of, read_settings
-from fledge.device import (
-    Machine,
-    flops_per_token,
-    keep_memory,
-    matmul_params,
-    peak_flops,
-    read_bandwidth,
-)
+from fledge.device import Machine, flops_per_token, matmul_params, peak_flops, read_bandwidth
 from fledge.formats import families
 from fledge.tokenizer import find_tokenizer
 from fledge.tokens import find_data, split_files, write_bin
@@ -58,7 +55,45 @@ if config['one_dial']:  # of what follows from a depth, its shape is measured
     config = depth.shape_of(config, given, config['n_layer']) | dict(one_dial=False)
 s = SimpleNamespace(**config)  # the same; train.py's go by this name
 # -----------------------------------------------------------------------------
-PARTS = ['data', 'forward', 'head and loss', 'backward', 'optimizer']
+one_of(config, compile=('auto', True, False), only=('train', 'generate', 'loss', 'all'))
+one_of(config, quantize=('none', 'int8'))
+if only in ('generate', 'all') and prompt_tokens + new_tokens > s.block_size:
+    raise UserError(
+        f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than '
+        f'block_size={s.block_size}'
+    )
+if compare == 'transformers':
+    if only == 'train':
+        raise UserError('compare=transformers is for generation')
+    if importlib.util.find_spec('transformers') is None:
+        raise UserError('the package transformers is not installed: pip install transformers')
+elif compare and not os.path.exists(os.path.join(compare, 'model.py')):
+    raise UserError(
+        f"compare={compare} is neither transformers nor a folder with nanoGPT's model.py"
+    )
+if only == 'loss' and compare in ('', 'transformers'):
+    raise UserError('only=loss is beside nanoGPT: name a checkout of it, --compare=../nanoGPT')
+machine = Machine(s.device, s.dtype)
+
+
+@dataclass
+class Contender:
+    """A model, and what is timed of it in a process of its own."""
+
+    model: nn.Module
+    run: Callable[[], float]  # seconds of a step, or of a token of each stream, again and again
+    once: Callable[[], None]  # what --profile traces
+    parts: Callable[[], dict] | None = None  # seconds by part, of a run
+
+
+@dataclass
+class Measured:
+    """What was measured of a contender."""
+
+    name: str
+    n_params: int
+    seconds: list = field(default_factory=list)  # of each round
+    peak_memory: int = 0  # bytes
 
 
 def gpt_config():
@@ -111,7 +146,7 @@ def train_script():
 
 
 def train_fledge():
-    """train.py's own step: the model; functions for its seconds and its parts; one to trace."""
+    """A Contender that takes train.py's own steps."""
     train = train_script()
     model, step, marks = train['model'], 2, {}
 
@@ -125,7 +160,7 @@ def train_fledge():
         marks[part] = time.perf_counter()
 
     def parts():
-        # each ends where the next begins, and the backward pass with the last gradient
+        # each part ends where the next begins, and the backward pass with the last gradient
         hooks = [
             model.register_forward_pre_hook(lambda *_: mark('data')),
             model.transformer.ln_f.register_forward_hook(lambda *_: mark('forward')),
@@ -139,12 +174,12 @@ def train_fledge():
         mark('optimizer')
         for hook in hooks:
             hook.remove()
-        names = [name for name in PARTS if name in marks]
-        starts = ['start', *names[:-1]]
-        return {n: marks[n] - marks[start] for start, n in zip(starts, names, strict=True)}
+        ends = itertools.pairwise(marks.items())
+        return {part: end - start for (_, start), (part, end) in ends}
 
-    compiled = train['network'] is not model  # hooks would compile it again
-    return model, lambda: clock(take_step, seconds), None if compiled else parts, take_step
+    is_compiled = train['network'] is not model  # which hooks would compile again
+    run = functools.partial(clock, take_step, seconds)
+    return Contender(model, run, take_step, None if is_compiled else parts)
 
 
 def nanogpt(path):
@@ -166,11 +201,14 @@ def train_nanogpt(path, compiled):
     def take_step():
         step(x, y, learning_rate=0.0)  # any is as fast
 
-    return model, lambda: clock(take_step, seconds), None, take_step
+    return Contender(model, functools.partial(clock, take_step, seconds), take_step)
 
 
 def generating(model, generate, forward=None):
-    """As train_fledge, of generate(prompts, n): seconds a token of each stream, after the first."""
+    """A Contender that calls generate(prompts, n): seconds a token of each stream, after the first.
+
+    forward(prompt): one pass, beside which the first token after a long prompt is timed.
+    """
     vocabulary = gpt_config().vocab_size
     prompts = torch.randint(vocabulary, (streams, prompt_tokens), device=machine.device)
     length = min(long_prompt, s.block_size - 1)
@@ -185,7 +223,7 @@ def generating(model, generate, forward=None):
         first_token = clock(lambda: generate(long, 1), least)
         return {'first token': first_token, 'forward pass': clock(lambda: forward(long), least)}
 
-    return model, run, parts if forward else None, lambda: generate(prompts, 8)
+    return Contender(model, run, lambda: generate(prompts, 8), parts if forward else None)
 
 
 def generate_fledge():
@@ -232,130 +270,124 @@ def generate_transformers(kind):
     return generating(model, generate)
 
 
-def work(connection, make, args):
-    """A contender in a process of its own: makes it, and answers commands until there are none."""
+contender = None  # in a process of its own: the Contender that it times
+
+
+def make_contender(make, arguments):
+    """Have make() make the contender of this process; returns its number of parameters."""
+    global contender
+    torch.manual_seed(s.seed)
     try:
-        if make.endswith('fledge'):
-            keep_memory()
-        torch.manual_seed(s.seed)
-        model, run, parts, traced = globals()[make](*args)
-        n_params = sum(p.numel() for p in model.parameters())
-        run()  # warms up, and compiles
-        connection.send(n_params)
-        while (command := connection.recv()) != 'end':
-            if command == 'run':
-                connection.send(run())
-            elif command == 'parts':
-                times = None
-                if parts:
-                    for _ in range(3):  # the first ones warm up
-                        times = parts()
-                connection.send(times)
-            else:
-                with torch.profiler.profile() as trace:
-                    traced()
-                trace.export_chrome_trace(command)
-                connection.send(None)
-        connection.send(machine.peak_memory())
-    except EOFError:  # the others have failed
-        pass
-    except UserError as e:
-        connection.send(e)
+        contender = make(*arguments)
+        contender.run()  # warms up, and compiles
+    except UserError:
+        raise
     except Exception as e:
         why = ' '.join(str(e).split())[:200]
-        connection.send(UserError(f'{make}{args}: {type(e).__name__}: {why}'))
+        raise UserError(f'{type(e).__name__}: {why}') from None
+    return sum(p.numel() for p in contender.model.parameters())
 
 
-def race(contenders, profile_path):
-    """Run contenders, {name: (function, arguments)}, in turn; ours is the first.
+def run_contender():
+    return contender.run()
 
-    Returns {name: seconds of each run}, {name: bytes of memory}, {name: parameters}, and our times
-    by part.
+
+def parts_of_contender():
+    """Its seconds by part, or None where they cannot be told."""
+    times = None
+    if contender.parts:
+        for _ in range(3):  # the first ones warm up
+            times = contender.parts()
+    return times
+
+
+def trace_contender(path):
+    """Write what it does as a trace, which Perfetto opens."""
+    with torch.profiler.profile() as trace:
+        contender.once()
+    trace.export_chrome_trace(path)
+
+
+def peak_memory_of_contender():
+    return machine.peak_memory()
+
+
+def race(contenders, trace_path):
+    """Run contenders, {name: (function that makes one, its arguments)}, in turn; ours is the first.
+
+    Returns a Measured of each, and our seconds by part. With --profile ours is traced.
     """
-    context, pipes, processes = multiprocessing.get_context('spawn'), {}, []
+    with contextlib.ExitStack() as stack:
+        processes = {}
 
-    def hear(name):
-        try:
-            answer = pipes[name].recv()
-        except EOFError:
-            answer = UserError('its process died; is the memory too small?')
-        if isinstance(answer, UserError):
-            raise UserError(f'{name}: {answer}')
-        return answer
+        def ask(name, function, *arguments):
+            try:
+                return processes[name].submit(function, *arguments).result()
+            except BrokenProcessPool:
+                raise UserError(f'{name}: its process died; is the memory too small?') from None
+            except UserError as e:
+                raise UserError(f'{name}: {e}') from None
 
-    def ask(name, command):
-        pipes[name].send(command)
-        return hear(name)
-
-    try:
-        n_params = {}
-        for name, (make, args) in contenders.items():
-            pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=work, args=(theirs, make, args), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            n_params[name] = hear(name)
-        times = {name: [] for name in contenders}
+        measured = []
+        for name, (make, arguments) in contenders.items():
+            processes[name] = stack.enter_context(benchmark.process_of_its_own())
+            measured.append(Measured(name, ask(name, make_contender, make, arguments)))
         for _ in range(rounds):
-            for name in contenders:
-                times[name].append(ask(name, 'run'))
-        ours = next(iter(contenders))
-        parts = ask(ours, 'parts')
+            for each in measured:
+                each.seconds.append(ask(each.name, run_contender))
+        ours = measured[0].name
+        parts = ask(ours, parts_of_contender)
         if profile:
-            ask(ours, profile_path)
-        return times, {name: ask(name, 'end') for name in contenders}, n_params, parts
-    finally:
-        for process, pipe in zip(processes, pipes.values(), strict=True):
-            pipe.close()  # those still waiting for a command end
-            process.join(10)
-            process.terminate()
+            ask(ours, trace_contender, trace_path)
+        for each in measured:
+            each.peak_memory = ask(each.name, peak_memory_of_contender)
+    return measured, parts
 
 
-def table(times, memory, n_params, n_tokens, share, limit):
-    """Print a line a contender; returns them as dicts.
+def table(measured, n_tokens, share, limit):
+    """Print a line for each Measured; returns them as dicts.
 
-    n_tokens: of a run, whose seconds are in times; limit: the tokens a second of which ours is a
-    share, which is called `share`.
+    n_tokens: of a run; limit: the tokens a second of which ours are a share; share: its title.
     """
     titles = f'{"parameters":>10}{"tokens/s":>10}{share:>18}{"peak memory":>14}'
     print(f'  {"":28}{titles}   fledge is faster by, pair by pair')
-    lines, ours = [], next(iter(times))
-    for name, their_times in times.items():
-        ratios = [theirs / mine for theirs, mine in zip(their_times, times[ours], strict=True)]
+    lines, ours = [], measured[0]
+    for each in measured:
+        ratios = [theirs / mine for theirs, mine in zip(each.seconds, ours.seconds, strict=True)]
         line = dict(
-            name=name,
-            parameters=n_params[name],
-            tokens_per_second=n_tokens / statistics.median(their_times),
-            peak_memory=memory[name],
+            name=each.name,
+            parameters=each.n_params,
+            tokens_per_second=n_tokens / statistics.median(each.seconds),
+            peak_memory=each.peak_memory,
             ratio=statistics.median(ratios),
             ratio_range=[min(ratios), max(ratios)],
         )
+        lines.append(line)
         speed = line['tokens_per_second']
-        words = f'  {name:28}{n_params[name] / 1e6:>9,.1f}M{speed:>10,.1f}'
-        words += f'{speed / limit:>18.1%}' if name == ours else f'{"":18}'
-        words += f'{memory[name] / 1e9:>11.2f} GB'
-        if name != ours:
+        share_of_limit = f'{speed / limit:.1%}' if each is ours else ''
+        words = f'  {each.name:28}{each.n_params / 1e6:>9,.1f}M{speed:>10,.1f}'
+        words += f'{share_of_limit:>18}{each.peak_memory / 1e9:>11.2f} GB'
+        if each is not ours:
             words += f'   {line["ratio"]:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})'
         print(words)
-        lines.append(line)
     return lines
 
 
 def bench_training():
     """Print training's table; returns its entries of the JSON object, and the matmul peak."""
-    contenders = {'fledge': ('train_fledge', ())}
+    contenders = {'fledge': (train_fledge, ())}
     if compare and compare != 'transformers':
-        contenders['nanoGPT, eager'] = ('train_nanogpt', (compare, False))
+        contenders['nanoGPT, eager'] = (train_nanogpt, (compare, False))
         if s.compile is not False:
-            contenders['nanoGPT, compiled'] = ('train_nanogpt', (compare, True))
+            contenders['nanoGPT, compiled'] = (train_nanogpt, (compare, True))
     words = f'{s.batch_size} x {s.block_size} tokens a step'
     print(f'\ntraining: {parameters / 1e6:.1f}M parameters, {words}')
     before = peak_flops(machine.device, machine.dtype)
-    times, memory, n_params, parts = race(contenders, 'bench_train.json')
+    measured, parts = race(contenders, 'bench_train.json')
     peak = max(before, peak_flops(machine.device, machine.dtype))  # machines have slow moments
     limit = peak / flops_per_token(model, s.block_size)
     n_tokens = s.batch_size * s.block_size
-    ours, *peers = table(times, memory, n_params, n_tokens, 'of matmul peak', limit)
+    ours, *peers = table(measured, n_tokens, 'of matmul peak', limit)
     if parts:
         total = sum(parts.values())
         shares = [f'{k} {v * 1e3:,.1f} ms ({v / total:.1%})' for k, v in parts.items()]
@@ -364,7 +396,7 @@ def bench_training():
     return dict(
         train_tokens_per_second=speed,
         peak_share=speed / limit,
-        train_peak_memory=memory['fledge'],
+        train_peak_memory=ours['peak_memory'],
         parts=parts,
         train_peers=peers,
         matmul_peak=peak,
@@ -373,21 +405,21 @@ def bench_training():
 
 def bench_generation():
     """Print generation's table; returns its entries of the JSON object."""
-    contenders = {'fledge': ('generate_fledge', ())}
+    contenders = {'fledge': (generate_fledge, ())}
     if compare == 'transformers':
         for kind in dict.fromkeys(('float32', str(machine.dtype)[6:])):
-            contenders[f'transformers, {kind}'] = ('generate_transformers', (kind,))
+            contenders[f'transformers, {kind}'] = (generate_transformers, (kind,))
     elif compare:
-        contenders['nanoGPT'] = ('generate_nanogpt', (compare,))
+        contenders['nanoGPT'] = (generate_nanogpt, (compare,))
     print(f'\ngeneration: {streams} x {new_tokens} tokens after {prompt_tokens}')
     before = read_bandwidth(machine.device)
-    times, memory, n_params, parts = race(contenders, 'bench_generate.json')
+    measured, parts = race(contenders, 'bench_generate.json')
     bandwidth = max(before, read_bandwidth(machine.device))
     bytes_per_weight = 1 if quantize == 'int8' else machine.dtype.itemsize
     if machine.type == 'cpu' and streams <= cpu.rows_in_float16(model.lm_head.weight):
         bytes_per_weight = min(bytes_per_weight, 2)
     limit = bandwidth / (matmul_params(model) * bytes_per_weight) * streams
-    ours, *peers = table(times, memory, n_params, streams, 'of memory read', limit)
+    ours, *peers = table(measured, streams, 'of memory read', limit)
     first, forward = parts['first token'], parts['forward pass']
     print(
         f'  after {min(long_prompt, s.block_size - 1)} tokens: the first token {first:.3f} s, '
@@ -409,56 +441,39 @@ def bench_loss():
     settings = {name: config[name] for name in read_settings(TRAIN)}
     compiles = machine.type == 'cuda' and s.compile is not False  # as train.py does
     theirs = (s.dataset, gpt_config().vocab_size, machine.device, s.dtype, compiles)
-    spawn = multiprocessing.get_context('spawn')
     curves = {'fledge': [], 'nanoGPT': []}
     for seed in range(s.seed, s.seed + rounds):
-        with ProcessPoolExecutor(1, spawn) as process:
-            run = process.submit(time_to_loss.nanogpts_curve, compare, *theirs, seed)
-            curves['nanoGPT'].append(run.result())
-        curves['fledge'].append(time_to_loss.our_curve(TRAIN, settings | dict(seed=seed)))
+        for name, function, arguments in (
+            ('nanoGPT', time_to_loss.nanogpts_curve, (compare, *theirs, seed)),
+            ('fledge', time_to_loss.our_curve, (TRAIN, settings | dict(seed=seed))),
+        ):
+            with benchmark.process_of_its_own() as process:
+                curves[name].append(process.submit(function, *arguments).result())
     goals = [curve[-1][1] for curve in curves['nanoGPT']]  # its last losses, one of each seed
     goal = statistics.median(goals)
+    result = dict(loss=goal, curves=curves)
     print(f'\nval loss on {s.dataset}: seconds of training to that with which nanoGPT ends')
-    times, labels, result = {}, {}, dict(loss=goal, curves=curves)
+    times, drawn = {}, {}
     for name, runs in curves.items():
         times[name] = list(map(time_to_loss.seconds_to, goals, runs))
         median = statistics.median(times[name])
         is_reached = math.isfinite(median)
+        result[f'{name.lower()}_seconds'] = median if is_reached else None
         words = f'{median:.1f} s to {goal:.3f}' if is_reached else f'{goal:.3f} was not reached'
-        labels[name] = f'{name}: {words}'
+        label = f'{name}: {words}'
+        drawn[label] = runs
         end_seconds, end_loss = map(statistics.median, zip(*[run[-1] for run in runs], strict=True))
         spread = f'({min(times[name]):.1f} to {max(times[name]):.1f})'
-        print(f'  {labels[name]} {spread}; {end_loss:.4f} at its end, after {end_seconds:.1f} s')
-        result[f'{name.lower()}_seconds'] = median if is_reached else None
-    both = zip(times['nanoGPT'], times['fledge'], strict=True)
-    ratios = [theirs / ours for theirs, ours in both]
+        print(f'  {label} {spread}; {end_loss:.4f} at its end, after {end_seconds:.1f} s')
+    pairs = zip(times['fledge'], times['nanoGPT'], strict=True)
+    ratios = [peers / ours for ours, peers in pairs]
     ratio = statistics.median(ratios)
     print(f'  fledge is faster by {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})')
     title = f'Val loss on {s.dataset}, and seconds to that with which nanoGPT ends\n'
     title += f'{machine.hardware()}, {torch.get_num_threads()} threads, {time.strftime("%Y-%m-%d")}'
-    time_to_loss.draw(curves, goal, labels, title, picture)
+    time_to_loss.draw(drawn, goal, title, picture)
     return result | dict(ratio=ratio, ratio_range=[min(ratios), max(ratios)])
 
-
-one_of(config, compile=('auto', True, False), only=('train', 'generate', 'loss', 'all'))
-one_of(config, quantize=('none', 'int8'))
-if only in ('generate', 'all') and prompt_tokens + new_tokens > s.block_size:
-    raise UserError(
-        f'{prompt_tokens} + {new_tokens} tokens (prompt_tokens, new_tokens) are longer than '
-        f'block_size={s.block_size}'
-    )
-if compare == 'transformers':
-    if only == 'train':
-        raise UserError('compare=transformers is for generation')
-    if importlib.util.find_spec('transformers') is None:
-        raise UserError('the package transformers is not installed: pip install transformers')
-elif compare and not os.path.exists(os.path.join(compare, 'model.py')):
-    raise UserError(
-        f"compare={compare} is neither transformers nor a folder with nanoGPT's model.py"
-    )
-if only == 'loss' and compare in ('', 'transformers'):
-    raise UserError('only=loss is beside nanoGPT: name a checkout of it, --compare=../nanoGPT')
-machine = Machine(s.device, s.dtype)
 
 if __name__ == '__main__':
     with torch.device('meta'):

@@ -1,11 +1,14 @@
-"""All that bench.py measures, one part after another, as one table in Markdown."""
+"""All that bench.py measures, one part after another, as one table; and its processes."""
 
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import psutil
 import torch
@@ -48,6 +51,32 @@ def parts_of(machine: Machine, nanogpt: str) -> dict[str, list[str] | None]:
     }
 
 
+def process_of_its_own() -> ProcessPoolExecutor:
+    """A new process that runs functions one after another, and ends when this one does."""
+    context = multiprocessing.get_context('spawn')
+    return ProcessPoolExecutor(1, context, initializer=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """From now on, end this process and all that it has started when its parent ends.
+
+    A parent that is killed cannot end its children itself.
+    """
+
+    def wait_and_end():
+        multiprocessing.parent_process().join()
+        kill_all(psutil.Process().children(recursive=True))
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def run_process(command: list[str], seconds: float, **options) -> tuple[int, str, str]:
     """Run a command for at most so many seconds; returns its exit code, stdout and stderr.
 
@@ -59,9 +88,8 @@ def run_process(command: list[str], seconds: float, **options) -> tuple[int, str
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         family = psutil.Process(process.pid).children(recursive=True)
-        for member in [process, *family]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        process.kill()
+        kill_all(family)
         process.wait()
         psutil.wait_procs(family, timeout=5)  # the next part has the machine to itself
         raise UserError(f'not done after {seconds:.0f} s') from None

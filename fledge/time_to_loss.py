@@ -31,6 +31,8 @@ BATCH_SIZE, MAX_ITERS = 12, 2000
 EVAL_INTERVAL = 125  # steps of nanoGPT between two points of its curve
 POINTS = 15  # of ours
 
+Curve = list[tuple[float, float]]  # (seconds of training, val loss) of each evaluation of a run
+
 
 def load_nanogpt(path: str, sizes: dict, device: str) -> nn.Module:
     """A new GPT of nanoGPT's own model.py; UserError where path is no checkout of it.
@@ -81,12 +83,12 @@ def nanogpts_step(
 
 def nanogpts_curve(
     path: str, dataset: str, vocab_size: int, device: str, dtype: str, compiles: bool, seed: int
-) -> list[tuple[float, float]]:
+) -> Curve:
     """Train nanoGPT as its README does on a CPU, with its random rows of train.
 
     compiles: by torch.compile, whose time is not counted, as it is not in train.py. Returns its
-    curve, [(seconds of training, loss over all of val)]. UserError where path is no checkout, or
-    a loss is not finite.
+    Curve, of the loss over all of val. UserError where path is no checkout, or a loss is not
+    finite.
     """
     machine = nanogpts_machine(device, dtype)
     torch.manual_seed(seed)
@@ -125,17 +127,18 @@ def nanogpts_curve(
     return curve
 
 
-def our_curve(train: str, settings: dict) -> list[tuple[float, float]]:
-    """Run train.py, whose path is train, with all of its settings; returns its curve.
+def our_curve(train: str, settings: dict) -> Curve:
+    """Run train.py, whose path is train, with all of its settings; returns its Curve.
 
-    As nanogpts_curve's: its seconds are those of training alone. UserError where the run fails.
+    The loss is over all of val here as well. UserError where the run fails.
     """
     interval = max(1, settings['max_iters'] // POINTS)
     with tempfile.TemporaryDirectory() as folder:
         out_dir, path = os.path.join(folder, 'out'), os.path.join(folder, 'settings.json')
-        own = dict(out_dir=out_dir, eval_interval=interval, log_interval=interval, eval_iters=0)
+        own = dict(out_dir=out_dir, seeds=1, sample_interval=0, eval_iters=0)
+        own |= dict(eval_interval=interval, log_interval=interval)
         with open(path, 'w', encoding='utf-8') as f:
-            json.dump(settings | own | dict(sample_interval=0), f)
+            json.dump(settings | own, f)
         done = subprocess.run([sys.executable, train, path], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f'train.py: {(done.stderr.splitlines() or [""])[-1]}')
@@ -144,8 +147,8 @@ def our_curve(train: str, settings: dict) -> list[tuple[float, float]]:
     return curve_of(lines, rows_per_step * settings['block_size'])
 
 
-def curve_of(lines: list[dict], tokens_per_step: int) -> list[tuple[float, float]]:
-    """The curve of a run of train.py, told from the lines of its metrics.jsonl."""
+def curve_of(lines: list[dict], tokens_per_step: int) -> Curve:
+    """The Curve of a run of train.py, told from the lines of its metrics.jsonl."""
     tokens, seconds = [0], [0.0]
     for line in lines:
         if line['tokens_per_second']:  # of the steps since the line before, evaluations left out
@@ -159,7 +162,7 @@ def curve_of(lines: list[dict], tokens_per_step: int) -> list[tuple[float, float
     return curve
 
 
-def seconds_to(loss: float, curve: list[tuple[float, float]]) -> float:
+def seconds_to(loss: float, curve: Curve) -> float:
     """When a curve first comes to a loss, on the straight lines between its points, or infinity."""
     for (earlier, higher), (later, lower) in itertools.pairwise(curve):
         if lower <= loss:
@@ -167,22 +170,16 @@ def seconds_to(loss: float, curve: list[tuple[float, float]]) -> float:
     return math.inf
 
 
-def draw(
-    curves: dict[str, list[list[tuple[float, float]]]],
-    loss: float,
-    labels: dict[str, str],
-    title: str,
-    path: str,
-) -> None:
+def draw(curves: dict[str, list[Curve]], loss: float, title: str, path: str) -> None:
     """Draw val losses over seconds as a PNG at path.
 
-    curves: {name: [curve, ...]}, the runs of each. loss: the one to reach. labels: {name: text}.
+    curves: {label in the legend: those of its runs}; loss: the one to reach.
     """
     axes = new_axes((8, 4.5))
-    for number, (name, runs) in enumerate(curves.items()):
-        for i, curve in enumerate(runs):
-            label = None if i else labels[name]  # in the legend once
-            axes.plot(*zip(*curve, strict=True), f'C{number}.-', linewidth=1.2, label=label)
+    for number, (label, runs) in enumerate(curves.items()):
+        for curve in runs:
+            (line,) = axes.plot(*zip(*curve, strict=True), f'C{number}.-', linewidth=1.2)
+        line.set_label(label)  # in the legend once
     axes.axhline(loss, color='grey', linewidth=0.8, linestyle='--')
     lowest = min(y for runs in curves.values() for curve in runs for _, y in curve)
     axes.set(xlim=(0, None), ylim=(lowest - 0.05, loss + 1.2))  # the first losses are far above

@@ -74,12 +74,18 @@ def result(out):
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_training_and_generation_beside_a_checkout(workdir):
+@pytest.fixture
+def checkout(workdir):
+    """workdir with a stand-in for nanoGPT in theirs/."""
     (workdir / 'theirs').mkdir()
     (workdir / 'theirs' / 'model.py').write_text(NANOGPT)
+    return workdir
+
+
+@pytest.mark.slow
+def test_training_and_generation_beside_a_checkout(checkout):
     out = run(
-        workdir,
+        checkout,
         'bench.py',
         '--dataset=tiny',
         '--compare=theirs',
@@ -98,6 +104,11 @@ def test_training_and_generation_beside_a_checkout(workdir):
             and p['peak_memory'] > 1e8
             and p['parameters'] == (32 + 64 + 64) * 16 + 64
         )
+    for ours, peers in (('train', 'train_peers'), ('decode', 'generate_peers')):
+        for p in r[peers]:
+            low, high = p['ratio_range']  # a ratio of medians is among the ratios of pairs
+            ratio = r[f'{ours}_tokens_per_second'] / p['tokens_per_second']
+            assert low * 0.999 < ratio < high * 1.001
     assert r['cpu'] == cpu.kind() and r['cpu'] in out.splitlines()[-2]
     assert (
         0 < r['peak_share'] < 1
@@ -119,7 +130,7 @@ def test_training_and_generation_beside_a_checkout(workdir):
         'bench_train.json',
         'bench_generate.json',
     ):  # what Perfetto opens: Chrome's trace format
-        events = json.loads((workdir / name).read_text())['traceEvents']
+        events = json.loads((checkout / name).read_text())['traceEvents']
         assert any('mm' in e.get('name', '') for e in events)
     for word in (
         'of matmul peak',
@@ -148,25 +159,23 @@ def test_bad_input_is_one_line(tmp_path, flags, words):
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_none_is_one_line(tmp_path):
-    (tmp_path / 'model.py').write_text('GPT = 3')
-    assert 'is no nanoGPT checkout' in fails(
-        tmp_path, 'bench.py', '--only=train', '--compare=.', *SIZE
-    )
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('GPT = 3', 'is no nanoGPT checkout'),
+        ('raise ValueError("a slip")', 'nanoGPT, eager: ValueError: a slip'),
+        ('import os; os._exit(1)', 'nanoGPT, eager: its process died'),
+    ],
+)
+def test_a_peer_that_fails_is_one_line(tmp_path, text, words):
+    (tmp_path / 'model.py').write_text(text)
+    assert words in fails(tmp_path, 'bench.py', '--only=train', '--compare=.', *SIZE)
 
 
 @pytest.mark.slow
 def test_a_cpu_that_plays_a_smaller_one_is_named_as_that(workdir):
     out = run(workdir, 'bench.py', '--only=train', '--dataset=tiny', *SIZE, env=AVX2)
     assert result(out)['cpu'] == 'AVX2' and '(AVX2), 1 threads' in out.splitlines()[-2]
-
-
-@pytest.fixture
-def checkout(workdir):
-    """workdir with a stand-in for nanoGPT in theirs/."""
-    (workdir / 'theirs').mkdir()
-    (workdir / 'theirs' / 'model.py').write_text(NANOGPT)
-    return workdir
 
 
 LOSS = ['--dataset=tiny', '--only=loss', '--compare=theirs', *SIZE, '--block_size=64']
@@ -273,3 +282,20 @@ def test_a_part_without_time_left_ends_with_what_it_started(tmp_path):
         benchmark.run_process([sys.executable, '-c', f'{code}time.sleep(60)'], 3, cwd=tmp_path)
     pid = int((tmp_path / 'pid').read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_a_killed_bench_leaves_no_process_behind():
+    code = """
+import subprocess, sys
+from fledge import benchmark
+if __name__ == '__main__':
+    with benchmark.process_of_its_own() as process:
+        sleeper = 'import time; print("begun", flush=True); time.sleep(60); print("late")'
+        process.submit(subprocess.run, [sys.executable, '-c', sleeper]).result()
+"""
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b'begun\n'
+    process.kill()
+    assert process.stdout.read() == b''  # which all of them have open, until they end
+    process.wait()
