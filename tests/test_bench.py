@@ -296,6 +296,10 @@ if __name__ == '__main__':
 """
     process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b'begun\n'
+    family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    assert process.stdout.read() == b''  # which all of them have open, until they end
-    process.wait()
+    try:
+        out, _ = process.communicate(timeout=30)  # which all of them have open, until they end
+        assert out == b''
+    finally:
+        benchmark.kill_all(family)
