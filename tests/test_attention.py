@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import shared
 
+from encoder_decoder import make_model
 from fledge import UserError, checkpoint, cpu, quantize
 from fledge.attention import Maps, attention_of, draw, draw_attention, label
 from fledge.formats import huggingface
@@ -93,6 +94,18 @@ def test_an_edited_attention_is_the_one_that_is_seen(monkeypatch):
     monkeypatch.setattr(CausalSelfAttention, 'attend', attend_to_few)
     for layer in attention_of(small_model(), numbers()):
         assert not layer.tril(-3).any() and layer.tril(-2).any()
+
+
+def test_what_a_mask_hides_is_not_read():
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=259)
+    model = make_model(GPTConfig(n_encoder_layer=2, position='sinusoidal', **sizes)).eval()
+    source = numbers(9)
+    source[0, 6:] = -1  # padding
+    encoder = [block.attn for block in model.transformer.encoder]
+    cross = [block.cross_attn for block in model.transformer.h]
+    for attentions in (encoder, cross):
+        for layer in attention_of(model, numbers(5), attentions, source):
+            assert layer[:, :, :6].all() and not layer[:, :, 6:].any()
 
 
 def test_a_text_too_long_leaves_the_model_as_it_was():
