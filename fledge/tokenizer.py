@@ -268,7 +268,7 @@ class Tokenizer:
         if self.template:
             laid_out = chat_template.lay_out(form, messages, self.special_pattern)
         else:
-            laid_out = lay_out_chatml(messages)
+            laid_out = lay_out_chatml(messages, form.tokens.get('bos_token', ''))
         ids, learned = self._encode_pieces(*laid_out)
         whole = self._after_begin(ids)
         learned = [0] * (len(whole) - len(ids)) + learned
@@ -458,12 +458,14 @@ class Tokenizer:
         chat_template.write(os.path.dirname(path), self.template)
 
 
-def lay_out_chatml(messages: list[dict]) -> tuple[list[tuple], list[tuple[int, int]]]:
-    """What chat_template.lay_out gives of CHAT_TEMPLATE, in a tenth of the time.
+def lay_out_chatml(
+    messages: list[dict], begin: str = ''
+) -> tuple[list[tuple], list[tuple[int, int]]]:
+    """What chat_template.lay_out gives of CHAT_TEMPLATE behind a begin, without Jinja.
 
-    Most of prepare/chat.py's own work would else be Jinja's.
+    With it to prepare conversations would take a fifth longer.
     """
-    pieces, learned, at = [], [], 0
+    pieces, learned, at = [(begin, None)], [], len(begin)
     for i, message in enumerate(messages):
         head = f'{IM_START}{message["role"]}\n'
         pieces += [(head, None), (message['content'], i), (f'{IM_END}\n', None)]

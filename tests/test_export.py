@@ -1196,10 +1196,12 @@ def test_the_card_says_what_it_began_from(began, base, said):
 @pytest.mark.slow
 def test_two_at_once(trained, exported):
     first = start(trained, 'export.py', '--output=both')
-    while not (trained / '.export-both').exists():
+    while not (trained / '.export-both/new').exists():
         assert first.poll() is None
         time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # in the middle, for as long as the other one takes
     assert 'another process is writing to' in fails(trained, 'export.py', '--output=both')
+    first.send_signal(signal.SIGCONT)
     out, err = first.communicate(timeout=120)
     assert first.returncode == 0, err
 
