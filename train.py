@@ -562,7 +562,7 @@ while True:
                 log.say(f'no better val loss in {n} evaluations: stopping early')
                 done = True
             if state.step > 0 and not done:
-                log.draw()
+                log.draw_now_and_then()
         due = sample_interval and state.step > 0 and (state.step % sample_interval == 0 or done)
         if due and tokenizer and not stopping:
             prompt = (sample_start, sample_ask)

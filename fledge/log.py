@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
@@ -33,6 +34,7 @@ ASIDE |= {'sample_repetition_penalty', 'eval_only', 'dry_run', 'world_size', 'pr
 ASIDE |= {'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard', 'ddp_timeout', 'one_dial'}
 GROUPED_OVER = ASIDE | {'seed'}  # settings in which runs of one group may differ
 PLOT_POINTS = 2000  # of a curve at most; a longer one is thinned out
+DRAW_SECONDS = 10  # from one drawing of loss.png to the next; the last one comes at the end
 
 
 def speak(text: str, file: TextIO) -> None:
@@ -60,6 +62,7 @@ class RunLog:
         self.sinks = []  # functions of a step and its metrics
         self.pending = {}  # what a full disk has not taken yet, by the name of its file
         self.failed = set()  # names of files that could not be written
+        self.drawn_at = time.monotonic()
 
     def path(self, name: str) -> str:
         """Where a file of the run is."""
@@ -282,10 +285,16 @@ class RunLog:
             self.append(path, line)
             release_folder(lock)
 
+    def draw_now_and_then(self) -> None:
+        """Draw loss.png, unless that was done a moment ago: it takes a fifth of a second."""
+        if time.monotonic() - self.drawn_at > DRAW_SECONDS:
+            self.draw()
+
     def draw(self) -> None:
         """Draw loss.png: the losses against tokens, and against minutes."""
         if not self.out_dir:
             return
+        self.drawn_at = time.monotonic()
         with self.disk_may_be_full('loss.png'):
             figure = _draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
             figure.suptitle(self.out_dir)

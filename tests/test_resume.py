@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, fails, free_port, metrics, run, start, write_tiny
 
 from fledge import checkpoint
-from fledge.log import RunLog, curves_of
+from fledge.log import DRAW_SECONDS, RunLog, curves_of
 from fledge.tokenizer import char_tokenizer, load_tokenizer
 from fledge.tokens import Tokens
 
@@ -322,6 +322,21 @@ def test_a_logged_loss_is_the_mean_since_the_last_line(workdir):
     tokens = [tokens for tokens, _, _ in curves_of(lines)['step_loss']]
     assert tokens == [*(64 * i for i in range(11)), 768]  # the last line is behind the last step
     RunLog(True, str(workdir / 'out')).draw()
+
+
+def test_loss_png_is_drawn_no_more_often_than_somebody_looks(tmp_path):
+    line = dict(step=0, tokens=0, train_loss=4.0, val_loss=4.0, elapsed=1.0, step_losses=[4.0])
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+    log, picture = RunLog(True, str(tmp_path)), tmp_path / 'loss.png'
+    log.draw_now_and_then()
+    assert not picture.exists()  # the run has just begun
+    log.drawn_at -= DRAW_SECONDS + 1
+    log.draw_now_and_then()
+    picture.unlink()
+    log.draw_now_and_then()
+    assert not picture.exists()
+    log.draw()
+    assert picture.exists()
 
 
 @pytest.mark.slow
