@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 import filelock
+import psutil
 
 
 class UserError(Exception):
@@ -62,6 +63,13 @@ def read_meta(folder: str) -> dict:
         if not isinstance(meta.get(name, kind()), kind):
             raise UserError(f'{path} is broken: {name} is no {kind.__name__}; prepare it again')
     return meta
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use: a scheduler may have left it a few."""
+    if hasattr(psutil.Process, 'cpu_affinity'):
+        return psutil.Process().cpu_affinity()
+    return list(range(psutil.cpu_count()))  # macOS lets every process use all
 
 
 def lock_folder(folder: str, wait: bool) -> filelock.BaseFileLock:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fledge import UserError, cpu
+from fledge import UserError, cpu, usable_cores
 from fledge.tokens import Batch
 from model import GPT
 
@@ -418,15 +418,11 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
 def set_threads() -> None:
     """Give each process of torchrun on a node its share of the cores.
 
-    torchrun itself gives them a thread each (OMP_NUM_THREADS=1) where nobody says how many. The
-    cores are those that a scheduler leaves to it, which may be few of the node's.
+    torchrun itself gives them a thread each (OMP_NUM_THREADS=1) where nobody says how many.
     """
     n_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    n_cores = psutil.cpu_count()
-    if hasattr(psutil.Process, 'cpu_affinity'):  # macOS has none
-        n_cores = len(psutil.Process().cpu_affinity())
     if os.environ.get('OMP_NUM_THREADS') in (None, '1'):
-        torch.set_num_threads(max(1, n_cores // n_here))
+        torch.set_num_threads(max(1, len(usable_cores()) // n_here))
 
 
 def is_sharded(tensor: object) -> bool:

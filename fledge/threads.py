@@ -7,6 +7,8 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from fledge import usable_cores
+
 
 class Threads:
     """As many of torch's threads as there are cores that other programs leave.
@@ -24,9 +26,7 @@ class Threads:
         self.most = torch.get_num_threads()
         if 'OMP_NUM_THREADS' in os.environ:
             self.most = 1
-        self.cores = range(psutil.cpu_count())
-        if hasattr(psutil.Process, 'cpu_affinity'):  # macOS has none
-            self.cores = psutil.Process().cpu_affinity()
+        self.cores = usable_cores()
         self.wait = self.FIRST
         self.start_interval()
 

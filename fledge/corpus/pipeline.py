@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fledge import UserError, lock_folder, release_folder, replacing
+from fledge import UserError, lock_folder, release_folder, replacing, usable_cores
 from fledge.corpus import encoding, writing
 from fledge.corpus.encoding import SPLITS, Example, Note, Stage, end_of
 from fledge.corpus.sources import read
@@ -222,7 +222,7 @@ class Run:
     def tokenize(self) -> None:
         """Read, tokenize and write from where state stands; then the files in partial are whole."""
         s, state = self.s, self.state
-        num_proc = s.num_proc or _cores()
+        num_proc = s.num_proc or len(usable_cores())
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism
         tqdm.monitor_interval = 0  # no thread, while processes fork
         workers = _workers(num_proc, s, self.stages, self.encoder, self.masked)
@@ -389,11 +389,6 @@ class Run:
             bar.total = int(state['bytes'] * max(1, s.target_tokens / s.num_shards / tokens))
         bar.set_postfix_str(f'{tokens:,} tokens', refresh=False)
         bar.update(state['bytes'] - bar.n)
-
-
-def _cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def _workers(number, *job):
