@@ -182,8 +182,13 @@ def be_python(folder, args):
     for number in streams:  # so that what ends there is seen to end at the other end
         if number > 2:
             os.close(number)
+
+    def pass_on(number, _):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended: its code is under way
+            os.kill(pid, number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, pass_on)
     leave(hear(connection))
 
 
