@@ -87,7 +87,7 @@ if picture:
     comparison.draw(groups, measure, picture)
 
 # ---- the verdict
-place = places[AXES.index(by)]
+[place] = [place for place in places if place.axis == by]
 notes = comparison.notes_on(groups, place, measure)
 if len(others) > 1 and min(len(group.runs) for group in groups) > 1:
     notes.append(f'the {len(others)} intervals hold together in 95% of cases')

@@ -17,7 +17,8 @@ from fledge.log import GROUPED_OVER, RUNS_COLUMNS, read_metrics
 from fledge.report import new_axes, save
 
 DRAWN_FROM = 0.25  # of the common length: what comes before would hide how the runs end
-AXES = ('tokens', 'step', 'minutes')
+# Along what runs are compared, each a key of an evaluation, and how a place on it is said.
+AXES = {'tokens': '{:,.0f} tokens', 'step': 'step {:,.0f}', 'minutes': '{:.2f} minutes'}
 UNITS = {'val_loss': 'nats a token', 'val_bpb': 'bits a byte'}
 
 
@@ -29,11 +30,7 @@ class Place:
     position: float
 
     def in_words(self) -> str:
-        if self.axis == 'step':
-            return f'step {self.position:,.0f}'
-        if self.axis == 'minutes':
-            return f'{self.position:.2f} minutes'
-        return f'{self.position:,.0f} tokens'
+        return AXES[self.axis].format(self.position)
 
 
 @dataclass
