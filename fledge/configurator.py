@@ -216,9 +216,10 @@ def refuse(arg: str, defaults: dict) -> None:
 def check_name(name: str, defaults: dict, where: str) -> None:
     """UserError for a name that is no setting's; where: it stands, in words."""
     if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, n=3) or list(defaults)[:3]
+        near = difflib.get_close_matches(name.lower(), defaults, n=3)
+        nearest = f'; the nearest are {", ".join(near)}' if near else ''
         raise UserError(
-            f'{where}: no setting is called {name!r}; the nearest are {", ".join(near)} '
+            f'{where}: no setting is called {name!r}{nearest} '
             '(a name of your own begins with _; --help lists all)'
         )
 

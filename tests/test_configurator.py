@@ -399,6 +399,8 @@ def test_a_slip_in_the_name_of_a_module_keeps_its_traceback(tmp_path):
             "no setting is called 'objectiv'; the nearest are obj",
         ),
         ('objective = 5', 'objective=5 is a whole number, and this setting takes a text'),
+        ('N_LAYER = 4', "no setting is called 'N_LAYER'; the nearest are n_layer "),
+        ('LR = 3e-4', r"no setting is called 'LR' \(a name of your own begins with _"),
         ("rope_scaling = dict(rope_type='linear')", "no setting is called 'rope_scaling'"),
         ('sizes = [1, 2]', "no setting is called 'sizes'"),
     ],
