@@ -47,6 +47,7 @@ configure(globals())
 # -----------------------------------------------------------------------------
 OUTPUTS = dict(hf='hf', gguf='model.gguf', onnx='model.onnx', ckpt='model.pt', peft='peft')
 FOLDERS = dict(hf='config.json', peft=peft.CONFIG)  # of formats that are folders, a file in each
+HOLD_TOKENIZER = ('hf', 'gguf')  # and the model's name; others get a tokenizer.json beside them
 DTYPES = dict(hf=('float32', 'float16', 'bfloat16'), gguf=tuple(gguf.TYPES))  # else float32 alone
 # How far logits may be off, as a share of the largest: after writing and reading back, and because
 # the weights are rounded to a type.
@@ -80,7 +81,7 @@ if dtype not in known:
 if kv_cache and format != 'onnx':
     raise UserError('--kv_cache is of --format=onnx')
 idle = set()
-if format in ('onnx', 'ckpt', 'peft'):
+if format not in HOLD_TOKENIZER:
     idle |= given & {'name'}
 if quantize == 'int8':
     idle |= given & {'dtype'}
@@ -171,7 +172,7 @@ if os.path.isdir(output) and os.listdir(output) and FOLDERS[format] not in os.li
 for taken in (output, f'{output}.data') if format == 'onnx' else (output,):
     if os.path.exists(taken) and not overwrite:
         raise UserError(f'{taken} is there: --overwrite replaces it')
-beside = find_tokenizer(folder) if format in ('onnx', 'ckpt') else None
+beside = None if format in (*HOLD_TOKENIZER, *FOLDERS) else find_tokenizer(folder)
 if beside and beside.spec != tokenizer.spec:
     raise UserError(
         f"{folder} has another tokenizer, which would be taken for this model's: "
@@ -243,7 +244,7 @@ def write(target):
     elif format == 'onnx':
         onnx.write(target, model, kv_cache)
         found, by = onnx.run(target, ids, kv_cache), 'onnxruntime'
-    else:
+    else:  # ckpt
         checkpoint.save(target, weights_alone())
         again = checkpoint.load_model(checkpoint.load(target), target).eval()
         found, by = again(ids, ids, **source_ids)[0], 'the checkpoint loaded again'
@@ -300,7 +301,7 @@ try:
             f'the {what} read back from {by} are off by {difference:.3g}, more than '
             f'{tolerance:.3g}: nothing is left of the export'
         )
-    if format in ('onnx', 'ckpt', 'peft'):
+    if format not in HOLD_TOKENIZER:
         tokenizer.save(f'{new}/tokenizer.json')
     if format == 'gguf' and os.path.exists(f'{folder}/Modelfile') and not overwrite:
         print(f'{folder}/Modelfile stays as it is: --overwrite replaces it')
