@@ -25,7 +25,9 @@ from fledge.formats import hub
 
 END_OF_TEXT = '<|endoftext|>'
 IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # around a turn, in ChatML
-SPECIAL = (END_OF_TEXT, IM_START, IM_END)  # what a tokenizer that is made here has
+# What a tokenizer that is made here has behind its other ids, and what ChatML adds to any other.
+# One more takes an id from the first, and adds a row to the models of the second.
+SPECIAL = (END_OF_TEXT, IM_START, IM_END)
 # Ends a document where a chat template ends its turns with the end of text.
 END_OF_DOCUMENT = '<|end_of_document|>'
 # ChatML, as transformers and llama.cpp take it.
@@ -608,7 +610,7 @@ def _bpe_spec(vocab, merges, special, pattern):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, split: str = 'qwen2') -> Tokenizer:
-    """Byte-level BPE of an iterable of texts; vocab_size counts 256 bytes and 3 special tokens."""
+    """Byte-level BPE of an iterable of texts; vocab_size counts 256 bytes and SPECIAL."""
     import tokenizers
 
     letters, least = list(byte_to_unicode().values()), 256 + len(SPECIAL)
