@@ -476,7 +476,7 @@ def bench_loss():
 
 
 if __name__ == '__main__':
-    with torch.device('meta'):
+    with torch.device('meta'):  # for its sizes: bench_training and bench_generation read them
         model = make_model(gpt_config())
     parameters = model.get_num_params(non_embedding=False)
     result = dict(device=machine.device, dtype=str(machine.dtype)[6:], parameters=parameters)
