@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -277,14 +276,8 @@ def make_contender(make, arguments):
     """Have make() make the contender of this process; returns its number of parameters."""
     global contender
     torch.manual_seed(s.seed)
-    try:
-        contender = make(*arguments)
-        contender.run()  # warms up, and compiles
-    except UserError:
-        raise
-    except Exception as e:
-        why = ' '.join(str(e).split())[:200]
-        raise UserError(f'{type(e).__name__}: {why}') from None
+    contender = make(*arguments)
+    contender.run()  # warms up, and compiles
     return sum(p.numel() for p in contender.model.parameters())
 
 
@@ -318,17 +311,11 @@ def race(contenders, trace_path):
     Returns a Measured of each, and our seconds by part. With --profile ours is traced.
     """
     with contextlib.ExitStack() as stack:
-        processes = {}
+        processes, measured = {}, []
 
         def ask(name, function, *arguments):
-            try:
-                return processes[name].submit(function, *arguments).result()
-            except BrokenProcessPool:
-                raise UserError(f'{name}: its process died; is the memory too small?') from None
-            except UserError as e:
-                raise UserError(f'{name}: {e}') from None
+            return benchmark.ask(processes[name], name, function, *arguments)
 
-        measured = []
         for name, (make, arguments) in contenders.items():
             processes[name] = stack.enter_context(benchmark.process_of_its_own())
             measured.append(Measured(name, ask(name, make_contender, make, arguments)))
@@ -448,7 +435,7 @@ def bench_loss():
             ('fledge', time_to_loss.our_curve, (TRAIN, settings | dict(seed=seed))),
         ):
             with benchmark.process_of_its_own() as process:
-                curves[name].append(process.submit(function, *arguments).result())
+                curves[name].append(benchmark.ask(process, name, function, *arguments))
     goals = [curve[-1][1] for curve in curves['nanoGPT']]  # its last losses, one of each seed
     goal = statistics.median(goals)
     result = dict(loss=goal, curves=curves)

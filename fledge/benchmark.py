@@ -4,11 +4,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import psutil
 import torch
@@ -57,11 +60,34 @@ def process_of_its_own() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, context, initializer=end_with_parent)
 
 
+def ask(process: ProcessPoolExecutor, name: str, function: Callable, *arguments) -> object:
+    """What function(*arguments) returns in a process; UserError, name in front, where it fails."""
+    try:
+        return process.submit(fail_in_a_line, function, *arguments).result()
+    except BrokenProcessPool:
+        raise UserError(f'{name}: its process died; is the memory too small?') from None
+    except UserError as e:
+        raise UserError(f'{name}: {e}') from None
+
+
+def fail_in_a_line(function: Callable, *arguments) -> object:
+    """Call a function; what it raises becomes a UserError, which any process can read."""
+    try:
+        return function(*arguments)
+    except UserError:
+        raise
+    except Exception as e:
+        why = ' '.join(str(e).split())[:200]
+        raise UserError(f'{type(e).__name__}: {why}') from None
+
+
 def end_with_parent() -> None:
     """From now on, end this process and all that it has started when its parent ends.
 
-    A parent that is killed cannot end its children itself.
+    A parent that is killed cannot end its children itself. Ctrl-C ends it at once: of that the
+    parent speaks.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def wait_and_end():
         multiprocessing.parent_process().join()

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -173,6 +174,20 @@ def test_a_peer_that_fails_is_one_line(tmp_path, text, words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('raise ValueError("a slip")', 'nanoGPT: ValueError: a slip'),
+        ('import os; os._exit(1)', 'nanoGPT: its process died'),
+    ],
+)
+def test_a_peer_that_fails_in_the_race_to_a_loss_is_one_line(checkout, text, words):
+    write_tiny(checkout / 'data' / 'tiny')
+    (checkout / 'theirs' / 'model.py').write_text(text)
+    assert words in fails(checkout, 'bench.py', *LOSS, '--rounds=1')
+
+
+@pytest.mark.slow
 def test_a_cpu_that_plays_a_smaller_one_is_named_as_that(workdir):
     out = run(workdir, 'bench.py', '--only=train', '--dataset=tiny', *SIZE, env=AVX2)
     assert result(out)['cpu'] == 'AVX2' and '(AVX2), 1 threads' in out.splitlines()[-2]
@@ -303,3 +318,25 @@ if __name__ == '__main__':
         assert out == b''
     finally:
         benchmark.kill_all(family)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_said_by_one_process():
+    code = """
+import time
+from fledge import benchmark
+if __name__ == '__main__':
+    with benchmark.process_of_its_own() as process:
+        try:
+            process.submit(print, 'begun', flush=True).result()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print('interrupted')
+"""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, '-c', code], cwd=ROOT, start_new_session=True, **pipes
+    )
+    assert process.stdout.readline() == b'begun\n'
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=30) == (b'interrupted\n', b'')
