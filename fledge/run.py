@@ -185,7 +185,7 @@ def settings_of(checkpoint: dict) -> dict:
 
 def changes_since(checkpoint: dict, settings: dict) -> dict:
     """{setting: its value in a loaded checkpoint} of those that are others now."""
-    before = settings_of(checkpoint)
+    before = dict(objective='next_token') | settings_of(checkpoint)  # nanoGPT's has no other
     return {name: v for name, v in before.items() if settings.get(name, v) != v}
 
 

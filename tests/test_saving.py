@@ -176,6 +176,9 @@ def test_losses_compare_with_those_of_before_unless_they_come_out_differently():
     assert resumed(2, learning_rate=0.2).best_val_loss == 2.0
     assert resumed(2, batch_size=8).best_val_loss == math.inf
     assert resumed(0, batch_size=8).best_val_loss == 2.0  # all of val
+    del before['objective']  # as in nanoGPT's
+    assert resumed(0, objective='next_token').best_val_loss == 2.0
+    assert resumed(0, objective='own.py').best_val_loss == math.inf
 
 
 def test_an_evaluation_is_no_time_of_training(monkeypatch):
