@@ -272,7 +272,8 @@ def weights_alone():
 parent = folder
 while not os.path.exists(parent):
     parent = os.path.dirname(parent) or '.'
-workplace = f'{parent}/.export-{file}'
+place = os.path.relpath(output, parent).replace(os.sep, '-')  # of no other output in parent
+workplace = f'{parent}/.export-{place}'
 new, replaced = f'{workplace}/new', f'{workplace}/replaced'
 
 
@@ -327,8 +328,10 @@ except OSError as e:
     raise UserError(f'cannot write {output}: {e.strerror or e}') from None
 finally:
     put_back()
+    shutil.rmtree(new, ignore_errors=True)
     release_folder(lock)
-    shutil.rmtree(workplace, ignore_errors=True)
+    with suppress(OSError):  # another export has begun in it
+        os.rmdir(workplace)
 if format == 'peft':
     size = f'{sum(tensor.numel() for tensor in own.values()) / 1e6:.2f}M'
 print(f'{output}: {size} parameters in {written}, {n_bytes / 1e6:.1f} MB ({", ".join(names)})')

@@ -1206,6 +1206,28 @@ def test_two_at_once(trained, exported):
     assert first.returncode == 0, err
 
 
+@pytest.mark.slow
+def test_exports_do_not_meet_in_one_workplace(trained, exported, tmp_path):
+    # what another one was killed over, of the same name in another folder
+    (trained / '.export-new/replaced').mkdir(parents=True)
+    run(trained, 'export.py', '--output=folder/new')
+    assert (trained / 'folder/new/config.json').exists()
+    (trained / '.export-new/replaced').rmdir()
+    # one that begins as soon as the folder is let go of
+    (tmp_path / 'late.py').write_text(f"""import os, runpy, sys
+sys.path.insert(0, {ROOT!r})
+import fledge
+release = fledge.release_folder
+def release_and_begin(lock):
+    release(lock)
+    os.makedirs('.export-new/new', exist_ok=True)
+fledge.release_folder, sys.argv[0] = release_and_begin, {os.path.join(ROOT, 'export.py')!r}
+runpy.run_path(sys.argv[0], run_name='__main__')""")
+    subprocess.run([python(), str(tmp_path / 'late.py'), '--output=new'], cwd=trained, check=True)
+    assert (trained / '.export-new/new').exists()
+    shutil.rmtree(trained / '.export-new')
+
+
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'qwen3'])
 @pytest.mark.parametrize('split', ['gpt2', 'qwen2'])
 def test_transformers_takes_any_tokenizer_as_it_is(kind, split, tmp_path):
