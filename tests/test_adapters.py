@@ -285,6 +285,10 @@ def test_another_base_or_none_is_refused_in_a_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match='out/ckpt.pt holds adapters alone, and replaced'):
             huggingface.load(str(tmp_path / 'out/ckpt.pt'))
     saved = checkpoint.load('out-lora/ckpt.pt')
+    # each is the other's base: adapters of adapters took the place of the model below them
+    torch.save(saved | dict(base=saved['base'] | dict(source='out-lora/ckpt.pt')), 'out/ckpt.pt')
+    with pytest.raises(UserError, match='out-lora/ckpt.pt holds adapters alone, and replaced'):
+        huggingface.load('out-lora/ckpt.pt')
     for broken in ('out/ckpt.pt', dict(source='out/ckpt.pt'), dict(source=1, digest='x')):
         torch.save(saved | dict(base=broken), 'broken.pt')
         with pytest.raises(UserError, match='broken.pt is no checkpoint: its base or'):

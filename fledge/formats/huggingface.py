@@ -141,7 +141,7 @@ def our_tensors(file_of: dict, kind: str, args: dict, where: str) -> dict[str, t
     return state
 
 
-def load(source: str, block_size: int = 0) -> dict:
+def load(source: str, block_size: int = 0, needed_by: tuple[str, ...] = ()) -> dict:
     """A model to start from as a checkpoint, which checkpoint.load_model takes.
 
     source: a checkpoint file, a folder with config.json and the weights or with an adapter of
@@ -149,14 +149,15 @@ def load(source: str, block_size: int = 0) -> dict:
     checkpoint keeps its own. Returns a dict of model (float32 tensors), model_args, config (the
     run's settings, if any) and folder, where its tokenizer is. Where there are adapters, model has
     the base's tensors and theirs, which adapters.split parts; of an adapter checkpoint, base (its
-    source and digest) stays in the dict.
+    source and digest) stays in the dict. needed_by: the paths of adapters, each on the next, that
+    this is the base of.
     Raises UserError for what is missing, broken, not supported.
     """
     if source.endswith('.pt') or os.path.isfile(source):
-        return with_base(checkpoint.load(source), source)
+        return with_base(checkpoint.load(source), source, needed_by)
     folder = source if os.path.isdir(source) else hub.download(source, WANTED)
     if os.path.exists(os.path.join(folder, peft.CONFIG)):
-        return load_peft(folder, block_size)
+        return load_peft(folder, block_size, needed_by)
     where = os.path.join(folder, 'config.json')
     if not os.path.exists(where):
         raise UserError(
@@ -180,31 +181,33 @@ def load(source: str, block_size: int = 0) -> dict:
     return dict(model=state, model_args=args, config={}, folder=folder)
 
 
-def load_base(source: str, path: str, block_size: int = 0) -> dict:
+def load_base(source: str, path: str, needed_by: tuple[str, ...], block_size: int = 0) -> dict:
     """What the adapter at path was trained on, by the source that it names: as load gives it.
 
-    path: a checkpoint file, or a folder of peft's. A relative source counts from here, or else from
-    the folder that the adapter's folder is in.
+    path: a checkpoint file, or a folder of peft's; needed_by: see load. A relative source counts
+    from here, or else from the folder that the adapter's folder is in.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     beside = os.path.join(os.path.dirname(os.path.abspath(folder)), source)
     if not os.path.exists(source) and os.path.exists(beside):
         source = beside
-    if os.path.exists(source) and os.path.samefile(source, path):
-        raise UserError(f'{path} holds adapters alone, and replaced the base that they need')
+    needed_by = (*needed_by, path)
+    for adapter in needed_by:
+        if os.path.exists(source) and os.path.samefile(source, adapter):
+            raise UserError(f'{adapter} holds adapters alone, and replaced the base that they need')
     if source.endswith('.pt') and not os.path.exists(source):
         raise UserError(
             f'the adapter in {folder} needs its base, and {source} is not there: put it back'
         )
     try:
-        base = load(source, block_size)
+        base = load(source, block_size, needed_by)
     except UserError as e:
         raise UserError(f'the adapter in {folder} needs its base: {e}') from None
     base.setdefault('folder', os.path.dirname(source) or '.')
     return base
 
 
-def with_base(loaded: dict, path: str) -> dict:
+def with_base(loaded: dict, path: str, needed_by: tuple[str, ...] = ()) -> dict:
     """The checkpoint at path; one of adapters has its base's tensors beside its own (see load).
 
     UserError where the base is not what it was trained on.
@@ -218,7 +221,7 @@ def with_base(loaded: dict, path: str) -> dict:
     has_sizes = all(type(n) is int and 0 < n < 2**31 for n in (vocab_size, context))
     if not hub.may_be_source(source) or not isinstance(digest, str) or not has_sizes:
         raise UserError(f'{path} is no checkpoint: its base or its model_args are broken')
-    base = load_base(source, path)
+    base = load_base(source, path, needed_by)
     if adapters.digest(base) != digest:
         raise UserError(
             f'{path} was trained on another {source} than the one that is there: '
@@ -232,11 +235,11 @@ def with_base(loaded: dict, path: str) -> dict:
     return loaded | dict(model=base['model'] | loaded['model'])
 
 
-def load_peft(folder: str, block_size: int) -> dict:
+def load_peft(folder: str, block_size: int, needed_by: tuple[str, ...]) -> dict:
     """The adapter of peft's in folder, on its base, as a checkpoint (see load)."""
     saved = peft.read_config(folder)
     source = saved['base_model_name_or_path']
-    base = load_base(source, folder, block_size)
+    base = load_base(source, folder, needed_by, block_size)
     state = adapters.merged(base, source)
     try:
         config = GPTConfig(**base['model_args'])
