@@ -157,8 +157,10 @@ class Tokenizer:
     @functools.cached_property
     def before_texts(self) -> set[int]:
         """The ids of the special tokens behind which a text begins, and so has that space."""
+        model = self.spec['model']
+        unknown = (model.get('unk_id'), self.special.get(model.get('unk_token')))  # within a text
         within = {i for token, i in self.special.items() if self.puts_space_behind(token)}
-        return {self.end_of_text, *self.begin} | within
+        return {self.end_of_text, *self.begin} | within.difference(unknown)
 
     def puts_space_behind(self, token: str) -> bool:
         """Whether that space is also put in front of a text that stands behind a special token."""

@@ -190,7 +190,8 @@ def test_a_chat_has_the_tokens_of_its_template(name, request):
 
 def test_behind_which_tokens_a_text_begins_with_a_space():
     llamas = load_tokenizer(shared('stories260k')).with_special()
-    assert llamas.before_texts == set(llamas.special.values())
+    # a text goes on behind a character that is unknown
+    assert llamas.before_texts == set(llamas.special.values()) - {llamas.special['<unk>']}
     spaces = dict(type='Metaspace', replacement='▁', prepend_scheme='first', split=False)
     newer = llamas.changed(normalizer=None, pre_tokenizer=spaces)
     assert newer.before_texts == {newer.end_of_text, *newer.begin}
