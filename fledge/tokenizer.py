@@ -265,7 +265,7 @@ class Tokenizer:
 
         messages: [{'role': 'system', 'user' or 'assistant', 'content': text}, ...]. The form is
         that of the chat template, or ChatML. What the assistant says is learned, with the token
-        that ends it, unless a message has its own 'learned'. Special tokens spelled out are text.
+        that ends it, unless a message has learned=False. Special tokens spelled out are text.
         Raises UserError for messages that the template does not take, and where there is no form.
         """
         form = self.chat_form
