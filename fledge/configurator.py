@@ -217,7 +217,8 @@ def check_name(name: str, defaults: dict, where: str) -> None:
     """UserError for a name that is no setting's; where: it stands, in words."""
     if name not in defaults:
         near = difflib.get_close_matches(name.lower(), defaults, n=3)
-        nearest = f'; the nearest are {", ".join(near)}' if near else ''
+        near = near or [known for known in defaults if name.lower() in known]
+        nearest = f'; the nearest are {", ".join(near[:3])}' if near else ''
         raise UserError(
             f'{where}: no setting is called {name!r}{nearest} '
             '(a name of your own begins with _; --help lists all)'

@@ -147,6 +147,8 @@ def test_values_take_the_type_of_the_default(files, flag, name, value):
     'argument, words',
     [
         ('--step=3', "no setting is called 'step'; the nearest are steps"),
+        ('--obj=dpo', "no setting is called 'obj'; the nearest are objective ("),
+        ('--speed=3', "no setting is called 'speed' ("),
         ('--steps=2.5', 'takes a whole number'),
         ('--steps=many', 'takes a whole number'),
         ('--rate=fast', 'takes a number'),
