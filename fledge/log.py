@@ -297,14 +297,14 @@ class RunLog:
         self.drawn_at = time.monotonic()
         with self.disk_may_be_full('loss.png'):
             figure = _draw_curves(curves_of(read_metrics(self.path('metrics.jsonl'))))
-            figure.suptitle(self.out_dir)
+            figure.suptitle(self.out_dir, x=0.98, ha='right')
             with replacing(self.path('loss.png'), 'wb') as f:
                 figure.savefig(f, format='png', dpi=120)
 
 
 def _draw_curves(curves):
     """The Figure of what curves_of() returns."""
-    # fixed margins, and a fixed place for the legend: to find these takes as long as to draw twice
+    # fixed margins, and a legend above the curves: to find a place takes as long as to draw twice
     both = new_axes((13, 5), ncols=2, sharey=True)
     both[0].figure.subplots_adjust(left=0.06, right=0.98, bottom=0.11, top=0.91, wspace=0.05)
     looks = dict(
@@ -321,7 +321,7 @@ def _draw_curves(curves):
         axes.set(xlabel=unit)
         axes.grid(alpha=0.3)
     both[0].set(ylabel='loss (nats a token)')
-    both[0].legend(loc='upper right')
+    both[0].legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     return both[0].figure
 
 
