@@ -370,7 +370,7 @@ def evaluation_is_due(spent):
     """Every eval_interval steps; every fifth of max_minutes (spent: of 1) where that is sooner."""
     time_is_ahead = state.progress == spent  # of the share of the steps that are done
     if state.step and time_is_ahead and 0.2 * state.step / spent < eval_interval:
-        return spent - state.evaluated_at >= 0.2
+        return spent - state.evaluated_at >= 0.2 and spent < 0.9  # the last one comes at the end
     return state.step % eval_interval == 0
 
 
